@@ -1,0 +1,52 @@
+"""Endless random scenes with tokenised captions, made by worker processes ahead of the training step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from transformers import PreTrainedTokenizerFast
+
+from .captions import sample_captioned_scene
+from .models import MAX_TOKENS
+from .scene import Scene
+
+EMPTY_SHARE = 0.1  # captions left empty, for classifier-free guidance
+
+Batch = tuple[list[Scene], torch.Tensor]
+
+
+class SceneStream(IterableDataset[Batch]):
+    """Batches of scenes and token ids `[batch, 32]`; the same for the same seed and number of workers."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, batch: int, seed: int) -> None:
+        self.tokenizer = tokenizer
+        self.batch = batch
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        rng = np.random.default_rng([self.seed, worker.id if worker else 0])
+        while True:
+            pairs = [sample_captioned_scene(rng) for _ in range(self.batch)]
+            captions = ["" if rng.random() < EMPTY_SHARE else caption for _, caption in pairs]
+            yield [scene for scene, _ in pairs], tokenise(self.tokenizer, captions)
+
+
+def tokenise(tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> torch.Tensor:
+    """Token ids `[batch, 32]`, padded as StableDiffusionPipeline pads them."""
+    return tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch
+
+
+def scene_batches(tokenizer: PreTrainedTokenizerFast, batch: int, seed: int, workers: int) -> Iterator[Batch]:
+    stream = SceneStream(tokenizer, batch, seed)
+    ahead = 8 if workers else None
+    return iter(
+        DataLoader(stream, batch_size=None, num_workers=workers, prefetch_factor=ahead, collate_fn=_as_is)
+    )

@@ -1,0 +1,58 @@
+"""fisedit_compile: make a diffusers U-Net mask-aware, so that an edit recomputes only the region that changes."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fisedit_compile.config import SparsityConfig
+    from fisedit_compile.editor import Base, Edit, Editor
+    from fisedit_compile.errors import BaseMismatchError, CaptureError, FiseditError, MaskError, SparsifyError
+    from fisedit_compile.macs import count_macs
+    from fisedit_compile.sparse_unet import SparseUNet, sparsify
+
+__version__ = "0.1.0"
+
+#: Public name -> module. Loaded on first use (PEP 562), so that importing the package stays under 0.2 s.
+_PUBLIC = {
+    "SparsityConfig": "config",
+    "Base": "editor",
+    "Edit": "editor",
+    "Editor": "editor",
+    "BaseMismatchError": "errors",
+    "CaptureError": "errors",
+    "FiseditError": "errors",
+    "MaskError": "errors",
+    "SparsifyError": "errors",
+    "count_macs": "macs",
+    "SparseUNet": "sparse_unet",
+    "sparsify": "sparse_unet",
+}
+
+__all__ = [
+    "Base",
+    "BaseMismatchError",
+    "CaptureError",
+    "Edit",
+    "Editor",
+    "FiseditError",
+    "MaskError",
+    "SparseUNet",
+    "SparsifyError",
+    "SparsityConfig",
+    "count_macs",
+    "sparsify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,133 @@
+"""U-Net -> one flat FX graph of ATen operations, for one signature of its inputs.
+
+``torch.export`` in non-strict mode gives the graph; parameters stay the module's own tensors, so nothing is copied.
+What only guards or does nothing at inference (metadata checks, dropout) is dropped.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.graph import CodeGen
+from torch.utils import _pytree as pytree
+
+from fisedit_compile.errors import CaptureError
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What one captured graph is valid for: the tree of the call's arguments and each tensor's shape, dtype, device."""
+
+    tree: str
+    leaves: tuple[Any, ...]
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """``[B, C, H, W]`` of the noisy latents, the U-Net's first argument."""
+        return self.leaves[0][0]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of the U-Net in one form: keyword arguments as given, their tensors in order, and the signature."""
+
+    kwargs: dict[str, Any]
+    tensors: tuple[torch.Tensor, ...]
+    signature: Signature
+
+
+def bind(unet: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+    """Bring a call of ``unet`` into one form, whether its arguments were positional, keywords or defaults.
+
+    A number given as timestep becomes a 0-dim tensor. ``return_dict`` is no part of the call: a graph returns a tensor.
+
+    Raises:
+        CaptureError: ``sample`` is not a ``[B, C, H, W]`` floating-point tensor.
+        TypeError: the arguments do not fit ``unet.forward``.
+    """
+    bound = inspect.signature(unet.forward).bind(*args, **kwargs).arguments
+    bound.update(bound.pop("kwargs", {}))
+    named = {name: value for name, value in bound.items() if value is not None and name != "return_dict"}
+    sample = named.get("sample")
+    if not isinstance(sample, torch.Tensor) or sample.ndim != 4 or not sample.is_floating_point():
+        found = getattr(sample, "shape", type(sample).__name__)
+        raise CaptureError(f"sample is {found}: the U-Net's first argument has to be latents [batch, channels, h, w]")
+    if "timestep" in named and not isinstance(named["timestep"], torch.Tensor):
+        dtype = torch.int64 if isinstance(named["timestep"], int) else torch.float32
+        named["timestep"] = torch.tensor(named["timestep"], dtype=dtype, device=sample.device)
+    leaves, tree = pytree.tree_flatten(named)
+    key = tuple(
+        (tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves
+    )
+    tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+    return Call(named, tensors, Signature(str(tree), key))
+
+
+def capture(unet: torch.nn.Module, call: Call) -> GraphModule:
+    """The graph of ``unet`` for the signature of ``call``: tensors in, one tensor (the noise prediction) out.
+
+    Every node of an operation carries ``meta["val"]`` (a fake tensor) and ``meta["module_path"]``.
+
+    Raises:
+        CaptureError: the model does not trace as one graph; the message carries torch.export's own reason.
+    """
+    takes_return_dict = "return_dict" in inspect.signature(unet.forward).parameters
+    kwargs = {**call.kwargs, "return_dict": False} if takes_return_dict else call.kwargs
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(unet, (), kwargs, strict=False)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(unet).__name__} could not be captured as one graph: {error}\n"
+            "Reset custom attention processors and hooks (unet.set_default_attn_processor()), and try again."
+        ) from error
+    graph_module = exported.module()
+    assert isinstance(graph_module, GraphModule)
+    return _simplify(graph_module)
+
+
+def module_path(node: Node) -> str:
+    """The path of the innermost module that a node was traced in, such as ``down_blocks.0.resnets.0.conv1``."""
+    stack = node.meta.get("nn_module_stack")
+    return list(stack.values())[-1][0] if stack else ""
+
+
+def _simplify(graph_module: GraphModule) -> GraphModule:
+    graph = graph_module.graph
+    graph.set_codegen(CodeGen())  # flat tensors in, instead of the U-Net's nested keyword arguments
+    for node in list(graph.nodes):
+        node.meta.setdefault("module_path", module_path(node))
+        if node.op == "call_module" or node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif _is_identity(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            raise CaptureError(
+                f"{node.target} in {node.meta['module_path'] or 'the U-Net'} writes to its input: "
+                "replace the in-place operation by its functional form"
+            )
+    for node in graph.nodes:
+        if node.op == "placeholder" and not isinstance(node.meta.get("val"), torch.Tensor):
+            graph.erase_node(node)
+    (outputs,) = graph.output_node().args
+    graph.output_node().args = (pytree.tree_leaves(outputs)[0],)
+    graph.eliminate_dead_code()
+    graph.lint()
+    return GraphModule(graph_module, graph)  # a fresh module: without the hooks and guards that export adds
+
+
+def _is_identity(node: Node) -> bool:
+    """Dropout at inference, a division by one (``rescale_output_factor``), a cast to the dtype a value has."""
+    if node.target is aten.dropout.default:
+        return not node.args[2]
+    if node.target is aten.div.Tensor:
+        return node.args[1] == 1
+    return node.target is aten.to.dtype and node.args[0].meta["val"].dtype is node.args[1]

@@ -1,0 +1,26 @@
+"""Errors of our own: a graph, a base or a plan that cannot be used. Bad arguments raise ``ValueError``.
+
+Every message says what was found, what is wanted and what to do.
+"""
+
+from __future__ import annotations
+
+
+class FiseditError(RuntimeError):
+    """Base of all errors of this package."""
+
+
+class CaptureError(FiseditError):
+    """The U-Net could not be captured as one graph, or is not a model that can be captured."""
+
+
+class SparsifyError(FiseditError):
+    """A pass found a graph that it cannot make mask-aware, or nothing at all to make sparse."""
+
+
+class BaseMismatchError(FiseditError):
+    """A base (a recorded generation) does not fit the model, scheduler, size or step it is used with."""
+
+
+class MaskError(FiseditError, ValueError):
+    """A mask that is empty, not finite, of the wrong shape or for another number of samples."""

@@ -1,0 +1,205 @@
+"""From a mask to the index tensors that a sparse graph takes as inputs: made once an edit, at preprocessing.
+
+Inside the sparse region a spatial value is *rows* ``[M, *C]``: one row an active pixel of any sample of the U-Net
+batch, sorted by (sample, y, x). The pixel id of (sample b, y, x) at a resolution (H, W) is ``(b * H + y) * W + x``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fisedit_compile.errors import MaskError
+from fisedit_compile.neighbour_table import Size, Taps, neighbour_table
+from fisedit_compile.passes.choose_blocks import BlockChoice, choose_block, expand_to_tiles
+
+__all__ = ["EditPlan", "PlanTensor", "Size", "Taps", "plan_edit"]
+
+_OF_SIZE = ("index", "sample", "offsets")
+_OF_TAPS = ("table", "halo")
+
+
+@dataclass(frozen=True)
+class PlanTensor:
+    """What one input of a sparse graph asks of a plan.
+
+    Attributes:
+        kind: of a resolution: ``index`` int64 ``[M]`` pixel ids of the rows, ``sample`` int64 ``[M]`` their
+            sample, ``offsets`` int32 ``[B + 1]`` cumulative row counts of the samples. Of a convolution: ``table``
+            int32 ``[M_target, K]`` and ``halo`` int64 ``[Hh]``, see
+            :func:`~fisedit_compile.neighbour_table.neighbour_table`.
+        where: the resolution (height, width), or the convolution's :class:`Taps`.
+
+    Raises:
+        ValueError: ``where`` is not what ``kind`` needs, or a halo is asked of a dense source.
+    """
+
+    kind: Literal["index", "sample", "offsets", "table", "halo"]
+    where: Size | Taps
+
+    def __post_init__(self) -> None:
+        if self.kind not in (*_OF_SIZE, *_OF_TAPS):
+            raise ValueError(f"PlanTensor.kind is {self.kind!r}; give one of {(*_OF_SIZE, *_OF_TAPS)}")
+        if isinstance(self.where, Taps) != (self.kind in _OF_TAPS):
+            wanted = "Taps" if self.kind in _OF_TAPS else "a resolution (height, width)"
+            raise ValueError(f"PlanTensor({self.kind!r}) is of {wanted}; {self.where!r} was given")
+        if self.kind == "halo" and isinstance(self.where, Taps) and self.where.dense:
+            raise ValueError("a dense source has no halo, its table holds pixel ids; ask for the table alone")
+
+
+@dataclass(frozen=True)
+class EditPlan:
+    """The rows, halos and neighbour tables of one mask. Made by :func:`plan_edit`.
+
+    Attributes:
+        mask: as given, bool ``[n, h, w]``.
+        batch: U-Net batch B; sample b is edited by ``mask[b % n]``.
+        counts: rows M of each resolution, all samples together.
+        pixel_counts: the rows that pixel-exact planning would have.
+        choices: with ``blocks="paper"``, the block chosen at each resolution and its candidates.
+    """
+
+    mask: Tensor
+    batch: int
+    counts: Mapping[Size, int]
+    pixel_counts: Mapping[Size, int]
+    choices: Mapping[Size, BlockChoice]
+    _active: Mapping[Size, Tensor]
+    _tensors: Mapping[PlanTensor, Tensor]
+
+    def tensor(self, request: PlanTensor) -> Tensor:
+        """The tensor of one request.
+
+        Raises:
+            ValueError: the request was not among those planned.
+        """
+        try:
+            return self._tensors[request]
+        except KeyError:
+            raise ValueError(f"{request} was not planned; add it to the requests of plan_edit") from None
+
+    def active(self, size: Size) -> Tensor:
+        """bool ``[B, height, width]``: the pixels that are rows at a resolution.
+
+        Raises:
+            ValueError: no request was at this resolution.
+        """
+        if size not in self._active:
+            raise ValueError(f"resolution {size} was not planned; planned are {list(self._active)}")
+        return self._active[size]
+
+    def to(self, device: torch.device | str) -> EditPlan:
+        """The same plan with its tensors on another device."""
+        return replace(
+            self,
+            mask=self.mask.to(device),
+            _active={size: active.to(device) for size, active in self._active.items()},
+            _tensors={request: tensor.to(device) for request, tensor in self._tensors.items()},
+        )
+
+    def report(self) -> str:
+        """Rows of each resolution and halo rows of each convolution, as text for people.
+
+        With ``blocks="paper"`` also the block chosen at each resolution and the rows that it adds to pixel-exact ones.
+        """
+        lines = [f"{self.batch} samples, {len(self.mask)} masks of {self.mask.shape[1]}x{self.mask.shape[2]}"]
+        for size in sorted(self.counts, reverse=True):
+            rows, exact, total = self.counts[size], self.pixel_counts[size], self.batch * size[0] * size[1]
+            line = f"{size[0]}x{size[1]}: {rows} of {total} rows ({rows / total:.1%})"
+            if size in self.choices:
+                chosen = self.choices[size].chosen
+                line += f", block {chosen.block[0]}x{chosen.block[1]} (tile {chosen.tile[0]}x{chosen.tile[1]})"
+                line += f", {rows - exact} over pixel-exact"
+                line += f" ({(rows - exact) / exact:+.1%})" if exact else ""
+            lines.append(line)
+        for request, halo in self._tensors.items():
+            if request.kind == "halo":
+                lines.append(f"{request.where}: {len(halo)} halo rows")
+        return "\n".join(lines)
+
+
+def plan_edit(
+    mask: Tensor, requests: Collection[PlanTensor], *, batch: int, blocks: Literal["pixel", "paper"] = "pixel"
+) -> EditPlan:
+    """Plan an edit: every tensor that the sparse graph asks for, on the mask's device.
+
+    A resolution's active pixels are the mask any-pooled to it: a pixel is active if anything under it is. A sample
+    whose mask is empty has no rows; a mask of no active pixel at all gives a valid plan of zero rows.
+
+    With ``blocks="paper"`` (APSC, paper A.1) they grow to the union of the tiles chosen for a 3x3 kernel at that
+    resolution, all samples together. One row set is kept a resolution, not one a layer: rows pass from convolution to
+    norm, residual sum and attention with no gather between, which only holds while they are the same pixels. Nothing
+    is lost by it: the objective depends on mask and kernel alone, and a U-Net's spatial kernels are all 3x3.
+
+    Args:
+        mask: what to recompute, bool ``[n, h, w]``.
+        requests: what the sparse graph's inputs ask for. Resolutions with rows are those of its size requests and the
+            target and (unless dense) source of its taps.
+        batch: U-Net batch, a multiple of n: sample b uses ``mask[b % n]`` (classifier-free guidance: 2 n, all
+            unconditional samples first).
+        blocks: ``"pixel"`` for pixel-exact rows, or ``"paper"``.
+
+    Raises:
+        MaskError: the mask is not bool ``[n, h, w]`` with n, h, w at least 1, or ``batch`` is not a multiple of n.
+        ValueError: ``blocks`` is neither of the two.
+    """
+    _check_mask(mask, batch)
+    if blocks not in ("pixel", "paper"):
+        raise ValueError(f"blocks is {blocks!r}; give 'pixel' or 'paper'")
+
+    pooled = {size: _any_pool(mask, size) for size in _resolutions(requests)}
+    choices = {size: choose_block(m, (3, 3)) for size, m in pooled.items()} if blocks == "paper" else {}
+    grown = {s: expand_to_tiles(m, choices[s].chosen.tile) if s in choices else m for s, m in pooled.items()}
+    copies = batch // len(mask)
+    active = {size: m.repeat(copies, 1, 1) for size, m in grown.items()}
+    index = {size: a.view(-1).nonzero().squeeze(1) for size, a in active.items()}
+
+    tensors: dict[PlanTensor, Tensor] = {}
+    for where in dict.fromkeys(request.where for request in requests):
+        if isinstance(where, Taps):
+            table, halo = neighbour_table(where, index[where.target], active.get(where.source), batch)
+            tensors[PlanTensor("table", where)] = table
+            if halo is not None:
+                tensors[PlanTensor("halo", where)] = halo
+        else:
+            tensors[PlanTensor("index", where)] = index[where]
+            tensors[PlanTensor("sample", where)] = index[where] // (where[0] * where[1])
+            rows = active[where].sum((1, 2)).cumsum(0)
+            tensors[PlanTensor("offsets", where)] = F.pad(rows, (1, 0)).int()
+
+    counts = {size: len(i) for size, i in index.items()}
+    pixel_counts = {s: copies * int(m.sum()) for s, m in pooled.items()} if choices else counts
+    return EditPlan(mask, batch, counts, pixel_counts, choices, active, tensors)
+
+
+def _resolutions(requests: Collection[PlanTensor]) -> list[Size]:
+    """The resolutions that have rows, each once, in the order of the requests."""
+    sizes: dict[Size, None] = {}
+    for where in (request.where for request in requests):
+        if not isinstance(where, Taps):
+            sizes[where] = None
+        else:
+            sizes.update(dict.fromkeys([where.target] if where.dense else [where.target, where.source]))
+    return list(sizes)
+
+
+def _any_pool(mask: Tensor, size: Size) -> Tensor:
+    return F.adaptive_max_pool2d(mask[:, None].float(), size)[:, 0] > 0
+
+
+def _check_mask(mask: Tensor, batch: int) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        given = f"of dtype {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise MaskError(f"the mask is {given}; give a bool tensor, for example `mask > 0.5`")
+    if mask.dim() != 3 or mask.numel() == 0:
+        raise MaskError(f"the mask has shape {list(mask.shape)}; give [samples, height, width], none of them zero")
+    if batch < 1 or batch % len(mask):
+        raise MaskError(
+            f"a U-Net batch of {batch} is not a multiple of the {len(mask)} masks; give one mask a sample "
+            "(sample b of the batch uses mask b % samples), or one for all"
+        )

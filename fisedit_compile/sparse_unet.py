@@ -1,0 +1,150 @@
+"""``sparsify(unet)``: a drop-in for a diffusers U-Net that can also record a call and recompute a region of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisedit_compile.capture import Call, Signature, bind
+from fisedit_compile.config import SparsityConfig
+from fisedit_compile.errors import BaseMismatchError, CaptureError
+from fisedit_compile.plan import EditPlan, plan_edit
+from fisedit_compile.program import Prepared, Program, StepCache
+from fisedit_compile.prompt_to_prompt import TokenAlignment
+
+
+def sparsify(unet: torch.nn.Module, config: SparsityConfig | dict[str, Any] | None = None) -> SparseUNet:
+    """Make a diffusers U-Net mask-aware.
+
+    Args:
+        unet: a ``UNet2DConditionModel``, or the result of ``torch.compile`` on one. It is not changed.
+        config: a :class:`SparsityConfig`, a dict of its fields, or None for the defaults.
+
+    Returns:
+        A module that behaves as ``unet`` and has :meth:`SparseUNet.record`, :meth:`SparseUNet.plan` and
+        :meth:`SparseUNet.step`. Graphs are captured on first use, once for each signature of inputs.
+
+    Raises:
+        CaptureError: not a U-Net of this kind.
+        ValueError: an unknown config field or value.
+    """
+    return SparseUNet(unet, SparsityConfig.of(config))
+
+
+class SparseUNet(torch.nn.Module):
+    """See :func:`sparsify`. Calling it runs the dense U-Net, exactly, unless a handler is set.
+
+    Attributes of the wrapped U-Net (``config``, ``dtype``, ``device``, ...) are its own.
+    """
+
+    def __init__(self, unet: torch.nn.Module, config: SparsityConfig) -> None:
+        super().__init__()
+        original = getattr(unet, "_orig_mod", unet)
+        if isinstance(original, SparseUNet):
+            raise CaptureError("the U-Net is sparse already: pass the original, or use it as it is")
+        from diffusers import (
+            UNet2DConditionModel,  # imported here: it takes a second, `import fisedit_compile` must not
+        )
+
+        if not isinstance(original, UNet2DConditionModel):
+            raise CaptureError(
+                f"sparsify takes a diffusers UNet2DConditionModel, not a {type(original).__name__}: pass pipe.unet"
+            )
+        self.unet = unet
+        self.sparsity = config
+        self._original = (original,)  # in a tuple: not a second submodule
+        self._programs: dict[tuple[Signature, bool], Program] = {}
+        self._handler: Callable[..., Any] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("unet"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The dense U-Net, or the handler set by :meth:`handled_by`."""
+        return (self._handler or self.unet)(*args, **kwargs)
+
+    @contextmanager
+    def handled_by(self, handler: Callable[..., Any]) -> Iterator[SparseUNet]:
+        """Within the context, calls go to ``handler``: so a pipeline that calls its U-Net records or edits."""
+        if self._handler is not None:
+            raise RuntimeError("this U-Net is recording or editing already: finish that first")
+        self._handler = handler
+        try:
+            yield self
+        finally:
+            self._handler = None
+
+    def call(self, *args: Any, **kwargs: Any) -> Call:
+        """A call in the form that the other methods take, from the arguments of the U-Net's ``forward``."""
+        return bind(self._original[0], args, kwargs)
+
+    def program(self, call: Call) -> Program:
+        """The graphs for the signature of ``call``; captured and rewritten on first use."""
+        unet = self._original[0]
+        if call.tensors[0].shape[1] != unet.config.in_channels:
+            raise CaptureError(
+                f"latents of {call.tensors[0].shape[1]} channels: this U-Net takes {unet.config.in_channels}"
+            )
+        key = (call.signature, unet.training)
+        if key not in self._programs:
+            if unet.training:
+                raise CaptureError("the U-Net is in training mode: call unet.eval() first")
+            self._programs[key] = Program(unet, call, self.sparsity)
+        return self._programs[key]
+
+    def record(
+        self, call: Call, *, samples: int | None = None, activations: bool = True, attention: bool = False
+    ) -> tuple[Tensor, StepCache]:
+        """Run the dense U-Net and keep what sparse steps (``activations``) or controlled steps (``attention``) read.
+
+        Returns:
+            The noise prediction ``[B, C, H, W]`` and the cache of this call.
+        """
+        count = samples or call.signature.sample_shape[0]
+        return self.program(call).record(call, samples=count, activations=activations, attention=attention)
+
+    def controlled(self, call: Call, cache: StepCache, alignment: TokenAlignment) -> Tensor:
+        """Run the dense U-Net with the cross-attention maps of unchanged words taken from ``cache``."""
+        return self.program(call).controlled(call, cache, alignment)
+
+    def plan(self, call: Call, mask: Tensor) -> Prepared:
+        """Everything about ``mask`` (bool ``[n, h, w]`` at latent resolution) that the steps of an edit share.
+
+        Raises:
+            MaskError: not bool, not ``[n, h, w]``, another resolution than the latents, n not a divisor of the batch.
+        """
+        program = self.program(call)
+        batch, _, height, width = call.signature.sample_shape
+        if mask.ndim == 3 and mask.shape[1:] != (height, width):
+            from fisedit_compile.errors import MaskError
+
+            raise MaskError(f"a mask of {tuple(mask.shape[1:])} for latents of {(height, width)}: resize it first")
+        plan: EditPlan = plan_edit(mask.cpu(), program.plan_requests, batch=batch, blocks=self.sparsity.blocks)
+        return program.prepare(plan.to(call.tensors[0].device))
+
+    def step(self, call: Call, cache: StepCache, prepared: Prepared) -> Tensor:
+        """One sparse step: active pixels anew, the rest from the base's ``cache`` of the same call.
+
+        Raises:
+            BaseMismatchError: the cache was recorded by another model, or for other activations.
+        """
+        program = self.program(call)
+        if missing := [entry for entry in program.cache_entries if entry not in cache]:
+            raise BaseMismatchError(
+                f"the cache holds nothing for {missing[0].node} and {len(missing) - 1} more: record the call with "
+                "this U-Net and this config first"
+            )
+        return program.step(call, cache, prepared)
+
+    def explain(self, *args: Any, **kwargs: Any) -> str:
+        """What became sparse, what stayed dense and why, module by module; for the arguments of a U-Net call."""
+        from fisedit_compile.report import explain
+
+        return explain(self.program(self.call(*args, **kwargs)))

@@ -1,0 +1,36 @@
+"""Helpers for tests of this package and of its users: the one table of tolerances."""
+
+from __future__ import annotations
+
+import torch
+
+#: Relative error ``norm(out - reference) / norm(reference)`` that a whole chain of operations may reach, against a
+#: reference in fp64. fp32: some thousand additions an output, each 6e-8. fp16 and bf16: the rounding of inputs and
+#: outputs (2**-11 and 2**-8) with fp32 accumulation, over the few tens of layers of a small U-Net.
+TOLERANCES: dict[torch.dtype, float] = {
+    torch.float64: 1e-11,
+    torch.float32: 2e-5,
+    torch.float16: 1e-2,
+    torch.bfloat16: 6e-2,
+}
+
+
+def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
+    """``norm(out - reference) / norm(reference)`` in fp64; NaN or infinity in ``out`` gives NaN or infinity."""
+    out, reference = out.double(), reference.double()
+    return float((out - reference).norm() / reference.norm().clamp_min(1e-30))
+
+
+def assert_close(out: torch.Tensor, reference: torch.Tensor, dtype: torch.dtype | None = None) -> None:
+    """Hold ``out`` to ``reference`` within the tolerance of ``dtype`` (default: the dtype of ``out``).
+
+    Raises:
+        AssertionError: the shapes differ, or the relative error is over ``TOLERANCES[dtype]`` or not a number.
+    """
+    if out.shape != reference.shape:
+        raise AssertionError(f"shape {tuple(out.shape)} where {tuple(reference.shape)} was expected")
+    if out.numel() == 0:
+        return
+    error, limit = relative_error(out, reference), TOLERANCES[dtype or out.dtype]
+    if not error <= limit:
+        raise AssertionError(f"relative error {error:.3g} is over {limit:.3g} for {dtype or out.dtype}")

@@ -1,0 +1,67 @@
+"""Attention between rows: ragged self- and cross-attention, and active queries over all keys of their picture.
+
+Rows are sorted by sample; ``offsets`` int32 [B + 1] are cumulative counts of rows, sample b owning the rows
+[offsets[b], offsets[b + 1]). FISEdit (Yu et al. 2023, section A.3) attends among the active tokens only; with the keys
+and values of the cached run the active queries see the whole picture.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """Batched attention, head-last: q [B, n, heads, hd], k and v [B, m, heads, hd] -> [B, n, heads, hd]."""
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+    return out.transpose(1, 2)
+
+
+def attention_rows_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_offsets: torch.Tensor,
+    k_offsets: torch.Tensor,
+    scale: float | None,
+) -> torch.Tensor:
+    """Ragged attention: the queries of a sample attend to the keys of that sample only.
+
+    Shapes: q [M, heads, hd], k and v [Mk, heads, hd], offsets int32 [B + 1]. ``scale`` None means 1 / sqrt(hd). A
+    sample may have no queries; queries of a sample without keys give zeros.
+
+    Returns:
+        [M, heads, hd], contiguous.
+    """
+    q_counts, k_counts = q_offsets.diff().tolist(), k_offsets.diff().tolist()
+    if len(set(q_counts)) == len(set(k_counts)) == 1:  # one batched call: the halves of guidance share their mask
+        batch = len(q_counts)
+        q, k, v = (t.unflatten(0, (batch, n)) for t, n in ((q, q_counts[0]), (k, k_counts[0]), (v, k_counts[0])))
+        return _attend(q, k, v, scale).flatten(0, 1).contiguous()
+    samples = zip(q.split(q_counts), k.split(k_counts), v.split(k_counts), strict=True)
+    return torch.cat([_attend(q[None], k[None], v[None], scale)[0] for q, k, v in samples])
+
+
+def attention_cached_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    base_k: torch.Tensor,
+    base_v: torch.Tensor,
+    index: torch.Tensor,
+    offsets: torch.Tensor,
+    scale: float | None,
+) -> torch.Tensor:
+    """Active queries attend to every pixel of their picture: fresh keys at the active pixels, the base's elsewhere.
+
+    Shapes: q, k and v [M, heads, hd]; base_k and base_v [P, heads, hd], pixel-major over B = len(offsets) - 1 samples
+    of P / B pixels, only read; index int64 [M], the rows' pixel ids; offsets int32 [B + 1].
+
+    Returns:
+        [M, heads, hd], contiguous.
+    """
+    samples = offsets.shape[0] - 1
+    pixels = base_k.shape[0] // samples
+    k, v = base_k.index_copy(0, index, k), base_v.index_copy(0, index, v)
+    k_offsets = torch.arange(0, (samples + 1) * pixels, pixels, dtype=torch.int32)
+    return attention_rows_reference(q, k, v, offsets, k_offsets, scale)

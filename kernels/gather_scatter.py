@@ -1,0 +1,59 @@
+"""Entering and leaving the sparse region: dense map -> rows of the active pixels -> dense map.
+
+A row is the channels of one active pixel of any sample of the batch. ``index`` [M] (int64) holds the pixel ids
+``(b * H + y) * W + x`` of the rows, ascending; ``order`` permutes the dense tensor so that its first ``pixel_dims``
+dimensions are batch and space and the rest are channels:
+
+    =====================  ============  ==========
+    dense tensor           order         pixel_dims
+    =====================  ============  ==========
+    [B, C, H, W]           (0, 2, 3, 1)  3
+    [B, S, C]              (0, 1, 2)     2
+    [B, heads, S, hd]      (0, 2, 1, 3)  2
+    =====================  ============  ==========
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def inverse_permutation(order: Sequence[int]) -> list[int]:
+    """The dimensions that undo ``permute(order)``."""
+    return sorted(range(len(order)), key=lambda dim: order[dim])
+
+
+def gather_rows_reference(x: torch.Tensor, index: torch.Tensor, order: Sequence[int], pixel_dims: int) -> torch.Tensor:
+    """Rows [M, *C] (contiguous) of the dense ``x`` (any strides) at the pixel ids ``index`` [M].
+
+    Raises:
+        IndexError: an id lies outside the map.
+    """
+    pixels = x.permute(tuple(order))  # [*batch and space, *C]
+    if pixels.is_contiguous():
+        return pixels.flatten(0, pixel_dims - 1).index_select(0, index)
+    # Merging the dimensions of another layout copies the whole map: 1.7 against 0.4 ms, [2, 320, 64, 64] at 5 %.
+    return pixels[torch.unravel_index(index, pixels.shape[:pixel_dims])].contiguous()
+
+
+def scatter_rows_reference(
+    rows: torch.Tensor,
+    base: torch.Tensor,
+    index: torch.Tensor,
+    shape: Sequence[int],
+    order: Sequence[int],
+    pixel_dims: int,
+) -> torch.Tensor:
+    """``base`` with ``rows`` in place of the pixels ``index``, as a dense tensor of ``shape``.
+
+    Shapes: rows [M, *C], base [P, *C] (pixel-major, only read), index int64 [M]. The result is a permuted view of a
+    fresh pixel-major tensor: ``result.permute(order)`` is contiguous.
+
+    Raises:
+        RuntimeError: the dtypes of rows and base differ, or ``shape`` does not hold P pixels of ``*C``.
+        IndexError: an id lies outside the map.
+    """
+    pixels = base.clone(memory_format=torch.contiguous_format).index_copy_(0, index, rows)
+    return pixels.view([shape[dim] for dim in order]).permute(inverse_permutation(order))

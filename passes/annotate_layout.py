@@ -1,0 +1,200 @@
+"""Pass 1: give every spatial value its :class:`~fisedit_compile.layout.Layout`, from the U-Net's inputs on.
+
+    %sample   [B, 4, H, W]        ->  bchw at (H, W)
+    %conv2d   [B, C, H, W]        ->  bchw at (H, W)
+    %permute  [B, H, W, C]        ->  bhwc at (H, W)
+    %reshape  [B, H*W, C]         ->  bsc  at (H, W)
+    %view     [B, H*W, heads, d]  ->  bscc at (H, W)
+
+A value computed from no spatial value (time embedding, text) gets none. An operation that has no rule here, or one
+that mixes pixels in a way rows cannot follow, ends the region: it is reported and stays dense. Where its result is a
+map ``[B, C, H, W]`` again, a region starts anew after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.fx import GraphModule, Node
+
+from fisedit_compile.config import SparsityConfig
+from fisedit_compile.layout import Layout
+from fisedit_compile.passes import ops
+from fisedit_compile.passes.report import PassReport
+
+
+def annotate_layout(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
+    """Set ``meta["layout"]`` on every spatial value; ``meta["dense"]`` says why an operation cannot run on rows."""
+    report = PassReport("annotate_layout")
+    for node in graph_module.graph.nodes:
+        if node.op == "placeholder":
+            layout = _map_layout(node)
+        elif node.op == "call_function" and any("layout" in arg.meta for arg in node.all_input_nodes):
+            try:
+                layout = _rule(node)
+            except ValueError as reason:
+                node.meta["dense"] = str(reason)
+                report.skip(node, str(reason))
+                layout = _map_layout(node)
+        else:
+            continue
+        if layout is not None:
+            node.meta["layout"] = layout
+            report.changed += 1
+    return report
+
+
+def _rule(node: Node) -> Layout | None:
+    rule = _RULES.get(node.target)  # type: ignore[arg-type]
+    if rule is None:
+        raise ValueError(f"no rule for {node.target}: its result is computed dense")
+    return rule(node)
+
+
+def _map_layout(node: Node) -> Layout | None:
+    """A 4-dimensional value at an edge of the region is taken for a map, ``[B, C, H, W]``."""
+    val = node.meta.get("val")
+    if isinstance(val, torch.Tensor) and val.ndim == 4 and val.is_floating_point():
+        return Layout("bchw", (val.shape[2], val.shape[3]))
+    return None
+
+
+def layout_of(node: object) -> Layout | None:
+    """The layout of a graph value, None for numbers and values without space."""
+    return node.meta.get("layout") if isinstance(node, Node) else None
+
+
+def _shape(node: Node) -> tuple[int, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+def _same(node: Node) -> Layout | None:
+    return layout_of(node.args[0])
+
+
+def _binary(node: Node) -> Layout | None:
+    operands = [arg for arg in node.args[:2] if isinstance(arg, Node)]
+    layouts = {layout for layout in map(layout_of, operands) if layout is not None}
+    if len(layouts) != 1:
+        raise ValueError("its operands lie differently in space")
+    (layout,) = layouts
+    out = _shape(node)
+    for operand in operands:
+        shape = (1,) * (len(out) - operand.meta["val"].ndim) + _shape(operand)
+        if layout_of(operand) is not None and shape != out:
+            raise ValueError("a spatial operand is broadcast")
+        if layout_of(operand) is None and any(shape[i] != 1 for i, role in enumerate(layout.roles) if role in "hws"):
+            raise ValueError("an operand without a known layout varies over space")
+    return layout
+
+
+def _map_in(node: Node, what: str) -> Layout:
+    layout = layout_of(node.args[0])
+    if layout is None or layout.roles != "bchw":
+        raise ValueError(f"{what} of a value that is no map [B, C, H, W]")
+    return layout
+
+
+def _conv(node: Node) -> Layout | None:
+    _map_in(node, "a convolution")
+    groups = node.args[6] if len(node.args) > 6 else 1
+    if groups != 1:
+        raise ValueError(f"a grouped convolution (groups={groups}) has no row kernel")
+    return Layout("bchw", _shape(node)[2:])  # type: ignore[arg-type]
+
+
+def _upsample(node: Node) -> Layout | None:
+    _map_in(node, "upsampling")
+    return Layout("bchw", _shape(node)[2:])  # type: ignore[arg-type]
+
+
+def _group_norm(node: Node) -> Layout | None:
+    return _map_in(node, "a group norm")
+
+
+def _layer_norm(node: Node) -> Layout | None:
+    layout = layout_of(node.args[0])
+    assert layout is not None
+    if set(layout.roles[-len(node.args[1]) :]) != {"c"}:  # type: ignore[arg-type]
+        raise ValueError("a layer norm over dimensions that are not channels")
+    return layout
+
+
+def _linear(node: Node) -> Layout | None:
+    layout = layout_of(node.args[0])
+    if layout is None or layout.roles[-1] != "c":
+        raise ValueError("a linear layer over a dimension that is not a channel")
+    return layout
+
+
+def _view(node: Node) -> Layout | None:
+    layout = layout_of(node.args[0])
+    assert layout is not None
+    return layout.viewed(_shape(node.args[0]), _shape(node))  # type: ignore[arg-type]
+
+
+def permutation(node: Node) -> tuple[int, ...]:
+    """The dimensions of a ``permute`` or ``transpose`` node, as a permutation."""
+    rank = node.meta["val"].ndim
+    if node.target is torch.ops.aten.transpose.int:
+        a, b = (int(dim) % rank for dim in node.args[1:3])  # type: ignore[arg-type]
+        dims = list(range(rank))
+        dims[a], dims[b] = b, a
+        return tuple(dims)
+    return tuple(dim % rank for dim in node.args[1])  # type: ignore[union-attr, operator]
+
+
+def _permute(node: Node) -> Layout | None:
+    layout = layout_of(node.args[0])
+    assert layout is not None
+    return layout.permuted(permutation(node))
+
+
+def _cat(node: Node) -> Layout | None:
+    layouts = {layout_of(arg) for arg in node.args[0]}  # type: ignore[union-attr]
+    if len(layouts) != 1 or None in layouts:
+        raise ValueError("its parts lie differently in space")
+    (layout,) = layouts
+    assert layout is not None
+    layout.row_dim(node.args[1] if len(node.args) > 1 else 0)  # type: ignore[arg-type]
+    return layout
+
+
+def _chunk(node: Node) -> Layout | None:
+    layout = layout_of(node.args[0])
+    assert layout is not None
+    layout.row_dim(node.args[2] if len(node.args) > 2 else 0)  # type: ignore[arg-type]
+    return layout
+
+
+def _attention(node: Node) -> Layout | None:
+    query, key, value = (layout_of(arg) for arg in node.args[:3])
+    if query is None or query.roles != "bcsc":
+        raise ValueError("attention whose query is not [B, heads, H*W, channels]")
+    if not (key == value and key in (None, query)):
+        raise ValueError("attention whose keys and values lie elsewhere than its queries")
+    if (len(node.args) > 3 and node.args[3] is not None) or node.kwargs.get("attn_mask") is not None:
+        raise ValueError("attention with a mask has no row kernel")
+    if any(node.kwargs.get(option) for option in ("is_causal", "dropout_p", "enable_gqa")) or len(node.args) > 4:
+        raise ValueError("causal, grouped-query or dropped-out attention has no row kernel")
+    if key is None and node.args[1].meta["val"].ndim != 4:  # type: ignore[union-attr]
+        raise ValueError("cross-attention whose keys are not [B, heads, tokens, channels]")
+    return query
+
+
+_RULES: dict[object, Callable[[Node], Layout | None]] = {
+    **dict.fromkeys(ops.UNARY, _same),
+    **dict.fromkeys(ops.BINARY, _binary),
+    **dict.fromkeys(ops.VIEW, _view),
+    **dict.fromkeys(ops.PERMUTE, _permute),
+    **dict.fromkeys(ops.CAT, _cat),
+    **dict.fromkeys(ops.CHUNK, _chunk),
+    ops.GETITEM: _same,
+    ops.CONV: _conv,
+    ops.LINEAR: _linear,
+    ops.GROUP_NORM: _group_norm,
+    ops.LAYER_NORM: _layer_norm,
+    ops.ATTENTION: _attention,
+    ops.UPSAMPLE: _upsample,
+}

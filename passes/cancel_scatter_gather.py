@@ -1,0 +1,33 @@
+"""Pass 7: a gather of what was just scattered at the same resolution is the rows themselves.
+
+before:   %full = scatter_rows(%rows, %base, %index)
+          %again = gather_rows(%full, %index)
+after:    users of %again read %rows; %full stays only if something dense reads it
+"""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule, Node
+
+from fisedit_compile.config import SparsityConfig
+from fisedit_compile.passes import ops
+from fisedit_compile.passes.report import PassReport
+from fisedit_compile.passes.rewriting import prune
+
+
+def cancel_scatter_gather(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
+    """Remove every pair that meets, then what nobody reads any more: operations, maps of the base, plan tensors."""
+    report = PassReport("cancel_scatter_gather")
+    graph = graph_module.graph
+    for gather in graph.find_nodes(op="call_function", target=ops.GATHER_ROWS):
+        scatter = gather.args[0]
+        assert isinstance(scatter, Node)
+        if scatter.target is not ops.SCATTER_ROWS:
+            report.skip(gather, "its value is dense: the region begins here")
+        elif scatter.args[2] is not gather.args[1] or scatter.args[4:] != gather.args[2:]:
+            report.skip(gather, "it reads other pixels than were scattered")
+        else:
+            gather.replace_all_uses_with(scatter.args[0])
+            report.changed += 1
+    prune(graph)
+    return report

@@ -1,0 +1,44 @@
+"""The control graph: the dense graph whose cross-attention keeps the base's maps of unchanged words (paper 3.1).
+
+        attention(%q, %k, %v)           %k, %v from the text
+    ->  controlled_attention(%q, %k, %v, base maps, %control_mapper, %control_keep)
+
+It runs the dense steps of an edit under Prompt-to-Prompt control (Hertz et al. 2022), conditional half alone.
+"""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule, Node
+
+from fisedit_compile.config import SparsityConfig
+from fisedit_compile.passes import ops
+from fisedit_compile.passes.report import PassReport
+from fisedit_compile.passes.requests import CacheEntry, ControlTensor, Inputs
+from fisedit_compile.passes.rewriting import RowBuilder
+from fisedit_compile.prompt_to_prompt import controlled_attention
+
+
+def control_cross_attention(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
+    """Rewrite every cross-attention of an annotated dense graph."""
+    report = PassReport("control_cross_attention")
+    graph = graph_module.graph
+    inputs = Inputs(graph)
+    for node in cross_attentions(graph_module):
+        maps = inputs(CacheEntry(node.name, "attention"))
+        mapper, keep = inputs(ControlTensor("mapper")), inputs(ControlTensor("keep"))
+        build = RowBuilder(graph, inputs, node.meta["module_path"])
+        with graph.inserting_before(node):
+            controlled = build.call(
+                controlled_attention, *node.args[:3], maps, mapper, keep, scale=node.kwargs.get("scale")
+            )
+        controlled.meta.update(val=node.meta["val"], layout=node.meta["layout"])
+        node.replace_all_uses_with(controlled)
+        graph.erase_node(node)
+        report.changed += 1
+    return report
+
+
+def cross_attentions(graph_module: GraphModule) -> list[Node]:
+    """Attention of an annotated graph whose queries lie in space and whose keys do not."""
+    nodes = graph_module.graph.find_nodes(op="call_function", target=ops.ATTENTION)
+    return [node for node in nodes if "layout" in node.args[0].meta and "layout" not in node.args[1].meta]

@@ -1,0 +1,89 @@
+"""Pass 9: take out of the step what does not change from step to step.
+
+Every value is put into the earliest stage that has all it depends on:
+
+    constant   weights alone                    packed convolution weights, text offsets; once a model
+    prompt     the text's embeddings            cross-attention keys and values; once an edit
+    fetch      the plan and the base's cache    halo rows; before a step, ahead of it where the base is elsewhere
+    step       the rest
+
+    before:   %k = linear(%text, %w); %y = op(%x, %k)
+    after:    stage prompt returns %k;  stage step reads placeholder %prompt_k
+"""
+
+from __future__ import annotations
+
+from torch.fx import Graph, GraphModule, Node
+
+from fisedit_compile.config import SparsityConfig
+from fisedit_compile.passes.report import PassReport
+from fisedit_compile.passes.requests import CacheEntry, Hoisted, Inputs
+from fisedit_compile.passes.rewriting import prune
+from fisedit_compile.plan import PlanTensor
+
+#: The stages before the step, in their order.
+HOISTED_STAGES = ("constant", "prompt", "fetch")
+
+
+def hoist_invariants(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
+    """Set ``meta["stage"]`` on every operation of a sparse graph."""
+    report = PassReport("hoist_invariants")
+    sources: dict[Node, frozenset[str]] = {}
+    for node in graph_module.graph.nodes:
+        if node.op == "placeholder":
+            sources[node] = frozenset({_source(node)})
+            continue
+        sources[node] = frozenset().union(*(sources[arg] for arg in node.all_input_nodes))
+        if node.op == "call_function":
+            node.meta["stage"] = stage = _stage(sources[node])
+            report.changed += stage != "step"
+    return report
+
+
+def _source(placeholder: Node) -> str:
+    request = placeholder.meta.get("request")
+    if isinstance(request, PlanTensor | CacheEntry):
+        return "fetch"
+    per_step = "layout" in placeholder.meta or placeholder.target == "timestep"
+    return "step" if per_step or request is not None else "prompt"
+
+
+def _stage(sources: frozenset[str]) -> str:
+    if not sources:
+        return "constant"
+    return next(iter(sources)) if len(sources) == 1 else "step"
+
+
+def split_stages(graph_module: GraphModule) -> dict[str, GraphModule]:
+    """One graph for each stage, the step's last.
+
+    A hoisted stage's graph returns the tuple of its values that later stages read; there they are placeholders whose
+    ``meta["request"]`` is a :class:`~fisedit_compile.passes.requests.Hoisted`. ``meta["stage"]`` and ``meta["values"]`` of its
+    output node name the stage and, in the order of the tuple, those values.
+    """
+    read_later = {stage: _read_later(graph_module, stage) for stage in HOISTED_STAGES}
+    stages = {}
+    for position, stage in enumerate((*HOISTED_STAGES, "step")):
+        graph = Graph()
+        copies: dict[Node, Node] = {}
+        result = graph.graph_copy(graph_module.graph, copies)
+        inputs = Inputs(graph)
+        for earlier in HOISTED_STAGES[:position]:
+            for node in read_later[earlier]:
+                copies[node].replace_all_uses_with(inputs(Hoisted(earlier, node.name)))
+        values = read_later.get(stage)
+        output = graph.output(result if values is None else tuple(copies[node] for node in values))
+        if values is not None:
+            output.meta.update(stage=stage, values=[node.name for node in values])
+        prune(graph)
+        stages[stage] = GraphModule(graph_module, graph)
+    return stages
+
+
+def _read_later(graph_module: GraphModule, stage: str) -> list[Node]:
+    """The values of ``stage`` that operations of other stages read."""
+    return [
+        node
+        for node in graph_module.graph.nodes
+        if node.meta.get("stage") == stage and any(user.meta.get("stage") != stage for user in node.users)
+    ]

@@ -1,0 +1,55 @@
+"""Pass 3: put a gather and a scatter around every value of the region.
+
+    before:   %y = op(%x)                         all users read %y
+    after:    %y = op(%x)
+              %rows = gather_rows(%y, %index)     [M, *channels]: the active pixels of %y
+              %full = scatter_rows(%rows, %base)  the base's %y with the active pixels replaced; all users read %full
+
+This alone fixes what the sparse graph means: *outside the mask every value of the region is the base's*. It computes
+as much as before; the ``sparsify_*`` passes then move each gather in front of its operation
+(``gather(op(x)) -> row_op(gather(x))``), ``cancel_scatter_gather`` removes the pairs that meet, and what nobody reads
+any more is dropped. What is left decides which maps the base has to keep.
+"""
+
+from __future__ import annotations
+
+from torch.fx import Graph, GraphModule, Node
+
+from fisedit_compile.config import SparsityConfig
+from fisedit_compile.layout import Layout
+from fisedit_compile.passes import ops
+from fisedit_compile.passes.report import PassReport
+from fisedit_compile.passes.requests import CacheEntry, Inputs
+from fisedit_compile.plan import PlanTensor
+
+
+def insert_gather_scatter(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
+    """Wrap every value marked ``meta["region"]``."""
+    report = PassReport("insert_gather_scatter")
+    graph = graph_module.graph
+    inputs = Inputs(graph)
+    for node in [node for node in graph.nodes if node.meta.get("region")]:
+        layout: Layout = node.meta["layout"]
+        index = inputs(PlanTensor("index", layout.size))
+        base = inputs(CacheEntry(node.name, "map"))
+        users = list(node.users)
+        with graph.inserting_after(node):
+            rows = gather(graph, node, index)
+        with graph.inserting_after(rows):
+            full = graph.call_function(
+                ops.SCATTER_ROWS,
+                (rows, base, index, list(node.meta["val"].shape), list(layout.order), layout.pixel_dims),
+            )
+        full.meta.update(val=node.meta["val"], layout=layout, module_path=node.meta["module_path"])
+        for user in users:
+            user.replace_input_with(node, full)
+        report.changed += 1
+    return report
+
+
+def gather(graph: Graph, value: Node, index: Node) -> Node:
+    """A gather of the active pixels of a dense spatial value, at the graph's insertion point."""
+    layout: Layout = value.meta["layout"]
+    rows = graph.call_function(ops.GATHER_ROWS, (value, index, list(layout.order), layout.pixel_dims))
+    rows.meta.update(rows=layout, module_path=value.meta["module_path"])
+    return rows

@@ -1,0 +1,50 @@
+"""The passes in their order, and the loop that runs, times and checks them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from torch.fx import GraphModule
+
+from fisedit_compile.config import SparsityConfig
+from fisedit_compile.passes.annotate_layout import annotate_layout
+from fisedit_compile.passes.cancel_scatter_gather import cancel_scatter_gather
+from fisedit_compile.passes.hoist_invariants import hoist_invariants
+from fisedit_compile.passes.insert_gather_scatter import insert_gather_scatter
+from fisedit_compile.passes.report import PassReport
+from fisedit_compile.passes.select_region import select_region
+from fisedit_compile.passes.sparsify_attention import sparsify_attention
+from fisedit_compile.passes.sparsify_conv import sparsify_conv
+from fisedit_compile.passes.sparsify_norm import sparsify_norm
+from fisedit_compile.passes.sparsify_pointwise import sparsify_pointwise
+
+Pass = Callable[[GraphModule, SparsityConfig], PassReport]
+
+#: Dense graph -> sparse graph. Between any two of them the graph is complete and can run.
+SPARSE_PASSES: tuple[Pass, ...] = (
+    annotate_layout,
+    select_region,
+    insert_gather_scatter,
+    sparsify_conv,
+    sparsify_norm,
+    sparsify_attention,
+    sparsify_pointwise,
+    cancel_scatter_gather,
+    hoist_invariants,
+)
+
+
+def run_passes(
+    graph_module: GraphModule, config: SparsityConfig, passes: tuple[Pass, ...] = SPARSE_PASSES
+) -> list[PassReport]:
+    """Rewrite ``graph_module`` in place; one report a pass, in order."""
+    reports = []
+    for rewrite in passes:
+        start = time.perf_counter()
+        report = rewrite(graph_module, config)
+        graph_module.graph.lint()
+        report.seconds = time.perf_counter() - start
+        reports.append(report)
+    graph_module.recompile()
+    return reports

@@ -1,0 +1,43 @@
+"""The operations that the passes know: ATen's by what they do to a spatial value, and our own on rows."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+
+aten = torch.ops.aten
+
+#: One value in, the same shape out, every element on its own.
+UNARY = frozenset({
+    aten.silu.default, aten.gelu.default, aten.relu.default, aten.sigmoid.default, aten.tanh.default,
+    aten.leaky_relu.default, aten.mish.default, aten.hardswish.default, aten.elu.default, aten.softplus.default,
+    aten.neg.default, aten.exp.default, aten.abs.default, aten.sqrt.default, aten.rsqrt.default, aten.square.default,
+    aten.clamp.default, aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.contiguous.default,
+    aten.alias.default, aten.detach.default,
+    aten.add.Scalar, aten.sub.Scalar, aten.mul.Scalar, aten.div.Scalar, aten.pow.Tensor_Scalar,
+})  # fmt: skip
+
+#: Two operands that broadcast.
+BINARY = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor})
+
+VIEW = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
+                  aten.unflatten.int})  # fmt: skip
+PERMUTE = frozenset({aten.permute.default, aten.transpose.int})
+CAT = frozenset({aten.cat.default, aten.concat.default})
+CHUNK = frozenset({aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default})
+GETITEM = operator.getitem
+
+CONV = aten.conv2d.default
+LINEAR = aten.linear.default
+GROUP_NORM = aten.group_norm.default
+LAYER_NORM = aten.layer_norm.default
+ATTENTION = aten.scaled_dot_product_attention.default
+UPSAMPLE = aten.upsample_nearest2d.vec
+
+GATHER_ROWS = torch.ops.fisedit.gather_rows.default
+SCATTER_ROWS = torch.ops.fisedit.scatter_rows.default
+CONV2D_ROWS = torch.ops.fisedit.conv2d_rows.default
+GROUP_NORM_ROWS = torch.ops.fisedit.group_norm_rows.default
+ATTENTION_ROWS = torch.ops.fisedit.attention_rows.default
+ATTENTION_CACHED = torch.ops.fisedit.attention_cached.default

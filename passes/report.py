@@ -1,0 +1,36 @@
+"""What a pass did and what it left, with the module path of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch.fx import Node
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A node that a pass could have rewritten and did not."""
+
+    module_path: str
+    op: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.module_path or '(U-Net)'}: {self.op}: {self.reason}"
+
+
+@dataclass
+class PassReport:
+    """The outcome of one pass: how many nodes it changed, which it skipped and why, and its time."""
+
+    name: str
+    changed: int = 0
+    skipped: list[Skip] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def skip(self, node: Node, reason: str) -> None:
+        """Record that ``node`` was left as it is."""
+        self.skipped.append(Skip(node.meta.get("module_path", ""), str(node.target), reason))
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.changed} changed, {len(self.skipped)} skipped, {self.seconds * 1e3:.0f} ms"

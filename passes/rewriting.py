@@ -1,0 +1,69 @@
+"""What the passes share: the step that moves a gather in front of its operation, and the removal of what is not read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+from torch.fx import Graph, GraphModule, Node
+
+from fisedit_compile.passes import ops
+from fisedit_compile.passes.insert_gather_scatter import gather
+from fisedit_compile.passes.report import PassReport
+from fisedit_compile.passes.requests import Inputs
+from fisedit_compile.plan import PlanTensor
+
+
+class RowBuilder:
+    """Builds the row form of one operation, in front of the gather that it replaces."""
+
+    def __init__(self, graph: Graph, inputs: Inputs, module_path: str) -> None:
+        self.graph = graph
+        self.inputs = inputs
+        self._module_path = module_path
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        """One operation on rows, or on what goes with them."""
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta["module_path"] = self._module_path
+        return node
+
+    def rows(self, value: Node) -> Node:
+        """The active pixels of a spatial value; a scatter behind it cancels later."""
+        return gather(self.graph, value, self.inputs(PlanTensor("index", value.meta["layout"].size)))
+
+    def pixels(self, value: Node) -> Node:
+        """A dense value pixel-major, ``[B*H*W, *channels]``; a view where channels already lie last."""
+        layout = value.meta["layout"]
+        permuted = self.call(ops.aten.permute.default, value, list(layout.order))
+        return self.call(ops.aten.flatten.using_ints, permuted, 0, layout.pixel_dims - 1)
+
+
+def move_gathers(
+    graph_module: GraphModule,
+    report: PassReport,
+    targets: Collection[object],
+    build: Callable[[RowBuilder, Node], Node],
+) -> None:
+    """Replace ``gather_rows(op(...))`` by ``build(builder, op)`` for every ``op`` of ``targets`` in the region."""
+    graph = graph_module.graph
+    inputs = Inputs(graph)
+    for node in graph.find_nodes(op="call_function", target=ops.GATHER_ROWS):
+        op = node.args[0]
+        if op.target not in targets or not op.meta.get("region"):
+            continue
+        with graph.inserting_before(node):
+            new = build(RowBuilder(graph, inputs, op.meta["module_path"]), op)
+        new.meta["rows"] = op.meta["layout"]
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+        report.changed += 1
+
+
+def prune(graph: Graph) -> None:
+    """Drop what nobody reads: operations, and placeholders that a pass made."""
+    # Attention counts as impure for its dropout, which capture has ruled out: only inputs and the output must stay.
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    for node in graph.find_nodes(op="placeholder"):
+        if not node.users:
+            graph.erase_node(node)

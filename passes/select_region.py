@@ -1,0 +1,47 @@
+"""Pass 2: choose the values that become rows: those at the resolutions that pay for it (paper 3.1).
+
+A value joins the region when it has a layout, its resolution is at least ``config.dense_below`` cells on the shorter
+side, and its operation can run on rows. Chunks and nearest-upsampled maps stay out: the first are tuples, whose
+pieces join; the second are never made, because the convolution behind reads the small map through its table.
+"""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule, Node
+
+from fisedit_compile.config import SparsityConfig
+from fisedit_compile.errors import SparsifyError
+from fisedit_compile.passes import ops
+from fisedit_compile.passes.report import PassReport
+
+
+def select_region(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
+    """Set ``meta["region"]`` on the values of the sparse region.
+
+    Raises:
+        SparsifyError: no value at all qualifies, so that the edit would run dense.
+    """
+    report = PassReport("select_region")
+    for node in graph_module.graph.nodes:
+        layout = node.meta.get("layout")
+        if layout is None or node.op != "call_function" or "dense" in node.meta or node.target in ops.CHUNK:
+            continue
+        if node.target is ops.UPSAMPLE:
+            if not _read_by_convolutions_alone(node):
+                report.skip(node, "its map is used by more than convolutions, so it is computed dense")
+            continue
+        if min(layout.size) < config.dense_below:
+            report.skip(node, f"resolution {layout.size[0]}x{layout.size[1]} is below dense_below={config.dense_below}")
+            continue
+        node.meta["region"] = True
+        report.changed += 1
+    if not report.changed:
+        raise SparsifyError(
+            f"nothing to make sparse: no operation of the U-Net runs at {config.dense_below} or more latent cells a side; "
+            "lower dense_below, or edit a larger picture"
+        )
+    return report
+
+
+def _read_by_convolutions_alone(node: Node) -> bool:
+    return all(user.target is ops.CONV and "dense" not in user.meta for user in node.users)

@@ -1,0 +1,67 @@
+"""Pass 6: attention of the region runs ragged, on the active tokens of each sample (approximate attention, paper A.3).
+
+Rows stay gathered from the first projection through self- and cross-attention to the feed-forward behind them.
+
+1.  Self-attention, ``attention="full"``: every key of the sample, the base's where a token is not active.
+        gather(attention(%q, %k, %v))
+    ->  attention_cached(gather(%q), gather(%k), gather(%v), base %k, base %v, index, offsets)
+2.  Self-attention, ``attention="masked"`` (the paper's): the active tokens of the sample alone.
+    ->  attention_rows(gather(%q), gather(%k), gather(%v), offsets, offsets)
+3.  Cross-attention: every token of the text.
+    ->  attention_rows(gather(%q), tokens of %k, tokens of %v, offsets, text offsets)
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch.fx import GraphModule, Node
+
+from fisedit_compile.config import SparsityConfig
+from fisedit_compile.passes import ops
+from fisedit_compile.passes.report import PassReport
+from fisedit_compile.passes.rewriting import RowBuilder, move_gathers
+from fisedit_compile.plan import PlanTensor
+
+aten = ops.aten
+
+
+def sparsify_attention(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
+    """Rewrite the attention of the region."""
+    report = PassReport("sparsify_attention")
+    move_gathers(graph_module, report, {ops.ATTENTION}, partial(_attention_rows, full=config.attention == "full"))
+    return report
+
+
+def _attention_rows(build: RowBuilder, attention: Node, *, full: bool) -> Node:
+    query, key, value = attention.args[:3]
+    assert isinstance(query, Node)
+    assert isinstance(key, Node)
+    assert isinstance(value, Node)
+    size = attention.meta["layout"].size
+    scale = attention.kwargs.get("scale")
+    offsets = build.inputs(PlanTensor("offsets", size))
+    if "layout" not in key.meta:
+        tokens, text = (_tokens(build, node) for node in (key, value))
+        counts = _text_offsets(build, key)
+        return build.call(ops.ATTENTION_ROWS, build.rows(query), tokens, text, offsets, counts, scale)
+    rows = [build.rows(node) for node in (query, key, value)]
+    if not full:
+        return build.call(ops.ATTENTION_ROWS, *rows, offsets, offsets, scale)
+    index = build.inputs(PlanTensor("index", size))
+    base = [node.args[1] for node in (key, value)]
+    return build.call(ops.ATTENTION_CACHED, *rows, *base, index, offsets, scale)
+
+
+def _tokens(build: RowBuilder, value: Node) -> Node:
+    """Text keys or values ``[B, heads, T, d]`` as rows ``[B*T, heads, d]``."""
+    permuted = build.call(aten.permute.default, value, [0, 2, 1, 3])
+    return build.call(aten.flatten.using_ints, permuted, 0, 1)
+
+
+def _text_offsets(build: RowBuilder, key: Node) -> Node:
+    """Cumulative token counts of the text, the same for every sample: int32 ``[B + 1]``."""
+    batch, _, tokens, _ = key.meta["val"].shape
+    options = {"dtype": torch.int32, "device": key.meta["val"].device}
+    return build.call(aten.arange.start_step, 0, tokens * (batch + 1), tokens, **options)

@@ -1,0 +1,73 @@
+"""Pass 4: convolutions of the region read the active pixels and their halo through a neighbour table.
+
+1.  A convolution of a value of the region, stride and dilation as they come:
+        gather(conv2d(%x, %w, %b, stride 2))
+    ->  conv2d_rows(gather(%x), halo, packed(%w), %b, table(size of %x -> size of %y))
+    where ``halo = base_map_x[halo index]`` are the base's values of the pixels next to the mask.
+2.  A convolution of a nearest-upsampled value: the same, the table reads the small map; the large one is never made.
+3.  A convolution of a dense value (the latents; the first one behind the dense levels):
+    ->  conv2d_rows(pixels of %x, None, packed(%w), %b, table of pixel ids)
+4.  A 1x1 convolution of stride 1 is a linear layer on rows; it needs no neighbours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from fisedit_compile.config import SparsityConfig
+from fisedit_compile.layout import Size
+from fisedit_compile.passes import ops
+from fisedit_compile.passes.report import PassReport
+from fisedit_compile.passes.rewriting import RowBuilder, move_gathers
+from fisedit_compile.plan import PlanTensor, Taps
+
+aten = ops.aten
+
+
+def sparsify_conv(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
+    """Rewrite the convolutions of the region."""
+    report = PassReport("sparsify_conv")
+    move_gathers(graph_module, report, {ops.CONV}, _conv_rows)
+    return report
+
+
+def _conv_rows(build: RowBuilder, conv: Node) -> Node:
+    source, weight = conv.args[0], conv.args[1]
+    bias = conv.args[2] if len(conv.args) > 2 else None
+    assert isinstance(source, Node)
+    assert isinstance(weight, Node)
+    geometry = _geometry(conv)
+    upsampled = None
+    if source.target is ops.UPSAMPLE:
+        upsampled = source.meta["layout"].size
+        source = source.args[0]
+        assert isinstance(source, Node)
+
+    kernel = tuple(weight.meta["val"].shape[2:])
+    if kernel == (1, 1) and geometry == {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)} and not upsampled:
+        flat = build.call(aten.flatten.using_ints, weight, 1)
+        return build.call(ops.LINEAR, build.rows(source), flat, bias)
+
+    # [Cout, Cin, kh, kw] -> [Cout, kh * kw * Cin]: one matrix row holds the taps as the gathered pixels lie, channels last
+    packed = build.call(aten.permute.default, weight, [0, 2, 3, 1])
+    packed = build.call(aten.flatten.using_ints, packed, 1)
+    sizes: dict[str, Any] = {"source": source.meta["layout"].size, "target": conv.meta["layout"].size}
+    in_region = source.target is ops.SCATTER_ROWS
+    taps = Taps(**sizes, kernel=kernel, **geometry, upsampled=upsampled, dense=not in_region)
+    table = build.inputs(PlanTensor("table", taps))
+    if not in_region:
+        return build.call(ops.CONV2D_ROWS, build.pixels(source), None, packed, bias, table)
+    base = source.args[1]
+    halo = build.call(aten.index_select.default, base, 0, build.inputs(PlanTensor("halo", taps)))
+    return build.call(ops.CONV2D_ROWS, build.rows(source), halo, packed, bias, table)
+
+
+def _geometry(conv: Node) -> dict[str, Size]:
+    def pair(position: int, default: int) -> Size:
+        values = conv.args[position] if len(conv.args) > position else [default]
+        assert isinstance(values, list | tuple)
+        return (values[0], values[-1])  # type: ignore[return-value]
+
+    return {"stride": pair(3, 1), "padding": pair(4, 0), "dilation": pair(5, 1)}

@@ -1,0 +1,111 @@
+"""Pass 7: what works on each pixel alone runs on rows as it is: activations, sums, linear layers, layer norms, views.
+
+    gather(silu(%x))                       ->  silu(gather(%x))
+    gather(add(%x, %y))                    ->  add(gather(%x), gather(%y))
+    gather(add(%x, %temb[B, C, 1, 1]))     ->  add(gather(%x), temb[sample])      one row of temb for each pixel
+    gather(linear(%x, %w, %b))             ->  linear(gather(%x), %w, %b)
+    gather(cat([%x, %y], 1))               ->  cat([gather(%x), gather(%y)], 1)
+    gather(chunk(%x, 2, -1)[0])            ->  chunk(gather(%x), 2, -1)[0]
+    gather(permute(%x)), gather(view(%x))  ->  gather(%x), its channels regrouped where the view regroups them
+
+Space has no shape in rows, so transposes and views between maps, tokens and heads vanish.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch.fx import GraphModule, Node
+
+from fisedit_compile.config import SparsityConfig
+from fisedit_compile.layout import Layout
+from fisedit_compile.passes import ops
+from fisedit_compile.passes.annotate_layout import permutation
+from fisedit_compile.passes.report import PassReport
+from fisedit_compile.passes.rewriting import RowBuilder, move_gathers
+from fisedit_compile.plan import PlanTensor
+
+aten = ops.aten
+
+
+def sparsify_pointwise(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
+    """Rewrite every operation of the region that needs no pixel but its own."""
+    report = PassReport("sparsify_pointwise")
+    for targets, build in (
+        (ops.UNARY | {ops.LINEAR, ops.LAYER_NORM}, _first_operand),
+        (ops.BINARY, _binary),
+        (ops.CAT, _cat),
+        ({ops.GETITEM}, partial(_piece, made={})),
+        (ops.VIEW, _view),
+        (ops.PERMUTE, _permute),
+    ):
+        move_gathers(graph_module, report, targets, build)
+    return report
+
+
+def _first_operand(build: RowBuilder, op: Node) -> Node:
+    return build.call(op.target, build.rows(op.args[0]), *op.args[1:], **op.kwargs)  # type: ignore[arg-type]
+
+
+def _binary(build: RowBuilder, op: Node) -> Node:
+    layout: Layout = op.meta["layout"]
+    operands = [_operand(build, arg, layout) if isinstance(arg, Node) else arg for arg in op.args[:2]]
+    return build.call(op.target, *operands, *op.args[2:], **op.kwargs)  # type: ignore[arg-type]
+
+
+def _operand(build: RowBuilder, value: Node, layout: Layout) -> Node:
+    """A spatial operand as rows; one without space broadcast over the rows of its sample."""
+    if "layout" in value.meta:
+        return build.rows(value)
+    rank, shape = len(layout.roles), tuple(value.meta["val"].shape)
+    if not shape:
+        return value
+    padded = (1,) * (rank - len(shape)) + shape
+    batch, channels = padded[layout.roles.index("b")], layout.channels(padded)
+    if padded != shape or layout.order != tuple(range(rank)):
+        value = build.call(aten.reshape.default, value, list(padded))
+        value = build.call(aten.permute.default, value, list(layout.order))
+    value = build.call(aten.reshape.default, value, [batch, *channels])
+    if batch == 1:  # [1, *channels] broadcasts over the rows
+        return value
+    return build.call(aten.index_select.default, value, 0, build.inputs(PlanTensor("sample", layout.size)))
+
+
+def _cat(build: RowBuilder, op: Node) -> Node:
+    dim = op.args[1] if len(op.args) > 1 else op.kwargs.get("dim", 0)
+    return build.call(op.target, [build.rows(part) for part in op.args[0]], op.meta["layout"].row_dim(dim))  # type: ignore[arg-type, union-attr]
+
+
+def _piece(build: RowBuilder, op: Node, made: dict[Node, Node]) -> Node:
+    """One piece of a chunk; its siblings share the chunk on rows, which is made once."""
+    chunk, number = op.args
+    assert isinstance(chunk, Node)
+    if chunk not in made:
+        dim = chunk.args[2] if len(chunk.args) > 2 else 0
+        rows = build.rows(chunk.args[0])  # type: ignore[arg-type]
+        made[chunk] = build.call(chunk.target, rows, chunk.args[1], chunk.meta["layout"].row_dim(dim))  # type: ignore[arg-type]
+    return build.call(ops.GETITEM, made[chunk], number)
+
+
+def _view(build: RowBuilder, op: Node) -> Node:
+    value = op.args[0]
+    assert isinstance(value, Node)
+    old = value.meta["layout"].channels(value.meta["val"].shape)
+    new = op.meta["layout"].channels(op.meta["val"].shape)
+    rows = build.rows(value)
+    if old == new:
+        return rows
+    if len(old) > 1:  # not a view to [-1, ...]: with no row at all that would be ambiguous
+        rows = build.call(aten.flatten.using_ints, rows, 1)
+    return build.call(aten.unflatten.int, rows, 1, list(new)) if len(new) > 1 else rows
+
+
+def _permute(build: RowBuilder, op: Node) -> Node:
+    value = op.args[0]
+    assert isinstance(value, Node)
+    rows = build.rows(value)
+    before = [dim for dim, role in enumerate(value.meta["layout"].roles) if role == "c"]
+    after = [dim for dim in permutation(op) if dim in before]
+    if before == after:
+        return rows
+    return build.call(aten.permute.default, rows, [0, *(1 + before.index(dim) for dim in after)])

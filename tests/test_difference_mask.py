@@ -1,0 +1,349 @@
+"""The mask found from two generations' latents, and the mask a user gives."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from skimage.filters import threshold_otsu
+
+from fisedit_compile.difference_mask import clean_up, difference, difference_mask, otsu_threshold
+from fisedit_compile.errors import MaskError
+from fisedit_compile.user_mask import MaskLike, as_mask
+
+
+def generations(
+    boxes: list[tuple[slice, slice]], steps: int = 4, size: tuple[int, int] = (32, 24)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents [steps, n, 4, h, w] of a base and of an edit that changes one box a sample, over noise."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(steps, len(boxes), 4, *size, generator=generator)
+    edit = base + 0.01 * torch.randn(base.shape, generator=generator)
+    for sample, (rows, columns) in enumerate(boxes):
+        region = edit[:, sample, :, rows, columns]
+        region += 1 + 0.1 * torch.randn(region.shape, generator=generator)
+    return base, edit
+
+
+class TestDifference:
+    def test_is_the_formula_of_the_paper(self) -> None:
+        base, edit = torch.randn(2, 3, 2, 4, 6, 5, generator=torch.Generator().manual_seed(1))
+        total = (base - edit).double().abs().sum(dim=(0, 2))
+        for sample, found in enumerate(difference(base, edit)):
+            span = total[sample].max() - total[sample].min()
+            expected = (total[sample] - total[sample].min()) / span
+            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("offset", [0.0, 0.5])
+    def test_a_constant_difference_is_zero(self, offset: float) -> None:
+        base = torch.zeros(2, 1, 4, 3, 3)
+        assert torch.equal(difference(base, base + offset), torch.zeros(1, 3, 3))
+
+    def test_half_precision_is_summed_in_fp32(self) -> None:
+        base = torch.zeros(1, 1, 4, 2, 2, dtype=torch.float16)
+        edit = torch.full_like(base, 40000.0)
+        edit[..., 0, 0] = 0
+        assert difference(base, edit).dtype == torch.float32
+        assert difference(base, edit).flatten().tolist() == [0, 1, 1, 1]
+
+    @pytest.mark.parametrize("shape", [(2, 4, 3, 3), (0, 1, 4, 3, 3), (2, 1, 4, 3, 2)])
+    def test_wrong_shapes(self, shape: tuple[int, ...]) -> None:
+        with pytest.raises(MaskError, match="stack those of the same steps"):
+            difference(torch.zeros(2, 1, 4, 3, 3), torch.zeros(shape))
+
+
+def between_class_variance(values: np.ndarray, threshold: float) -> float:
+    above = values > threshold
+    if above.all() or not above.any():
+        return 0.0
+    return float(above.mean() * (~above).mean() * (values[above].mean() - values[~above].mean()) ** 2)
+
+
+class TestOtsu:
+    @settings(deadline=None, max_examples=150)
+    @given(
+        seed=st.integers(0, 2**32 - 1),
+        samples=st.integers(1, 3),
+        height=st.integers(1, 24),
+        width=st.integers(2, 24),
+        kind=st.sampled_from(["uniform", "two classes", "skewed", "few levels"]),
+    )
+    def test_equals_skimage(self, seed: int, samples: int, height: int, width: int, kind: str) -> None:
+        rng = np.random.default_rng(seed)
+        values = rng.random((samples, height, width))
+        if kind == "two classes":
+            values = 0.05 * values + (rng.random(values.shape) < 0.2)
+        elif kind == "skewed":
+            values = values**6
+        elif kind == "few levels":
+            values = np.round(values * 4) / 4
+        found = otsu_threshold(torch.from_numpy(values))
+        for sample, threshold in zip(values, found.tolist(), strict=True):
+            expected = threshold_otsu(sample)
+            if not np.isclose(threshold, expected, rtol=1e-9, atol=0):
+                # Two splits may be equally good but for rounding: either is Otsu's threshold.
+                step = (sample.max() - sample.min()) / 256
+                binned = np.minimum((sample - sample.min()) // step, 255)
+                index = [
+                    (t - sample.min()) / step for t in (threshold, expected)
+                ]  # centres: a half after the bin
+                ours, theirs = (between_class_variance(binned, i) for i in index)
+                assert ours == pytest.approx(theirs, rel=1e-9)
+
+    def test_fp32_and_batched(self) -> None:
+        rng = np.random.default_rng(3)
+        values = np.stack([rng.random((64, 64)) ** power for power in (1, 2, 5)]).astype(np.float32)
+        found = otsu_threshold(torch.from_numpy(values))
+        assert found.dtype == torch.float32
+        np.testing.assert_allclose(found.numpy(), [threshold_otsu(sample) for sample in values], rtol=1e-6)
+
+    def test_a_constant_sample_gives_its_constant(self) -> None:
+        values = torch.tensor([0.25, 0.0])[:, None, None].expand(2, 4, 4)
+        assert otsu_threshold(values).tolist() == [0.25, 0.0]
+
+
+def cells(*rows: str) -> torch.Tensor:
+    """A picture in characters as bool [1, h, w]."""
+    return torch.tensor([[character == "#" for character in row] for row in rows])[None]
+
+
+class TestCleanUp:
+    def test_pin_holes_close(self) -> None:
+        mask = torch.zeros(1, 16, 16, dtype=torch.bool)
+        mask[:, 4:12, 4:12] = True
+        holed = mask.clone()
+        holed[:, 6:8, 6:8] = False
+        holed[:, 9, 9] = False
+        assert torch.equal(clean_up(holed, holed.float()), clean_up(mask, mask.float()))
+
+    def test_specks_go_and_one_cell_of_margin_comes(self) -> None:
+        mask = torch.zeros(1, 20, 20, dtype=torch.bool)
+        mask[:, 5:9, 5:9] = True
+        expected = torch.zeros_like(mask)
+        expected[:, 4:10, 4:10] = True
+        specked = mask.clone()
+        specked[:, 14, 14] = specked[:, 16, 3] = specked[:, 16, 4] = True
+        strength = specked.float()
+        strength[:, 6, 6] = 2  # the strongest cell lies in the region
+        assert torch.equal(clean_up(specked, strength), expected)
+
+    def test_the_strongest_cell_stays_a_lone_speck_though_it_is(self) -> None:
+        mask = cells(".....", ".....", "...#.", ".....", ".....")
+        expected = cells(".....", "..###", "..###", "..###", ".....")
+        assert torch.equal(clean_up(mask, mask.float()), expected)
+
+    def test_a_thin_frame_goes_and_what_reaches_the_border_stays(self) -> None:
+        frame = torch.ones(1, 16, 16, dtype=torch.bool)
+        frame[:, 1:-1, 1:-1] = False
+        region = torch.zeros_like(frame)
+        region[:, 6:11, 0:5] = True
+        strength = region.float()
+        strength[:, 8, 2] = 2
+        found = clean_up(frame | region, strength)
+        expected = F.max_pool2d(region.float(), 3, 1, 1) > 0
+        assert (found & expected).sum() == expected.sum()
+        # The frame's cells next to the region touch it, so they stay, and grow by the margin.
+        extra = (found & ~expected).nonzero()[:, 1:]
+        assert len(extra) <= 4 and (extra[:, 1] <= 1).all()
+
+    @settings(deadline=None, max_examples=60)
+    @given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 12), st.floats(0, 1))
+    def test_always_holds_the_strongest_cell_and_its_margin(
+        self, seed: int, height: int, width: int, share: float
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        strength = torch.rand(2, height, width, generator=generator)
+        found = clean_up(strength > 1 - share, strength)
+        assert found.dtype == torch.bool and found.shape == strength.shape
+        for sample in range(2):
+            y, x = divmod(int(strength[sample].argmax()), width)
+            assert found[sample, max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2].all()
+
+    def test_samples_do_not_touch_each_other(self) -> None:
+        strength = torch.rand(3, 9, 9, generator=torch.Generator().manual_seed(5))
+        mask = strength > 0.7
+        alone = [clean_up(mask[i : i + 1], strength[i : i + 1]) for i in range(3)]
+        assert torch.equal(clean_up(mask, strength), torch.cat(alone))
+
+
+class TestDifferenceMask:
+    def test_finds_the_changed_box_of_each_sample_with_one_cell_of_margin(self) -> None:
+        boxes = [(slice(4, 12), slice(6, 14)), (slice(20, 32), slice(0, 5))]
+        found = difference_mask(*generations(boxes))
+        assert found.dtype == torch.bool and found.shape == (2, 32, 24)
+        for sample, (rows, columns) in enumerate(boxes):
+            expected = torch.zeros(32, 24, dtype=torch.bool)
+            expected[max(rows.start - 1, 0) : rows.stop + 1, max(columns.start - 1, 0) : columns.stop + 1] = (
+                True
+            )
+            assert torch.equal(found[sample], expected)
+
+    def test_a_batch_gives_what_each_sample_gives_alone(self) -> None:
+        base, edit = generations([(slice(0, 9), slice(3, 8)), (slice(8, 20), slice(2, 20))])
+        alone = [difference_mask(base[:, i : i + 1], edit[:, i : i + 1]) for i in range(2)]
+        assert torch.equal(difference_mask(base, edit), torch.cat(alone))
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+    def test_other_dtypes_find_the_same_region(self, dtype: torch.dtype) -> None:
+        base, edit = generations([(slice(4, 12), slice(6, 14))])
+        assert torch.equal(difference_mask(base.to(dtype), edit.to(dtype)), difference_mask(base, edit))
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_values_that_are_not_finite(self, bad: float) -> None:
+        base, edit = generations([(slice(4, 8), slice(4, 8))] * 2)
+        edit[1, 1, 2, 3, 3] = bad
+        with pytest.raises(MaskError, match="sample 1 hold NaN or infinity"):
+            difference_mask(base, edit)
+
+    def test_equal_infinities_do_not_cancel(self) -> None:
+        base, edit = generations([(slice(4, 8), slice(4, 8))])
+        base[0, 0, 0, 0, 0] = edit[0, 0, 0, 0, 0] = float("inf")
+        with pytest.raises(MaskError, match="NaN or infinity"):
+            difference_mask(base, edit)
+
+    def test_identical_latents_of_one_sample(self) -> None:
+        base, edit = generations([(slice(4, 8), slice(4, 8))] * 2)
+        edit[:, 1] = base[:, 1]
+        with pytest.raises(MaskError, match=r"same latents for sample 1.*mask of your own"):
+            difference_mask(base, edit)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    def test_a_difference_of_one_rounding_is_none(self, dtype: torch.dtype) -> None:
+        base = torch.randn(4, 1, 4, 16, 16, generator=torch.Generator().manual_seed(2)).to(dtype)
+        edit = base.clone()
+        edit[2] = torch.nextafter(edit[2].float(), torch.tensor(torch.inf)).to(dtype)
+        edit[1, :, :, 5, 5] *= 1 + torch.finfo(dtype).eps
+        with pytest.raises(MaskError, match="same latents"):
+            difference_mask(base, edit)
+
+    def test_a_change_of_the_whole_picture_is_returned_with_a_warning(self) -> None:
+        base, edit = generations([(slice(1, 31), slice(1, 23)), (slice(4, 8), slice(4, 8))])
+        with pytest.warns(UserWarning, match="changes 100% of sample 0"):
+            found = difference_mask(base, edit)
+        assert found[0].all() and not found[1].all()
+
+    def test_the_same_change_in_every_cell_is_the_whole_picture(self) -> None:
+        base = torch.zeros(2, 1, 4, 8, 8)
+        with pytest.warns(UserWarning, match="changes 100%"):
+            assert difference_mask(base, base + 1).all()
+
+    def test_no_warning_for_a_part(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            difference_mask(*generations([(slice(4, 24), slice(6, 20))]))
+
+    @settings(deadline=None, max_examples=40)
+    @given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 12))
+    @example(seed=0, height=1, width=1)
+    def test_any_latents_give_at_least_one_cell(self, seed: int, height: int, width: int) -> None:
+        base, edit = torch.randn(2, 2, 3, 4, height, width, generator=torch.Generator().manual_seed(seed))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert difference_mask(base, edit).flatten(1).any(dim=1).all()
+
+
+class TestUserMask:
+    drawn = cells("####....", "####....", "........", ".......#")[0]  # [4, 8]
+    pooled = cells("##..", "...#")[0]  # [2, 4]
+
+    @pytest.mark.parametrize(
+        "mask",
+        [
+            drawn,
+            drawn.float(),
+            drawn.to(torch.bfloat16) * 0.5,
+            drawn.to(torch.uint8) * 128,
+            drawn.long(),
+            drawn[None],
+            drawn[None, None],
+            drawn.numpy(),
+            drawn.numpy().astype(np.float16),
+            drawn.numpy().astype(np.uint16),
+            Image.fromarray(drawn.numpy().astype(np.uint8) * 255),
+            Image.fromarray(drawn.numpy().astype(np.uint8) * 255).convert("1"),
+            Image.fromarray(drawn.numpy().astype(np.uint8) * 255).convert("RGB"),
+            Image.fromarray(drawn.numpy().astype(np.float32)),
+            [drawn],
+            (drawn.numpy(),),
+        ],
+        ids=lambda mask: f"{type(mask).__name__} {getattr(mask, 'dtype', getattr(mask, 'mode', ''))}",
+    )
+    def test_every_kind_of_mask_serves_all_samples(self, mask: MaskLike) -> None:
+        found = as_mask(mask, samples=3, size=(2, 4))
+        assert found.dtype == torch.bool
+        assert torch.equal(found, self.pooled.expand(3, 2, 4))
+
+    def test_soft_values_count_from_one_half(self) -> None:
+        assert as_mask(torch.tensor([[0.49, 0.5]]), samples=1, size=(1, 2)).tolist() == [[[False, True]]]
+        mask = np.array([[127, 128]], dtype=np.uint8)
+        assert as_mask(mask, samples=1, size=(1, 2)).tolist() == [[[False, True]]]
+
+    def test_one_mask_a_sample_in_any_form(self) -> None:
+        other = self.drawn.flip(1)
+        expected = torch.stack([self.pooled, self.pooled.flip(1)])
+        stacked = torch.stack([self.drawn, other])
+        enlarged = other.repeat_interleave(3, 0).repeat_interleave(5, 1)
+        masks: list[MaskLike] = [stacked, stacked[:, None], stacked.numpy(), [self.drawn, enlarged.numpy()]]
+        for mask in masks:
+            assert torch.equal(as_mask(mask, samples=2, size=(2, 4)), expected)
+
+    def test_a_smaller_mask_is_enlarged_by_nearest(self) -> None:
+        expected = F.interpolate(self.pooled.float()[None, None], size=(6, 8), mode="nearest")[0] > 0
+        assert torch.equal(as_mask(self.pooled, samples=1, size=(6, 8)), expected)
+
+    @settings(deadline=None, max_examples=60)
+    @given(*[st.integers(1, 40)] * 2, *[st.integers(1, 12)] * 2, st.integers(0, 2**32 - 1))
+    def test_a_cell_is_active_exactly_if_an_active_pixel_overlaps_it(
+        self, height: int, width: int, h: int, w: int, seed: int
+    ) -> None:
+        rng = np.random.default_rng(seed)
+        mask = rng.random((height, width)) < 0.05
+        mask[rng.integers(height), rng.integers(width)] = True
+        expected = np.zeros((h, w), dtype=bool)
+        for y, x in np.argwhere(mask):
+            # pixel [y, y + 1) of height covers [y * h, (y + 1) * h) in units of a cell's 1 / height
+            rows = slice(y * h // height, -(-(y + 1) * h // height))
+            columns = slice(x * w // width, -(-(x + 1) * w // width))
+            expected[rows, columns] = True
+        assert np.array_equal(as_mask(mask, samples=1, size=(h, w))[0].numpy(), expected)
+
+    def test_the_users_tensor_is_neither_kept_nor_changed(self) -> None:
+        mask = torch.eye(4, dtype=torch.bool)
+        found = as_mask(mask, samples=1, size=(4, 4))
+        found.zero_()
+        assert mask.sum() == 4
+
+    @pytest.mark.parametrize(
+        ("mask", "message"),
+        [
+            (torch.zeros(4, 4), "mask 0 has no active pixel"),
+            (torch.stack([torch.eye(4), torch.zeros(4, 4)]), "mask 1 has no active pixel"),
+            (np.eye(4, dtype=np.uint8), "given as bool"),
+            (torch.full((4, 4), torch.nan), "NaN or infinity"),
+            (torch.full((4, 4), torch.inf), "NaN or infinity"),
+            (torch.full((4, 4), 1.5), "reach from 1.5 to 1.5"),
+            (torch.tensor([[-0.5, 1.0]]), "outside \\[0, 1\\]"),
+            (torch.full((4, 4), 255), "convert to uint8"),
+            (torch.full((4, 4), 1j), "complex64"),
+            (torch.ones(3, 4, 4), "3 masks were given for 2"),
+            (np.ones((4, 4, 3)), "greyscale"),
+            (torch.ones(4), "shape \\(4,\\)"),
+            (torch.ones(2, 3, 4, 4), "shape \\(2, 3, 4, 4\\)"),
+            (torch.ones(0, 4), "shape \\(0, 4\\)"),
+            ([torch.ones(4, 4)] * 3, "3 masks were given for 2"),
+            ([torch.ones(2, 4, 4)], "item 0 of the sequence of masks holds 2"),
+            ([], "empty sequence"),
+            ([[0, 1], [1, 0]], "a list was given"),
+            ("mask.png", "a str was given"),
+            (np.array([["a"]]), "numpy array of <U1"),
+        ],
+    )
+    def test_bad_masks_say_what_to_do(self, mask: MaskLike, message: str) -> None:
+        with pytest.raises(MaskError, match=message):
+            as_mask(mask, samples=2, size=(2, 2))

@@ -1,0 +1,187 @@
+"""What all row operators share: registration, opcheck, one graph for every number of rows, inputs left alone."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fisedit_compile.kernels.ops
+from fisedit_compile.testing import assert_close
+from random_rows import DTYPES, normal
+
+Arguments = dict[str, Any]
+BATCH, SIZE, CHANNELS, HEADS = 2, 4, 6, 3
+PIXELS = BATCH * SIZE * SIZE
+
+
+def chosen(rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows [M, C] at random pixels of a batch of two: (rows, index, sample, offsets)."""
+    index = torch.randperm(PIXELS, generator=torch.Generator().manual_seed(rows))[:rows].sort().values
+    sample = index // (SIZE * SIZE)
+    first = int((sample == 0).sum())
+    return normal(rows, CHANNELS, dtype=dtype, seed=rows), index, sample, torch.tensor([0, first, rows]).int()
+
+
+def gather_rows(rows: int, dtype: torch.dtype) -> Arguments:
+    x = normal(BATCH, CHANNELS, SIZE, SIZE, dtype=dtype, seed=1)
+    return {"x": x, "index": chosen(rows, dtype)[1], "order": [0, 2, 3, 1], "pixel_dims": 3}
+
+
+def scatter_rows(rows: int, dtype: torch.dtype) -> Arguments:
+    x, index, _, _ = chosen(rows, dtype)
+    base, shape = normal(PIXELS, CHANNELS, dtype=dtype, seed=1), [BATCH, CHANNELS, SIZE, SIZE]
+    return {"rows": x, "base": base, "index": index, "shape": shape, "order": [0, 2, 3, 1], "pixel_dims": 3}
+
+
+def conv2d_rows(rows: int, dtype: torch.dtype) -> Arguments:
+    x, halo = chosen(rows, dtype)[0], normal(rows + 3, CHANNELS, dtype=dtype, seed=1)
+    weight, bias = normal(8, 9 * CHANNELS, dtype=dtype, seed=2), normal(8, dtype=dtype, seed=3)
+    generator = torch.Generator().manual_seed(rows)
+    table = torch.randint(-1, 2 * rows + 3, (rows + 1, 9), generator=generator).int()
+    return {"rows": x, "halo": halo, "weight": weight, "bias": bias, "table": table}
+
+
+def conv2d_rows_without_halo(rows: int, dtype: torch.dtype) -> Arguments:
+    arguments = conv2d_rows(rows, dtype)
+    table = arguments["table"].clamp_max(rows - 1)
+    return arguments | {"halo": None, "bias": None, "table": table}
+
+
+def group_norm_rows(rows: int, dtype: torch.dtype) -> Arguments:
+    x, _, sample, _ = chosen(rows, dtype)
+    statistics = torch.promote_types(dtype, torch.float32)
+    mean, rstd = (normal(BATCH, 2, dtype=statistics, seed=seed) for seed in (1, 2))
+    weight, bias = (normal(CHANNELS, dtype=dtype, seed=seed) for seed in (3, 4))
+    return {"rows": x, "sample": sample, "mean": mean, "rstd": rstd, "weight": weight, "bias": bias}
+
+
+def attention_rows(rows: int, dtype: torch.dtype) -> Arguments:
+    offsets = chosen(rows, dtype)[3]
+    q, k, v = (normal(rows, HEADS, 4, dtype=dtype, seed=seed) for seed in (1, 2, 3))
+    return {"q": q, "k": k, "v": v, "q_offsets": offsets, "k_offsets": offsets.clone(), "scale": None}
+
+
+def attention_cached(rows: int, dtype: torch.dtype) -> Arguments:
+    _, index, _, offsets = chosen(rows, dtype)
+    q, k, v = (normal(rows, HEADS, 4, dtype=dtype, seed=seed) for seed in (1, 2, 3))
+    base_k, base_v = (normal(PIXELS, HEADS, 4, dtype=dtype, seed=seed) for seed in (4, 5))
+    return {
+        "q": q, "k": k, "v": v, "base_k": base_k, "base_v": base_v, "index": index, "offsets": offsets, "scale": 0.3
+    }  # fmt: skip
+
+
+EXAMPLES: list[Callable[[int, torch.dtype], Arguments]] = [
+    gather_rows,
+    scatter_rows,
+    conv2d_rows,
+    conv2d_rows_without_halo,
+    group_norm_rows,
+    attention_rows,
+    attention_cached,
+]
+each_example = pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.__name__)
+
+
+def op_of(example: Callable[..., Arguments]) -> Any:
+    return getattr(torch.ops.fisedit, example.__name__.removesuffix("_without_halo")).default
+
+
+def dynamic_dims(few: Arguments, many: Arguments) -> dict[str, list[int]]:
+    """The dimensions of each tensor argument that depend on the number of rows."""
+    tensors = {name: value for name, value in few.items() if isinstance(value, torch.Tensor)}
+    return {
+        name: [dim for dim in range(value.ndim) if value.shape[dim] != many[name].shape[dim]]
+        for name, value in tensors.items()
+    }
+
+
+@each_example
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [0, 1, 7])
+def test_opcheck(example: Callable[..., Arguments], dtype: torch.dtype, rows: int) -> None:
+    if rows == 0 and example is conv2d_rows_without_halo:
+        pytest.skip("the table of an example without rows and halo reads nothing: covered in test_conv2d_rows")
+    torch.library.opcheck(op_of(example), (), example(rows, dtype))
+
+
+@each_example
+def test_fake_gives_shape_strides_and_dtype_of_the_result(example: Callable[..., Arguments]) -> None:
+    for rows in (1, 5):
+        arguments = example(rows, torch.float16)
+        real = op_of(example)(**arguments)
+        meta = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+        fake = op_of(example)(**meta)
+        assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+
+
+@each_example
+def test_inputs_are_neither_written_nor_returned(example: Callable[..., Arguments]) -> None:
+    arguments, before = example(6, torch.float32), example(6, torch.float32)
+    result = op_of(example)(**arguments)
+    storage = result.untyped_storage().data_ptr()
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, before[name]), f"{name} was written"
+            assert value.untyped_storage().data_ptr() != storage, f"the result is a view of {name}"
+
+
+@each_example
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_compiles_once_for_every_number_of_rows(example: Callable[..., Arguments], dynamic: bool | None) -> None:
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    op = op_of(example)
+    compiled = torch.compile(lambda **kwargs: op(**kwargs) * 2, backend=counter, fullgraph=True, dynamic=dynamic)
+    dims = dynamic_dims(example(5, torch.float32), example(6, torch.float32))
+    for rows in (5, 9, 2, 30, 17):
+        arguments = example(rows, torch.float32)
+        if dynamic is None:
+            for name, which in dims.items():
+                torch._dynamo.mark_dynamic(arguments[name], which)
+        assert_close(compiled(**arguments), op(**example(rows, torch.float32)).double() * 2)
+    assert counter.frame_count == 1
+
+
+@each_example
+def test_one_exported_program_serves_every_number_of_rows(example: Callable[..., Arguments]) -> None:
+    op = op_of(example)
+    few, many = example(5, torch.float32), example(6, torch.float32)
+    dims = dynamic_dims(few, many)
+    fixed = {name: value for name, value in few.items() if name not in dims}
+
+    class Call(torch.nn.Module):
+        def forward(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+            return op(**tensors, **fixed) * 2
+
+    dynamic = {name: {dim: torch.export.Dim.DYNAMIC for dim in which} for name, which in dims.items()}
+    exported = torch.export.export(
+        Call(), ({name: few[name] for name in dims},), dynamic_shapes=(dynamic,), strict=False
+    )
+    assert [node.target for node in exported.graph.nodes if node.op == "call_function"][0] is op
+    for rows in (2, 30):
+        arguments = example(rows, torch.float32)
+        out = exported.module()({name: arguments[name] for name in dims})
+        assert_close(out, op(**arguments).double() * 2)
+
+
+def test_importing_again_changes_nothing() -> None:
+    before = [op_of(example) for example in EXAMPLES]
+    importlib.reload(fisedit_compile.kernels.ops)
+    assert [op_of(example) for example in EXAMPLES] == before
+    test_opcheck(group_norm_rows, torch.float32, 3)
+
+
+def test_registration_imports_neither_triton_nor_diffusers() -> None:
+    code = (
+        "import sys, fisedit_compile.kernels.ops\n"
+        "found = {'triton', 'diffusers', 'transformers'} & set(sys.modules)\n"
+        "assert not found, found"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
