@@ -85,7 +85,7 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     def train_vae(self) -> AutoencoderKL:
-        vae = models.build_vae().to(self.device, memory_format=torch.channels_last)
+        vae = models.build_vae().to(self.device)
         share_weights(vae)
         loss = self.compiled(VaeLoss(vae))
 

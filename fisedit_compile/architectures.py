@@ -134,8 +134,11 @@ def unet_inputs(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     seed: int = 0,
+    scale_factor: int = VAE_SCALE_FACTOR,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], dict[str, Any]]:
     """Random inputs of one call ``unet(*args, **kwargs)`` for images of ``height`` x ``width`` *pixels*.
+
+    ``scale_factor`` is how many of them a latent pixel is wide.
 
     Returns:
         ``(sample, timestep, encoder_hidden_states)`` of shapes ``[batch, 4, height/8, width/8]``, ``[]`` (int64)
@@ -148,7 +151,7 @@ def unet_inputs(
     """
     if batch <= 0:
         raise ValueError(f"batch is {batch}, it must be positive")
-    size = latent_size(height, width)
+    size = latent_size(height, width, scale_factor=scale_factor)
     device, dtype = device or unet.device, dtype or unet.dtype
     generator = torch.Generator().manual_seed(seed)
 

@@ -23,7 +23,6 @@ from fisedit_compile.passes.record_activations import record_activations
 from fisedit_compile.passes.report import PassReport
 from fisedit_compile.passes.requests import CacheEntry, ControlTensor, Hoisted, requests_of
 from fisedit_compile.plan import EditPlan, PlanTensor
-from fisedit_compile.prompt_to_prompt import TokenAlignment
 
 #: What the base keeps of one U-Net call.
 StepCache = Mapping[CacheEntry, Tensor]
@@ -102,8 +101,11 @@ class Program:
         out, kept = graph(self._user_values(call))
         return out, dict(zip(entries, kept, strict=True))
 
-    def controlled(self, call: Call, cache: StepCache, alignment: TokenAlignment) -> Tensor:
-        """The dense U-Net's output with the base's cross-attention maps of unchanged words."""
+    def controlled(self, call: Call, cache: StepCache, mapper: Tensor, keep: Tensor) -> Tensor:
+        """The dense U-Net's output with the base's cross-attention maps of unchanged words.
+
+        ``mapper`` and ``keep`` are those of :func:`~fisedit_compile.prompt_to_prompt.align_batch`.
+        """
 
         def build() -> GraphModule:
             graph_module = _copy(self.dense)
@@ -111,10 +113,7 @@ class Program:
             graph_module.recompile()
             return graph_module
 
-        control: dict[Any, Tensor] = {
-            ControlTensor("mapper"): alignment.mapper,
-            ControlTensor("keep"): alignment.keep,
-        }
+        control: dict[Any, Tensor] = {ControlTensor("mapper"): mapper, ControlTensor("keep"): keep}
         return self._dense_graph("control", build)({**self._user_values(call), **cache, **control})
 
     def prepare(self, plan: EditPlan) -> Prepared:

@@ -14,7 +14,6 @@ from fisedit_compile.config import SparsityConfig
 from fisedit_compile.errors import BaseMismatchError, CaptureError
 from fisedit_compile.plan import EditPlan, plan_edit
 from fisedit_compile.program import Prepared, Program, StepCache
-from fisedit_compile.prompt_to_prompt import TokenAlignment
 
 
 def sparsify(unet: torch.nn.Module, config: SparsityConfig | dict[str, Any] | None = None) -> SparseUNet:
@@ -110,9 +109,12 @@ class SparseUNet(torch.nn.Module):
         count = samples or call.signature.sample_shape[0]
         return self.program(call).record(call, samples=count, activations=activations, attention=attention)
 
-    def controlled(self, call: Call, cache: StepCache, alignment: TokenAlignment) -> Tensor:
-        """Run the dense U-Net with the cross-attention maps of unchanged words taken from ``cache``."""
-        return self.program(call).controlled(call, cache, alignment)
+    def controlled(self, call: Call, cache: StepCache, mapper: Tensor, keep: Tensor) -> Tensor:
+        """Run the dense U-Net with the cross-attention maps of unchanged words taken from ``cache``.
+
+        ``mapper`` and ``keep`` are those of :func:`~fisedit_compile.prompt_to_prompt.align_batch`.
+        """
+        return self.program(call).controlled(call, cache, mapper, keep)
 
     def plan(self, call: Call, mask: Tensor) -> Prepared:
         """Everything about ``mask`` (bool ``[n, h, w]`` at latent resolution) that the steps of an edit share.

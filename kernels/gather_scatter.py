@@ -34,8 +34,9 @@ def gather_rows_reference(x: torch.Tensor, index: torch.Tensor, order: Sequence[
     pixels = x.permute(tuple(order))  # [*batch and space, *C]
     if pixels.is_contiguous():
         return pixels.flatten(0, pixel_dims - 1).index_select(0, index)
-    # Merging the dimensions of another layout copies the whole map: 1.7 against 0.4 ms, [2, 320, 64, 64] at 5 %.
-    return pixels[torch.unravel_index(index, pixels.shape[:pixel_dims])].contiguous()
+    # Merging the batch with other dimensions of NCHW copies the whole map: 1.7 against 0.4 ms, [2, 320, 64, 64] at 5 %.
+    pixels = pixels.flatten(1, pixel_dims - 1)  # [B, S, *C]
+    return pixels[index // pixels.shape[1], index % pixels.shape[1]].contiguous()
 
 
 def scatter_rows_reference(

@@ -6,6 +6,8 @@ import operator
 
 import torch
 
+import fisedit_compile.kernels.ops  # noqa: F401 - registers torch.ops.fisedit
+
 aten = torch.ops.aten
 
 #: One value in, the same shape out, every element on its own.

@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
+from random_rows import DTYPES, masks, normal, offsets_of, pixel_ids, samples_of
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fisedit_compile.kernels.ops  # noqa: F401  (registers torch.ops.fisedit)
 from fisedit_compile.testing import assert_close
-from random_rows import DTYPES, masks, normal, offsets_of, pixel_ids, samples_of
 
 HEADS, HEAD_DIM = 2, 8
 SCALES = st.sampled_from([None, 0.25])
@@ -90,6 +91,24 @@ def test_queries_without_keys_give_zeros(dtype: torch.dtype, counts: tuple[int, 
     none = q[:0]
     out = torch.ops.fisedit.attention_rows(q, none, none, q_offsets, torch.zeros(3, dtype=torch.int32), None)
     assert torch.equal(out, torch.zeros_like(q))
+
+
+@pytest.mark.parametrize("q_counts", [(3, 3), (1, 4)], ids=["equal_queries", "ragged_queries"])
+@pytest.mark.parametrize("k_counts", [(5, 5), (2, 7)], ids=["equal_keys", "ragged_keys"])
+@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION], ids=["math", "flash"])
+def test_every_pairing_of_counts(q_counts: tuple[int, int], k_counts: tuple[int, int], backend: SDPBackend) -> None:
+    """Also under the backend that returns its result head-major: the rows stay contiguous."""
+    q, _, _ = random_rows(sum(q_counts), torch.float64, 0)
+    _, k, v = random_rows(sum(k_counts), torch.float64, 10)
+    offsets = [torch.tensor([0, first, first + second], dtype=torch.int32) for first, second in (q_counts, k_counts)]
+    with sdpa_kernel(backend):
+        out = torch.ops.fisedit.attention_rows(q, k, v, *offsets, None)
+        alone = torch.ops.fisedit.attention_rows(q, k, v, *(offset[[0, 2]] for offset in offsets), None)
+    q_sample, k_sample = (torch.arange(2).repeat_interleave(torch.tensor(counts)) for counts in (q_counts, k_counts))
+    assert_close(out, dense_attention(q, k, v, q_sample[:, None] == k_sample, None))
+    assert_close(alone, dense_attention(q, k, v, torch.ones(len(q), len(k), dtype=torch.bool), None))
+    assert out.is_contiguous()
+    assert alone.is_contiguous()
 
 
 def test_a_sample_gives_in_a_batch_what_it_gives_alone() -> None:

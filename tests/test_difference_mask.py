@@ -90,9 +90,7 @@ class TestOtsu:
                 # Two splits may be equally good but for rounding: either is Otsu's threshold.
                 step = (sample.max() - sample.min()) / 256
                 binned = np.minimum((sample - sample.min()) // step, 255)
-                index = [
-                    (t - sample.min()) / step for t in (threshold, expected)
-                ]  # centres: a half after the bin
+                index = [(t - sample.min()) / step for t in (threshold, expected)]  # centres: a half after the bin
                 ours, theirs = (between_class_variance(binned, i) for i in index)
                 assert ours == pytest.approx(theirs, rel=1e-9)
 
@@ -150,7 +148,8 @@ class TestCleanUp:
         assert (found & expected).sum() == expected.sum()
         # The frame's cells next to the region touch it, so they stay, and grow by the margin.
         extra = (found & ~expected).nonzero()[:, 1:]
-        assert len(extra) <= 4 and (extra[:, 1] <= 1).all()
+        assert len(extra) <= 4
+        assert (extra[:, 1] <= 1).all()
 
     @settings(deadline=None, max_examples=60)
     @given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 12), st.floats(0, 1))
@@ -160,7 +159,8 @@ class TestCleanUp:
         generator = torch.Generator().manual_seed(seed)
         strength = torch.rand(2, height, width, generator=generator)
         found = clean_up(strength > 1 - share, strength)
-        assert found.dtype == torch.bool and found.shape == strength.shape
+        assert found.dtype == torch.bool
+        assert found.shape == strength.shape
         for sample in range(2):
             y, x = divmod(int(strength[sample].argmax()), width)
             assert found[sample, max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2].all()
@@ -176,12 +176,11 @@ class TestDifferenceMask:
     def test_finds_the_changed_box_of_each_sample_with_one_cell_of_margin(self) -> None:
         boxes = [(slice(4, 12), slice(6, 14)), (slice(20, 32), slice(0, 5))]
         found = difference_mask(*generations(boxes))
-        assert found.dtype == torch.bool and found.shape == (2, 32, 24)
+        assert found.dtype == torch.bool
+        assert found.shape == (2, 32, 24)
         for sample, (rows, columns) in enumerate(boxes):
             expected = torch.zeros(32, 24, dtype=torch.bool)
-            expected[max(rows.start - 1, 0) : rows.stop + 1, max(columns.start - 1, 0) : columns.stop + 1] = (
-                True
-            )
+            expected[max(rows.start - 1, 0) : rows.stop + 1, max(columns.start - 1, 0) : columns.stop + 1] = True
             assert torch.equal(found[sample], expected)
 
     def test_a_batch_gives_what_each_sample_gives_alone(self) -> None:
@@ -226,7 +225,8 @@ class TestDifferenceMask:
         base, edit = generations([(slice(1, 31), slice(1, 23)), (slice(4, 8), slice(4, 8))])
         with pytest.warns(UserWarning, match="changes 100% of sample 0"):
             found = difference_mask(base, edit)
-        assert found[0].all() and not found[1].all()
+        assert found[0].all()
+        assert not found[1].all()
 
     def test_the_same_change_in_every_cell_is_the_whole_picture(self) -> None:
         base = torch.zeros(2, 1, 4, 8, 8)

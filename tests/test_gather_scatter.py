@@ -6,9 +6,9 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
+from random_rows import DTYPES, masks, normal, pixel_ids
 
 import fisedit_compile.kernels.ops  # noqa: F401  (registers torch.ops.fisedit)
-from random_rows import DTYPES, masks, normal, pixel_ids
 
 CHANNELS, HEADS = 3, 2
 
@@ -84,5 +84,5 @@ def test_an_id_outside_the_map_is_an_error() -> None:
 
 def test_rows_of_another_dtype_than_the_base_are_an_error() -> None:
     rows, base, index = torch.randn(1, 3), torch.randn(4, 3).double(), torch.tensor([1])
-    with pytest.raises(RuntimeError, match="dtype|type"):
+    with pytest.raises(RuntimeError, match="type"):
         torch.ops.fisedit.scatter_rows(rows, base, index, [1, 3, 2, 2], [0, 2, 3, 1], 3)

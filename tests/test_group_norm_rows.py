@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
+from random_rows import DTYPES, masks, normal, pixel_ids, samples_of
 
 import fisedit_compile.kernels.ops  # noqa: F401  (registers torch.ops.fisedit)
 from fisedit_compile.testing import assert_close
-from random_rows import DTYPES, masks, normal, pixel_ids, samples_of
 
 CHANNELS, EPS = 12, 1e-5
 

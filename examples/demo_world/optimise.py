@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
+from torch.nn.utils import clip_grad_norm_
 
 MEASURE_FROM, MEASURE_TO = 60, 160  # steps timed to turn minutes into steps; all of them lie in the warm-up
 WARMUP = 200
@@ -49,9 +49,10 @@ def share_weights(module: nn.Module) -> None:
 def _average_gradients(parameters: list[nn.Parameter]) -> None:
     if dist.is_initialized():
         gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = parameters_to_vector(gradients)
+        flat = torch.cat([g.flatten() for g in gradients])
         dist.all_reduce(flat)
-        vector_to_parameters(flat / world_size(), gradients)
+        parts = (flat / world_size()).split([g.numel() for g in gradients])
+        torch._foreach_copy_(gradients, [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)])
 
 
 def optimise(

@@ -1,0 +1,74 @@
+# `make demo` and `make test` need Linux, Python 3.11 or newer and a way to fetch Python packages; no GPU. Each makes
+# .venv by itself and uses it again for as long as pyproject.toml, constraints.txt and Python stay the same.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# What the demo draws, and what it becomes.
+DEMO_MODEL := examples/demo_model
+DEMO_PROMPT := a cat on the left and a red apple on the right, on a green background
+DEMO_EDIT := a dog on the left and a red apple on the right, on a green background
+DEMO_SEED := 0
+EDIT = $(BIN)/fisedit-compile edit --model $(DEMO_MODEL) --prompt "$(DEMO_PROMPT)" --edit "$(DEMO_EDIT)" \
+	--seed $(DEMO_SEED) --compare-dense
+
+# One empty file for each kind of set-up, named after all that it depends on. The path counts: scripts in .venv and the
+# editable install name it, so that a moved checkout is set up again.
+STATE := $(shell { cat pyproject.toml constraints.txt; $(PYTHON) -V; pwd; } | cksum | cut -d ' ' -f 1)
+READY_TO_RUN := $(VENV)/.ready-to-run-$(STATE)
+READY_TO_TEST := $(VENV)/.ready-to-test-$(STATE)
+
+.PHONY: help demo test lint types smoke pytest format clean
+.NOTPARALLEL:
+
+help:
+	@echo "make demo    edit a picture with the demo model: pictures and report in out/demo"
+	@echo "make test    lint, types, a small demo and the tests, on the CPU"
+	@echo "make lint | types | smoke | pytest    one part of make test"
+	@echo "make format  sort imports, mend what ruff can mend, format"
+	@echo "make clean   remove what was made, except .venv"
+
+demo: $(READY_TO_RUN)
+	$(EDIT) --steps 50 --out out/demo
+
+# pytest stays last: its closing line is then the last one.
+test: lint types smoke pytest
+
+lint: $(READY_TO_TEST)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+types: $(READY_TO_TEST)
+	$(BIN)/python -m mypy
+
+smoke: $(READY_TO_TEST)
+	$(EDIT) --steps 6 --out out/smoke
+
+pytest: $(READY_TO_TEST)
+	$(BIN)/python -m pytest
+
+format: $(READY_TO_TEST)
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+clean:
+	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
+
+# $(1): what pip installs from here, with extras.
+define set_up
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=..." if sys.version_info < (3, 11) else 0)'
+	@echo "Setting up $(VENV) (the first time some 500 MB of packages, a few minutes) ..."
+	@rm -f $(VENV)/.ready-to-*
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '$(1)'
+endef
+
+$(READY_TO_RUN):
+	$(call set_up,.)
+	@touch $@
+
+$(READY_TO_TEST):
+	$(call set_up,.[dev])
+	@touch $@ $(READY_TO_RUN)

@@ -1,0 +1,97 @@
+"""The result of an edit, and its report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from statistics import median
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class EditReport:
+    """How an edit was made and what it saved.
+
+    Attributes:
+        mask_area: share of the latents that was recomputed, of all samples.
+        mask_source: ``"found"``, ``"given"``, or ``"found and given"`` / ``"found or given"``.
+        removed_words, added_words: what changed in the prompt of each sample.
+        dense_steps, sparse_steps: denoising steps of either kind.
+        unet_ms: median wall time of a dense (controlled) and a sparse U-Net call, and their ratio.
+        plan_ms: from the mask to the first sparse step.
+        seconds: wall time of the whole edit.
+        background_identical: whether the final latents outside the mask have the base's bits.
+    """
+
+    mask_area: float
+    mask_source: str
+    removed_words: tuple[tuple[str, ...], ...]
+    added_words: tuple[tuple[str, ...], ...]
+    dense_steps: int
+    sparse_steps: int
+    unet_ms: dict[str, float | None]
+    plan_ms: float
+    seconds: float
+    background_identical: bool
+    count_macs: Callable[[], dict[str, float]] = field(repr=False, compare=False)
+
+    @cached_property
+    def macs(self) -> dict[str, float]:
+        """Multiply-accumulates of one dense and one sparse U-Net call, and their ratio; counted on first use."""
+        return self.count_macs()
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dict that ``json.dump`` takes."""
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "count_macs"}
+        return {**values, "macs": self.macs}
+
+    def __str__(self) -> str:
+        speedup = self.unet_ms["speedup"]
+        return (
+            f"mask {self.mask_area:.1%} of the picture ({self.mask_source}), "
+            f"{self.dense_steps} dense and {self.sparse_steps} sparse steps; a sparse step takes "
+            f"1/{self.macs['ratio']:.1f} of the MACs"
+            + (f" and 1/{speedup:.1f} of the time" if speedup else "")
+            + f"; {self.seconds:.1f} s; background "
+            + ("identical" if self.background_identical else "CHANGED")
+        )
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An edited picture. Made by :meth:`fisedit_compile.Editor.edit`.
+
+    Attributes:
+        images: what the pipeline returned, one picture a sample.
+        mask: what was recomputed, bool ``[n, h, w]`` at latent resolution.
+        latents: the final latents ``[n, c, h, w]``; outside the mask they are the base's, bit for bit.
+        report: how it was made.
+    """
+
+    images: Any
+    mask: Tensor
+    latents: Tensor
+    report: EditReport
+
+    @property
+    def image(self) -> Any:
+        """The picture of the first sample."""
+        return self.images[0]
+
+
+def summarise_times(dense_ms: list[float], sparse_ms: list[float]) -> dict[str, float | None]:
+    """Medians of both kinds of U-Net calls; None for a kind that did not run."""
+    dense, sparse = (median(times) if times else None for times in (dense_ms, sparse_ms))
+    return {"dense_step": dense, "sparse_step": sparse, "speedup": dense / sparse if dense and sparse else None}
+
+
+def as_uint8(image: Any) -> np.ndarray:
+    """A picture (PIL, or an array in [0, 1] or 0..255) as uint8 ``[h, w, 3]``."""
+    array = np.asarray(image)
+    if array.dtype != np.uint8:
+        array = (np.clip(array, 0, 1) * 255).round().astype(np.uint8)
+    return array

@@ -1,0 +1,166 @@
+"""How many multiply-accumulates (MACs) each operator does: every formula that the counters use, in this file alone.
+
+A formula takes the operator's result and then its own arguments, and looks at shapes only; any tensors do (real, fake,
+meta). One fused multiply-add is one MAC; biases, norms, activations and softmax are not counted, which is the
+convention of the paper's tables (FISEdit, Yu et al. 2023, section B.2) and of fvcore.
+
+The formulas of our own operators are also registered with torch's ``FlopCounterMode``, at 2 FLOPs a MAC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+import fisedit_compile.kernels.ops  # noqa: F401  (defines torch.ops.fisedit)
+
+OpKind = Literal["convolution", "linear", "attention"]
+
+#: The kinds, in the order in which reports list them.
+OP_KINDS: tuple[OpKind, ...] = ("convolution", "linear", "attention")
+
+
+class OpFormula(NamedTuple):
+    """What an operator counts as, and ``macs(out, *args, **kwargs)``."""
+
+    kind: OpKind
+    macs: Callable[..., int]
+
+
+def conv2d(out: Tensor, x: Tensor, weight: Tensor, *_: Any) -> int:
+    """out [B, Cout, H, W], weight [Cout, Cin / groups, kh, kw]: taps that fall on the padding are counted."""
+    return prod(out.shape) * prod(weight.shape[1:])
+
+
+def convolution(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    *_: Any,
+) -> int:
+    """As :func:`conv2d`; transposed, each input pixel meets the whole weight [Cin, Cout / groups, kh, kw] once."""
+    return conv2d(x if transposed else out, x, weight)
+
+
+def linear(out: Tensor, x: Tensor, weight: Tensor, *_: Any) -> int:
+    """x [..., Cin], weight [Cout, Cin]."""
+    return prod(out.shape) * weight.shape[-1]
+
+
+def mm(out: Tensor, a: Tensor, b: Tensor) -> int:
+    """a [..., n, k], b [..., k, m], batched or not."""
+    return prod(out.shape) * a.shape[-1]
+
+
+def addmm(out: Tensor, bias: Tensor, a: Tensor, b: Tensor, **_: Any) -> int:
+    """As :func:`mm`; the addition is not counted."""
+    return mm(out, a, b)
+
+
+def attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
+    """q [..., n, d], k [..., m, d], v [..., m, e]: q k^T and the sum of v. A causal or other mask saves nothing."""
+    return prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+
+
+def conv2d_rows(out: Tensor, rows: Tensor, halo: Tensor | None, weight: Tensor, bias: Any, table: Tensor) -> int:
+    """table [M, K], rows [R, Cin], weight [Cout, K * Cin]: M * K * Cin * Cout.
+
+    Every tap counts, one outside the picture (entry -1) too: the dense convolution's padding is counted as well, so
+    that the ratio of the two is that of their active pixels.
+    """
+    return prod(out.shape) * weight.shape[1]
+
+
+def attention_rows(out: Tensor, q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, *_: Any) -> int:
+    """q [M, heads, d], k [Mk, heads, d], v [Mk, heads, e]: the queries of a sample meet that sample's keys only.
+
+    Exact where the offsets have values, or either side has as many rows in each sample: cross-attention, and one mask
+    for the whole batch. Otherwise equal counts are assumed, which is no more than the true number as long as the
+    samples with more queries are those with more keys (as in self-attention, by Chebyshev's sum inequality).
+    """
+    q_rows, k_rows = _row_counts(q_offsets), _row_counts(k_offsets)
+    if q_rows is not None and k_rows is not None:
+        pairs = sum(a * b for a, b in zip(q_rows, k_rows, strict=True))
+    else:
+        pairs = q.shape[0] * k.shape[0] // max(q_offsets.shape[0] - 1, 1)
+    return pairs * q.shape[1] * (q.shape[2] + v.shape[2])
+
+
+def attention_cached(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, base_k: Tensor, base_v: Tensor, index: Any, offsets: Tensor, *_: Any
+) -> int:
+    """q [M, heads, d], base_k and base_v [P, heads, d]: a query meets the P / B pixels of its own sample.
+
+    B = len(offsets) - 1. Fresh keys take the place of cached ones, so their number changes nothing.
+    """
+    pixels = base_k.shape[0] // (offsets.shape[0] - 1)
+    return q.shape[0] * pixels * q.shape[1] * (q.shape[2] + base_v.shape[2])
+
+
+def _row_counts(offsets: Tensor) -> list[int] | None:
+    """Rows of each sample, None where the offsets are a shape without values."""
+    if offsets.device.type == "meta" or isinstance(offsets, FakeTensor):
+        return None
+    return offsets.diff().tolist()
+
+
+#: By qualified name, as in FX (``target._schema.name``) and in a TorchScript trace (``node.kind()``).
+FORMULAS: dict[str, OpFormula] = {
+    "aten::conv2d": OpFormula("convolution", conv2d),
+    "aten::convolution": OpFormula("convolution", convolution),
+    "aten::_convolution": OpFormula("convolution", convolution),
+    "aten::linear": OpFormula("linear", linear),
+    "aten::mm": OpFormula("linear", mm),
+    "aten::addmm": OpFormula("linear", addmm),
+    # The batched products of a U-Net are those of attention that is not written as one operator.
+    "aten::bmm": OpFormula("attention", mm),
+    "aten::baddbmm": OpFormula("attention", addmm),
+    "aten::scaled_dot_product_attention": OpFormula("attention", attention),
+    "fisedit::conv2d_rows": OpFormula("convolution", conv2d_rows),
+    "fisedit::attention_rows": OpFormula("attention", attention_rows),
+    "fisedit::attention_cached": OpFormula("attention", attention_cached),
+}
+
+_UNKNOWN_PRODUCTS = (
+    "matmul", "einsum", "tensordot", "bilinear", "mv", "dot", "vdot", "inner", "addmv", "addbmm", "conv_tbc",
+    "conv1d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+)  # fmt: skip
+
+#: Operators that multiply and accumulate but have no formula here: a counter must refuse them, not take them for zero.
+REFUSED = (
+    {f"aten::{name}" for name in _UNKNOWN_PRODUCTS} | {str(target).replace(".", "::", 1) for target in flop_registry}
+) - set(FORMULAS)
+
+
+def _register_with_torch() -> None:
+    """Teach ``FlopCounterMode`` our operators, and the attention operator of the CPU that torch counts as 0."""
+    packets: dict[Any, Callable[..., int]] = {
+        torch.ops.fisedit.conv2d_rows: conv2d_rows,
+        torch.ops.fisedit.attention_rows: attention_rows,
+        torch.ops.fisedit.attention_cached: attention_cached,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
+    }
+    for packet, macs in packets.items():
+        if packet not in flop_registry:
+            register_flop_formula([packet], get_raw=True)(_flops(macs))
+
+
+def _flops(macs: Callable[..., int]) -> Callable[..., int]:
+    def flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+        return 2 * macs(out_val, *args, **kwargs)
+
+    return flops
+
+
+_register_with_torch()

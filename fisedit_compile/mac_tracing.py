@@ -1,0 +1,128 @@
+"""fvcore's count of a flat FX graph, on the meta device: nothing is computed and no weight is read.
+
+fvcore counts the operators of a TorchScript trace. Tracing needs three things to work on meta tensors, all here: a copy
+of the graph on the meta device, shape functions that run outside the trace, and convolutions in the form that the
+tracer records.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from fvcore.nn.jit_analysis import JitModelAnalysis
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fisedit_compile.mac_formulas import FORMULAS, OpFormula
+
+aten = torch.ops.aten
+
+
+def fvcore_by_kind(graph_module: GraphModule, inputs: Sequence[Tensor]) -> Counter[str]:
+    """MACs of each kind of operator, counted by fvcore.
+
+    Args:
+        graph_module: a graph that lives on the meta device, see :func:`to_meta`.
+        inputs: one tensor a placeholder, of any device. Of tensors with values, those of row offsets are used.
+    """
+    values = {i: tensor for i, tensor in enumerate(inputs) if tensor.device.type != "meta"}
+    handles = {name: _handle(formula, values) for name, formula in FORMULAS.items()}
+    with torch.no_grad(), ThreadPoolExecutor(max_workers=1) as untraced:
+        analysis = JitModelAnalysis(_Replay(graph_module, untraced), tuple(tensor.to("meta") for tensor in inputs))
+        analysis.set_op_handle(**handles)
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+        return analysis.by_operator()
+
+
+def to_meta(graph_module: GraphModule) -> GraphModule:
+    """A copy with the same nodes whose parameters, buffers and device arguments are on the meta device."""
+    graph = torch.fx.Graph()
+    output = graph.graph_copy(graph_module.graph, {})
+    graph.output(output)
+    attributes: dict[str, Any] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            value = graph_module
+            for name in str(node.target).split("."):
+                value = getattr(value, name)
+            attributes[str(node.target)] = value.detach().to("meta") if isinstance(value, Tensor) else value
+        node.args, node.kwargs = pytree.tree_map_only(
+            torch.device, lambda _: torch.device("meta"), (node.args, node.kwargs)
+        )
+    return GraphModule(attributes, graph)
+
+
+def _handle(formula: OpFormula, values: Mapping[int, Tensor]) -> Callable[[list[Any], list[Any]], Counter[str]]:
+    """The formula as an fvcore handle, which gets TorchScript values; inputs of the graph are found by position."""
+
+    def argument(value: Any) -> Any:
+        if not value.isCompleteTensor():
+            return value.toIValue()  # a number or None; a list is never read by a formula
+        if value.type().scalarType() == "Int" and value.node().kind() == "prim::Param":  # offsets are int32
+            position = [output.unique() for output in value.node().outputs()].index(value.unique())
+            if position in values:
+                return values[position]
+        return torch.empty(value.type().sizes(), device="meta")
+
+    def handle(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+        return Counter({formula.kind: formula.macs(argument(outputs[0]), *map(argument, inputs))})
+
+    return handle
+
+
+class _Replay(torch.nn.Module):
+    """A graph as the module that is traced, node by node."""
+
+    def __init__(self, graph_module: GraphModule, untraced: ThreadPoolExecutor) -> None:
+        super().__init__()
+        self._replay = _WithTraceableConvolutions(graph_module)
+        self._shapes = _ShapesOutsideTheTrace(untraced)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        with self._shapes:
+            return self._replay.run(*inputs)
+
+
+class _WithTraceableConvolutions(Interpreter):
+    """Calls convolutions as ``aten::_convolution``, the one form of them that the tracer records."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is aten.conv2d.default:
+            defaults = (None, None, None, [1, 1], [0, 0], [1, 1], 1)
+            args = (*args, *defaults[len(args) :])
+            target, args = aten.convolution.default, (*args[:6], False, [0, 0], args[6])
+        if target is aten.convolution.default:
+            target, args = aten._convolution.default, (*args, False, False, False, False)  # cuDNN's own options
+        return super().call_function(target, args, kwargs)
+
+
+class _ShapesOutsideTheTrace(TorchDispatchMode):
+    """Runs the operators of a trace in another thread, which is not tracing.
+
+    Many operators compute the shape of a meta tensor's result in Python; while a thread traces, sizes read there are
+    traced tensors instead of numbers, and the checks on them fail.
+    """
+
+    def __init__(self, untraced: ThreadPoolExecutor) -> None:
+        super().__init__()
+        self._untraced = untraced
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is aten._convolution.default:  # which has no shape function of its own
+            func, args = aten.convolution.default, args[:9]
+        future: Future[Any] = self._untraced.submit(_run_below_autograd, func, args, kwargs or {})
+        return future.result()
+
+
+def _run_below_autograd(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # The tracing thread adds what autograd keeps of a view; a result that already has it is refused.
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        return func(*args, **kwargs)
