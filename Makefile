@@ -56,13 +56,16 @@ clean:
 	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
 
+# Python compiles what it imports, once, instead of pip every file of every package: half the processor time of set-up.
+unexport PYTHONDONTWRITEBYTECODE
+
 # $(1): what pip installs from here, with extras.
 define set_up
-	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=..." if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer: make PYTHON=...")'
 	@echo "Setting up $(VENV) (the first time some 500 MB of packages, a few minutes) ..."
 	@rm -f $(VENV)/.ready-to-*
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '$(1)'
+	@$(BIN)/python -m pip install -qq --no-compile --constraint constraints.txt --editable '$(1)'
 endef
 
 $(READY_TO_RUN):

@@ -28,11 +28,11 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers.utils import make_image_grid
 from PIL.Image import Image
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedTokenizerFast
 
 CROP = 128  # the autoencoder is convolutional: half-size crops teach it the same at a quarter of the cost
-EXPORTS = 4  # the last of which is the result; the others are there in case a run is cut short
+EMA_RATE = 0.001
+EXPORTS = 3  # the last of which is the result; the others are there in case a run is cut short
 SAMPLE_PROMPTS = (
     "a cat on the left and a red car on the right, on a green background",
     "a dog on the left and a blue car on the right, on a green background",
@@ -57,26 +57,15 @@ class Trainer:
         self.device = device
         self.tokenizer: PreTrainedTokenizerFast = models.build_tokenizer()
         self.renderer = Renderer(device)
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        if self.stream:
-            self.stream.wait_stream(torch.cuda.current_stream())
         rank = dist.get_rank() if dist.is_initialized() else 0
         self.batches = scene_batches(self.tokenizer, args.batch, args.seed + rank, args.workers)
 
     def images(self) -> tuple[Tensor, Tensor, Tensor]:
         """Pictures in [-1, 1], the opacity of all objects together `[batch, 1, h, w]` and token ids."""
         scenes, ids = next(self.batches)
-        if self.stream is None:
-            images, alphas = self.renderer.render(scenes)
-            return images * 2 - 1, alphas.sum(1, keepdim=True).clamp(0, 1), ids
-        # Copies to the GPU wait for their stream: on a stream of their own, not for the last step's backward pass.
-        with torch.cuda.stream(self.stream):
-            images, alphas = self.renderer.render(scenes)
-            results = images * 2 - 1, alphas.sum(1, keepdim=True).clamp(0, 1), ids.to(self.device)
-        torch.cuda.current_stream().wait_stream(self.stream)
-        for tensor in results:
-            tensor.record_stream(torch.cuda.current_stream())
-        return results
+        images, alphas = self.renderer.render(scenes)
+        opacity = alphas.sum(1, keepdim=True).clamp(0, 1)
+        return images * 2 - 1, opacity, ids.to(self.device, non_blocking=True)
 
     def compiled(self, module: nn.Module) -> nn.Module:
         return torch.compile(module, dynamic=False) if self.args.compile else module
@@ -123,7 +112,9 @@ class Trainer:
             self.device
         )
         share_weights(network)
-        average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+        # By hand, because torch's AveragedModel makes the host wait for the GPU in each step.
+        average = copy.deepcopy(network).requires_grad_(False)
+        weights, averages = list(network.parameters()), list(average.parameters())
         loss = self.compiled(network)
         encode = torch.compile(vae.encoder, dynamic=False) if self.args.compile else vae.encoder
         smooth = torch.zeros((), device=self.device)
@@ -144,22 +135,23 @@ class Trainer:
 
         def after_step(step: int, steps: int | None) -> None:
             nonlocal exported
-            average.update_parameters(network)
+            with torch.no_grad():
+                torch._foreach_lerp_(averages, weights, max(EMA_RATE, 1 / step))
             part = step * EXPORTS // steps if steps else 0
             if part > exported:
                 exported = part
                 if is_main():
-                    self.export(vae, average.module, step)
+                    self.export(vae, average, step)
 
         start = time.perf_counter()
         samples = self.args.batch * world_size()
         steps = optimise(
             "unet",
-            list(network.parameters()),
+            weights,
             step_loss,
             Budget(self.args.steps, self.args.minutes),
             samples_per_step=samples,
-            learning_rate=8e-4,
+            learning_rate=1e-3,
             after_step=after_step,
         )
         minutes = (time.perf_counter() - start) / 60
@@ -183,11 +175,8 @@ def sample_grid(pipe: StableDiffusionPipeline, steps: int) -> Image:
     """`SAMPLE_PROMPTS`, one noise seed each, as one picture."""
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(i) for i in range(len(SAMPLE_PROMPTS))]
-    with torch.random.fork_rng():
-        images = pipe(
-            list(SAMPLE_PROMPTS), num_inference_steps=steps, guidance_scale=5.0, generator=generators
-        ).images
-    return make_image_grid(images, rows=3, cols=4)
+    result = pipe(list(SAMPLE_PROMPTS), num_inference_steps=steps, guidance_scale=5.0, generator=generators)
+    return make_image_grid(result.images, rows=3, cols=4)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -199,7 +188,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="their number of steps, in place of --minutes")
     parser.add_argument("--vae-minutes", type=float, default=2.5, help="training time of the autoencoder")
     parser.add_argument("--vae-steps", type=int, help="its number of steps, in place of --vae-minutes")
-    parser.add_argument("--batch", type=int, default=64, help="samples a step and process")
+    parser.add_argument("--batch", type=int, default=96, help="samples a step and process")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
@@ -224,6 +213,7 @@ def main() -> None:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
     rank = dist.get_rank() if dist.is_initialized() else 0
     torch.manual_seed(args.seed + rank)  # the first process's weights are shared, the noise is each one's own
     trainer = Trainer(args, device)

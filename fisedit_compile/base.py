@@ -102,7 +102,9 @@ class Base:
                 "generate the base again with this pipeline"
             )
         if scheduler != self.scheduler:
-            changed = {k for k in {*scheduler[1], *self.scheduler[1]} if scheduler[1].get(k) != self.scheduler[1].get(k)}
+            changed = {
+                k for k in {*scheduler[1], *self.scheduler[1]} if scheduler[1].get(k) != self.scheduler[1].get(k)
+            }
             raise BaseMismatchError(
                 f"the base was generated with {self.scheduler[0]}, the pipeline now has {scheduler[0]}"
                 + (f" (differing: {', '.join(sorted(changed))})" if changed else "")

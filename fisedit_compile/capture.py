@@ -126,8 +126,9 @@ def _simplify(graph_module: GraphModule) -> GraphModule:
 
 def _is_identity(node: Node) -> bool:
     """Dropout at inference, a division by one (``rescale_output_factor``), a cast to the dtype a value has."""
+    args: tuple[Any, ...] = node.args
     if node.target is aten.dropout.default:
-        return not node.args[2]
+        return not args[2]
     if node.target is aten.div.Tensor:
-        return node.args[1] == 1
-    return node.target is aten.to.dtype and node.args[0].meta["val"].dtype is node.args[1]
+        return not isinstance(args[1], Node) and args[1] == 1
+    return node.target is aten.to.dtype and args[0].meta["val"].dtype is args[1]

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from fisedit_compile.base import Base
 from fisedit_compile.config import SparsityConfig
@@ -176,7 +175,9 @@ class Editor:
         run.user_callback = arguments.pop("callback_on_step_end", None)
         tensors = list(dict.fromkeys(["latents", *arguments.pop("callback_on_step_end_tensor_inputs", [])]))
         unet = self.pipe.unet
-        object.__setattr__(self.pipe, "unet", self.unet)  # not pipe.unet = ...: that would rewrite the pipeline's config
+        object.__setattr__(
+            self.pipe, "unet", self.unet
+        )  # not pipe.unet = ...: that would rewrite the pipeline's config
         try:
             with self.unet.handled_by(run.unet_call):
                 output = self.pipe(

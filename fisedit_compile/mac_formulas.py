@@ -63,7 +63,7 @@ def mm(out: Tensor, a: Tensor, b: Tensor) -> int:
     return prod(out.shape) * a.shape[-1]
 
 
-def addmm(out: Tensor, bias: Tensor, a: Tensor, b: Tensor, **_: Any) -> int:
+def addmm(out: Tensor, bias: Tensor, a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
     """As :func:`mm`; the addition is not counted."""
     return mm(out, a, b)
 

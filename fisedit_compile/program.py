@@ -131,6 +131,10 @@ class Program:
         values.update(self._stages["fetch"].values(values))
         return self._stages["step"](values)
 
+    def stage(self, name: str) -> Stage:
+        """One of the stages ``constant``, ``prompt``, ``fetch`` and ``step`` of the sparse graph."""
+        return self._stages[name]
+
     def _refresh_prompt(self, prepared: Prepared, values: dict[Any, Tensor]) -> None:
         """Run the prompt's stage when its inputs are other tensors than last time, or were written to since."""
         stage = self._stages["prompt"]
@@ -165,7 +169,7 @@ class Stage:
         self.graph_module = graph_module
         self.names: list[Any] = [n.meta.get("request", n.target) for n in graph.find_nodes(op="placeholder")]
         stage = graph.output_node().meta.get("stage")
-        self._outputs = [Hoisted(stage, name) for name in graph.output_node().meta.get("values", ())] if stage else []
+        self.outputs = [Hoisted(stage, name) for name in graph.output_node().meta.get("values", ())] if stage else []
         self._run: Callable[..., Any] = torch.compile(graph_module) if config.compile else graph_module
 
     def __call__(self, values: Mapping[Any, Tensor]) -> Any:
@@ -174,7 +178,7 @@ class Stage:
 
     def values(self, values: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
         """The outputs of a hoisted stage, by the requests of the stages that read them."""
-        return dict(zip(self._outputs, self(values), strict=True)) if self._outputs else {}
+        return dict(zip(self.outputs, self(values), strict=True)) if self.outputs else {}
 
 
 def _copy(graph_module: GraphModule) -> GraphModule:

@@ -172,9 +172,7 @@ class EditRun(PipelineRun):
             return self.timer.time("sparse", device, lambda: self.unet.step(call, recorded.cache, prepared))
         if recorded.cache:
             controlled = self.unet.controlled
-            return self.timer.time(
-                "dense", device, lambda: controlled(call, recorded.cache, self._mapper, self._keep)
-            )
+            return self.timer.time("dense", device, lambda: controlled(call, recorded.cache, self._mapper, self._keep))
         return self.timer.time("dense", device, lambda: self.unet.unet(**call.kwargs, return_dict=False)[0])
 
     def finish_step(self, latents: Tensor) -> Tensor:

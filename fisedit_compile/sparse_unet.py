@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fisedit_compile.capture import Call, Signature, bind
 from fisedit_compile.config import SparsityConfig
-from fisedit_compile.errors import BaseMismatchError, CaptureError
+from fisedit_compile.errors import BaseMismatchError, CaptureError, MaskError
 from fisedit_compile.plan import EditPlan, plan_edit
 from fisedit_compile.program import Prepared, Program, StepCache
 
@@ -56,7 +56,7 @@ class SparseUNet(torch.nn.Module):
         self.unet = unet
         self.sparsity = config
         self._original = (original,)  # in a tuple: not a second submodule
-        self._programs: dict[tuple[Signature, bool], Program] = {}
+        self._programs: dict[Signature, Program] = {}
         self._handler: Callable[..., Any] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -91,12 +91,11 @@ class SparseUNet(torch.nn.Module):
             raise CaptureError(
                 f"latents of {call.tensors[0].shape[1]} channels: this U-Net takes {unet.config.in_channels}"
             )
-        key = (call.signature, unet.training)
-        if key not in self._programs:
-            if unet.training:
-                raise CaptureError("the U-Net is in training mode: call unet.eval() first")
-            self._programs[key] = Program(unet, call, self.sparsity)
-        return self._programs[key]
+        if unet.training:
+            raise CaptureError("the U-Net is in training mode: call unet.eval() first")
+        if call.signature not in self._programs:
+            self._programs[call.signature] = Program(unet, call, self.sparsity)
+        return self._programs[call.signature]
 
     def record(
         self, call: Call, *, samples: int | None = None, activations: bool = True, attention: bool = False
@@ -125,8 +124,6 @@ class SparseUNet(torch.nn.Module):
         program = self.program(call)
         batch, _, height, width = call.signature.sample_shape
         if mask.ndim == 3 and mask.shape[1:] != (height, width):
-            from fisedit_compile.errors import MaskError
-
             raise MaskError(f"a mask of {tuple(mask.shape[1:])} for latents of {(height, width)}: resize it first")
         plan: EditPlan = plan_edit(mask.cpu(), program.plan_requests, batch=batch, blocks=self.sparsity.blocks)
         return program.prepare(plan.to(call.tensors[0].device))

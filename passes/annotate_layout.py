@@ -41,12 +41,12 @@ def annotate_layout(graph_module: GraphModule, config: SparsityConfig) -> PassRe
             continue
         if layout is not None:
             node.meta["layout"] = layout
-            report.changed += 1
+            report.change(node)
     return report
 
 
 def _rule(node: Node) -> Layout | None:
-    rule = _RULES.get(node.target)  # type: ignore[arg-type]
+    rule = _RULES.get(node.target)
     if rule is None:
         raise ValueError(f"no rule for {node.target}: its result is computed dense")
     return rule(node)
@@ -142,7 +142,7 @@ def permutation(node: Node) -> tuple[int, ...]:
         dims = list(range(rank))
         dims[a], dims[b] = b, a
         return tuple(dims)
-    return tuple(dim % rank for dim in node.args[1])  # type: ignore[union-attr, operator]
+    return tuple(dim % rank for dim in node.args[1])  # type: ignore[union-attr]
 
 
 def _permute(node: Node) -> Layout | None:

@@ -28,6 +28,6 @@ def cancel_scatter_gather(graph_module: GraphModule, config: SparsityConfig) -> 
             report.skip(gather, "it reads other pixels than were scattered")
         else:
             gather.replace_all_uses_with(scatter.args[0])
-            report.changed += 1
+            report.change(gather)
     prune(graph)
     return report

@@ -34,7 +34,7 @@ def control_cross_attention(graph_module: GraphModule, config: SparsityConfig) -
         controlled.meta.update(val=node.meta["val"], layout=node.meta["layout"])
         node.replace_all_uses_with(controlled)
         graph.erase_node(node)
-        report.changed += 1
+        report.change(node)
     return report
 
 

@@ -36,7 +36,8 @@ def hoist_invariants(graph_module: GraphModule, config: SparsityConfig) -> PassR
         sources[node] = frozenset().union(*(sources[arg] for arg in node.all_input_nodes))
         if node.op == "call_function":
             node.meta["stage"] = stage = _stage(sources[node])
-            report.changed += stage != "step"
+            if stage != "step":
+                report.change(node)
     return report
 
 
@@ -58,8 +59,8 @@ def split_stages(graph_module: GraphModule) -> dict[str, GraphModule]:
     """One graph for each stage, the step's last.
 
     A hoisted stage's graph returns the tuple of its values that later stages read; there they are placeholders whose
-    ``meta["request"]`` is a :class:`~fisedit_compile.passes.requests.Hoisted`. ``meta["stage"]`` and ``meta["values"]`` of its
-    output node name the stage and, in the order of the tuple, those values.
+    ``meta["request"]`` is a :class:`~fisedit_compile.passes.requests.Hoisted`. ``meta["stage"]`` and
+    ``meta["values"]`` of its output node name the stage and, in the order of the tuple, those values.
     """
     read_later = {stage: _read_later(graph_module, stage) for stage in HOISTED_STAGES}
     stages = {}

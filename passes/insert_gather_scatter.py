@@ -43,7 +43,7 @@ def insert_gather_scatter(graph_module: GraphModule, config: SparsityConfig) -> 
         full.meta.update(val=node.meta["val"], layout=layout, module_path=node.meta["module_path"])
         for user in users:
             user.replace_input_with(node, full)
-        report.changed += 1
+        report.change(node)
     return report
 
 

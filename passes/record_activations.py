@@ -25,28 +25,26 @@ def record_activations(graph_module: GraphModule, entries: Sequence[CacheEntry],
     """Add ``entries`` to the outputs of an annotated dense graph; ``samples`` of the batch are its conditional half."""
     report = PassReport("record_activations")
     graph = graph_module.graph
+    inputs = Inputs(graph)
     by_name = {node.name: node for node in graph.nodes}
     output = graph.output_node()
-    statistics: dict[str, Node] = {}
+    statistics: dict[Node, Node] = {}
     recorded = []
     for entry in entries:
         node = by_name[entry.node]
-        build = RowBuilder(graph, Inputs(graph), node.meta["module_path"])
+        build = RowBuilder(graph, inputs, node.meta["module_path"])
         with graph.inserting_before(output):
             if entry.kind == "map":
-                pixels = build.pixels(node)
-                recorded.append(build.call(aten.clone.default, pixels, memory_format=torch.contiguous_format))
-                continue
-            if entry.kind == "attention":
-                query, key = node.args[:2]
+                recorded.append(build.call(aten.contiguous.default, build.pixels(node)))
+            elif entry.kind == "attention":
                 scale = node.kwargs.get("scale")
-                recorded.append(build.call(attention_probabilities, query, key, samples=samples, scale=scale))
-                continue
-            if entry.node not in statistics:
-                groups, eps = node.args[1], node.args[4] if len(node.args) > 4 else 1e-5
-                statistics[entry.node] = build.call(group_norm_statistics, node.args[0], groups, eps)
-            recorded.append(build.call(ops.GETITEM, statistics[entry.node], ("mean", "rstd").index(entry.kind)))
-        report.changed += 1
+                recorded.append(build.call(attention_probabilities, *node.args[:2], samples=samples, scale=scale))
+            else:
+                if node not in statistics:
+                    groups, eps = node.args[1], node.args[4] if len(node.args) > 4 else 1e-5
+                    statistics[node] = build.call(group_norm_statistics, node.args[0], groups, eps)
+                recorded.append(build.call(ops.GETITEM, statistics[node], ("mean", "rstd").index(entry.kind)))
+        report.change(node)
     output.args = ((output.args[0], tuple(recorded)),)
     graph_module.recompile()
     return report

@@ -19,14 +19,31 @@ class Skip:
         return f"{self.module_path or '(U-Net)'}: {self.op}: {self.reason}"
 
 
+@dataclass(frozen=True)
+class Change:
+    """A node that a pass annotated or rewrote."""
+
+    module_path: str
+    op: str
+
+
 @dataclass
 class PassReport:
-    """The outcome of one pass: how many nodes it changed, which it skipped and why, and its time."""
+    """The outcome of one pass: which nodes it changed, which it skipped and why, and its time."""
 
     name: str
-    changed: int = 0
+    changes: list[Change] = field(default_factory=list)
     skipped: list[Skip] = field(default_factory=list)
     seconds: float = 0.0
+
+    @property
+    def changed(self) -> int:
+        """How many nodes the pass changed."""
+        return len(self.changes)
+
+    def change(self, node: Node) -> None:
+        """Record that ``node`` was annotated or rewritten."""
+        self.changes.append(Change(node.meta.get("module_path", ""), str(node.target)))
 
     def skip(self, node: Node, reason: str) -> None:
         """Record that ``node`` was left as it is."""

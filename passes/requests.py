@@ -30,7 +30,7 @@ class CacheEntry:
 
 @dataclass(frozen=True)
 class ControlTensor:
-    """One tensor of the token alignment of two prompts, see ``prompt_to_prompt.TokenAlignment``, stacked to ``[n, ...]``."""
+    """One tensor of the token alignments of the samples' prompts, see ``prompt_to_prompt.align_batch``."""
 
     kind: Literal["mapper", "keep"]
 

@@ -1,4 +1,4 @@
-"""What the passes share: the step that moves a gather in front of its operation, and the removal of what is not read."""
+"""What the passes share: moving a gather in front of its operation, and removing what nobody reads."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def move_gathers(
         new.meta["rows"] = op.meta["layout"]
         node.replace_all_uses_with(new)
         graph.erase_node(node)
-        report.changed += 1
+        report.change(op)
 
 
 def prune(graph: Graph) -> None:

@@ -34,11 +34,11 @@ def select_region(graph_module: GraphModule, config: SparsityConfig) -> PassRepo
             report.skip(node, f"resolution {layout.size[0]}x{layout.size[1]} is below dense_below={config.dense_below}")
             continue
         node.meta["region"] = True
-        report.changed += 1
+        report.change(node)
     if not report.changed:
         raise SparsifyError(
-            f"nothing to make sparse: no operation of the U-Net runs at {config.dense_below} or more latent cells a side; "
-            "lower dense_below, or edit a larger picture"
+            f"nothing to make sparse: no operation of the U-Net runs at {config.dense_below} or more latent cells a "
+            "side; lower dense_below, or edit a larger picture"
         )
     return report
 

@@ -50,7 +50,7 @@ def _conv_rows(build: RowBuilder, conv: Node) -> Node:
         flat = build.call(aten.flatten.using_ints, weight, 1)
         return build.call(ops.LINEAR, build.rows(source), flat, bias)
 
-    # [Cout, Cin, kh, kw] -> [Cout, kh * kw * Cin]: one matrix row holds the taps as the gathered pixels lie, channels last
+    # [Cout, Cin, kh, kw] -> [Cout, kh * kw * Cin]: a row holds the taps as the gathered pixels lie, channels last
     packed = build.call(aten.permute.default, weight, [0, 2, 3, 1])
     packed = build.call(aten.flatten.using_ints, packed, 1)
     sizes: dict[str, Any] = {"source": source.meta["layout"].size, "target": conv.meta["layout"].size}
@@ -68,6 +68,6 @@ def _geometry(conv: Node) -> dict[str, Size]:
     def pair(position: int, default: int) -> Size:
         values = conv.args[position] if len(conv.args) > position else [default]
         assert isinstance(values, list | tuple)
-        return (values[0], values[-1])  # type: ignore[return-value]
+        return (values[0], values[-1])
 
     return {"stride": pair(3, 1), "padding": pair(4, 0), "dilation": pair(5, 1)}

@@ -30,5 +30,5 @@ def _group_norm_rows(build: RowBuilder, norm: Node) -> Node:
     assert isinstance(value, Node)
     weight, bias = (norm.args[i] if len(norm.args) > i else None for i in (2, 3))
     sample = build.inputs(PlanTensor("sample", norm.meta["layout"].size))
-    mean, rstd = (build.inputs(CacheEntry(norm.name, kind)) for kind in ("mean", "rstd"))  # type: ignore[arg-type]
+    mean, rstd = (build.inputs(CacheEntry(norm.name, kind)) for kind in ("mean", "rstd"))
     return build.call(ops.GROUP_NORM_ROWS, build.rows(value), sample, mean, rstd, weight, bias)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from fisedit_compile.architectures import build_unet, unet_inputs
+from fisedit_compile.architectures import ARCHITECTURES, build_unet, unet_inputs
 
 # Inputs are tiny: more threads than this only wait for each other. OMP_NUM_THREADS=1 is respected.
 torch.set_num_threads(min(2, torch.get_num_threads()))
@@ -32,7 +32,6 @@ MICRO: dict[str, Any] = {
     "layers_per_block": 1,
     "attention_head_dim": 2,
 }
-ARCHITECTURES_TESTED = ("micro", "tiny-sd15", "tiny", "tiny-sdxl")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,14 +40,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device: torch.cuda.is_available() is False"))
-
-
-@pytest.fixture(autouse=True)
-def _fail_on_surprising_threads() -> Iterator[None]:
-    """A test that changes torch's default dtype or threads would change every test behind it."""
-    before = torch.get_default_dtype(), torch.get_num_threads()
-    yield
-    assert (torch.get_default_dtype(), torch.get_num_threads()) == before
 
 
 @dataclass(frozen=True)
@@ -63,7 +54,7 @@ class Recorded:
 class UNets:
     """Dense and sparse U-Nets with random weights, inputs and recorded bases, each made once a session.
 
-    Sizes are those of the latents. Equal arguments give the same object.
+    Sizes are those of the latents. The same arguments, given in the same way, give the same object.
     """
 
     def __init__(self) -> None:
@@ -77,11 +68,7 @@ class UNets:
         """A U-Net of one's own, to change or break. Sizes of weights are as in ``build_unet``: activations stay finite."""
         if arch != "micro":
             return build_unet(arch, dtype=dtype)
-        from unittest.mock import patch
-
-        from fisedit_compile import architectures
-
-        with patch.dict(architectures.ARCHITECTURES, micro=MICRO):
+        with patch.dict(ARCHITECTURES, micro=MICRO):
             return build_unet("micro", dtype=dtype)
 
     def _dense(self, arch: str, dtype: torch.dtype = torch.float64) -> Any:

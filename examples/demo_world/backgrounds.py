@@ -6,8 +6,10 @@ Each painter takes pixel coordinates `x`, `y` in [0, 1] (`[h, w]`, y down) and p
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,24 +21,45 @@ Rgb = tuple[float, float, float]
 EDGE = 256.0  # soft edges are one pixel wide
 
 
-def paint_backgrounds(backgrounds: Sequence[Background], size: int, device: torch.device) -> Tensor:
-    """The backgrounds as pictures `[batch, 3, size, size]`, sRGB in [0, 1]."""
-    axis = (torch.arange(size, device=device) + 0.5) / size
+class BackgroundTensors(NamedTuple):
+    """A batch of backgrounds, sorted by kind so that each painter runs once."""
+
+    kinds: list[tuple[str, int]]  # each kind and how many of it
+    colors: Tensor  # [batch, 2, 3], top and bottom of plain colours and gradients
+    parameters: Tensor  # [batch, BACKGROUND_PARAMETERS]
+    unsort: Tensor  # [batch], from sorted order back to the caller's
+
+
+def encode_backgrounds(backgrounds: Sequence[Background]) -> BackgroundTensors:
+    order = sorted(range(len(backgrounds)), key=lambda i: backgrounds[i].kind)
+    ordered = [backgrounds[i] for i in order]
+    ends = [(item.colors[0], item.colors[-1]) if item.colors else ("black", "black") for item in ordered]
+    return BackgroundTensors(
+        list(Counter(item.kind for item in ordered).items()),
+        torch.tensor([[COLORS[top], COLORS[bottom]] for top, bottom in ends]),
+        torch.tensor([item.parameters for item in ordered]),
+        torch.tensor(order).argsort(),
+    )
+
+
+def paint_backgrounds(batch: BackgroundTensors, size: int) -> Tensor:
+    """The backgrounds as pictures `[batch, 3, size, size]`, sRGB in [0, 1], on the device of `batch`."""
+    axis = (torch.arange(size, device=batch.colors.device) + 0.5) / size
     y, x = torch.meshgrid(axis, axis, indexing="ij")
-    pictures = torch.empty(len(backgrounds), 3, size, size, device=device)
-    for kind in sorted({item.kind for item in backgrounds}):
-        chosen = [i for i, item in enumerate(backgrounds) if item.kind == kind]
-        p = torch.tensor([backgrounds[i].parameters for i in chosen], device=device)[..., None, None]
+    pictures, done = [], 0
+    for kind, count in batch.kinds:
+        p = batch.parameters[done : done + count, :, None, None]
         if kind in SCENERY:
-            painted = PAINTERS[kind](x, y, p)
+            picture = PAINTERS[kind](x, y, p)
         else:
-            names = [(backgrounds[i].colors[0], backgrounds[i].colors[-1]) for i in chosen]
-            ends = torch.tensor([[COLORS[a], COLORS[b]] for a, b in names], device=device)[..., None, None]
+            ends = batch.colors[done : done + count, :, :, None, None]
             # A plain colour is a gradient between itself and itself; the change is steepest in the middle.
-            share = torch.sigmoid((y - 0.5) * 7)
-            painted = torch.lerp(ends[:, 0], ends[:, 1], share) * (0.96 + 0.04 * p[:, :1])
-        pictures[torch.tensor(chosen, device=device)] = painted
-    return pictures.clamp_(0, 1)
+            picture = torch.lerp(ends[:, 0], ends[:, 1], torch.sigmoid((y - 0.5) * 7)) * (
+                0.96 + 0.04 * p[:, :1]
+            )
+        pictures.append(picture.expand(count, 3, size, size))
+        done += count
+    return torch.cat(pictures)[batch.unsort].clamp_(0, 1)
 
 
 def _rgb(like: Tensor, color: Rgb) -> Tensor:

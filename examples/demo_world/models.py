@@ -140,12 +140,12 @@ def build_pipeline(
 def export_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
     """Save as half-precision safetensors."""
     pipe.save_pretrained(folder, safe_serialization=True)
-    # transformers 5 renamed this class and keeps the old name as an alias: the old one loads in every version.
-    index_file = folder / "model_index.json"
-    index = json.loads(index_file.read_text())
-    index["tokenizer"] = ["transformers", "PreTrainedTokenizerFast"]
-    index_file.write_text(json.dumps(index, indent=2) + "\n")
-    config_file = folder / "tokenizer" / "tokenizer_config.json"
-    config = json.loads(config_file.read_text())
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    config_file.write_text(json.dumps(config, indent=2) + "\n")
+    # transformers 5 renamed this class and keeps the old name as an alias: the old name loads in every version.
+    _edit_json(folder / "model_index.json", tokenizer=["transformers", "PreTrainedTokenizerFast"])
+    _edit_json(folder / "tokenizer" / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    # transformers 5 loads in the dtype named here, diffusers in float32 unless told: let both do the same.
+    _edit_json(folder / "text_encoder" / "config.json", dtype="float32")
+
+
+def _edit_json(file: Path, **values: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values, indent=2) + "\n")

@@ -52,7 +52,9 @@ def _average_gradients(parameters: list[nn.Parameter]) -> None:
         flat = torch.cat([g.flatten() for g in gradients])
         dist.all_reduce(flat)
         parts = (flat / world_size()).split([g.numel() for g in gradients])
-        torch._foreach_copy_(gradients, [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)])
+        torch._foreach_copy_(
+            gradients, [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)]
+        )
 
 
 def optimise(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backgrounds import paint_backgrounds
-from .scene import CANVAS, MAX_OBJECTS, Background, Scene, accessory_box
-from .sprites import load_sprites
+from .backgrounds import BackgroundTensors, encode_backgrounds, paint_backgrounds
+from .scene import CANVAS, MAX_OBJECTS, Scene, accessory_box
+from .sprites import load_sprites, sprite_index
 
 LAYERS = 2 * MAX_OBJECTS  # each object and what it wears
 
@@ -31,45 +33,61 @@ class RenderedScene:
     owners: tuple[int, ...]
 
 
+class SceneTensors(NamedTuple):
+    """A batch of scenes as the numbers that drawing needs."""
+
+    backgrounds: BackgroundTensors
+    rows: Tensor  # [batch, LAYERS], each layer's sprite; 0 is the empty one
+    boxes: Tensor  # [batch, LAYERS, 3], centre x, centre y and width in pixels
+
+    def to(self, device: torch.device) -> SceneTensors:
+        """Copies that do not make the host wait where the tensors are in pinned memory."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        kinds, *numbers = self.backgrounds
+        return SceneTensors(BackgroundTensors(kinds, *map(move, numbers)), move(self.rows), move(self.boxes))
+
+
+def encode_scenes(scenes: Sequence[Scene]) -> SceneTensors:
+    index = sprite_index()
+    rows = np.zeros((len(scenes), LAYERS), np.int64)
+    boxes = np.ones((len(scenes), LAYERS, 3), np.float32)
+    for n, scene in enumerate(scenes):
+        for i, item in enumerate(scene.objects):
+            rows[n, 2 * i] = index[item.sprite]
+            boxes[n, 2 * i] = (*item.center, item.width)
+            if item.accessory:
+                rows[n, 2 * i + 1] = index[item.accessory]
+                boxes[n, 2 * i + 1] = accessory_box(item)
+    backgrounds = encode_backgrounds([scene.background for scene in scenes])
+    return SceneTensors(backgrounds, torch.from_numpy(rows), torch.from_numpy(boxes))
+
+
 class Renderer:
     """Draws scenes on one device."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
-        self._index, sprites = load_sprites()
-        self._sprites = sprites.to(self.device)
+        self._sprites = load_sprites().to(self.device)
 
-    def render(self, scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
+    def render(self, scenes: Sequence[Scene] | SceneTensors) -> tuple[Tensor, Tensor]:
         """Images `[batch, 3, 256, 256]` in [0, 1] and each layer's visible opacity `[batch, LAYERS, 256, 256]`.
 
         Layer `2 * i` is a scene's object `i` and layer `2 * i + 1` what it wears; unused layers are 0.
         """
-        rows = torch.zeros(len(scenes), LAYERS, dtype=torch.long)
-        boxes = torch.ones(len(scenes), LAYERS, 3)  # centre x, centre y, width
-        for n, scene in enumerate(scenes):
-            for i, item in enumerate(scene.objects):
-                rows[n, 2 * i] = self._index[item.sprite]
-                boxes[n, 2 * i] = torch.tensor([*item.center, item.width])
-                if item.accessory:
-                    rows[n, 2 * i + 1] = self._index[item.accessory]
-                    boxes[n, 2 * i + 1] = torch.tensor(accessory_box(item))
-        return self._composite(
-            [scene.background for scene in scenes], rows.to(self.device), boxes.to(self.device)
-        )
-
-    def _composite(self, backgrounds: list[Background], rows: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-        image = paint_backgrounds(backgrounds, CANVAS, self.device)
-        alphas = torch.zeros(*rows.shape, CANVAS, CANVAS, device=self.device)
+        batch = (scenes if isinstance(scenes, SceneTensors) else encode_scenes(scenes)).to(self.device)
+        image = paint_backgrounds(batch.backgrounds, CANVAS)
+        alphas = torch.zeros(*batch.rows.shape, CANVAS, CANVAS, device=self.device)
+        # Output pixel -> sprite coordinate, both in [-1, 1].
+        zoom = CANVAS / batch.boxes[..., 2]
+        shift = -zoom[..., None] * (2 * batch.boxes[..., :2] / CANVAS - 1)
+        theta = torch.cat([torch.diag_embed(zoom[..., None].expand_as(shift)), shift[..., None]], dim=-1)
         for layer in range(LAYERS):
-            cx, cy, width = boxes[:, layer].unbind(1)
-            # Output pixel -> sprite coordinate, both in [-1, 1].
-            zoom = CANVAS / width
-            theta = torch.zeros(len(backgrounds), 2, 3, device=self.device)
-            theta[:, 0, 0] = theta[:, 1, 1] = zoom
-            theta[:, 0, 2] = -zoom * (2 * cx / CANVAS - 1)
-            theta[:, 1, 2] = -zoom * (2 * cy / CANVAS - 1)
-            grid = F.affine_grid(theta, [len(backgrounds), 4, CANVAS, CANVAS], align_corners=False)
-            drawn = F.grid_sample(self._sprites[rows[:, layer]], grid, align_corners=False)  # premultiplied
+            grid = F.affine_grid(theta[:, layer], [len(image), 4, CANVAS, CANVAS], align_corners=False)
+            sprites = self._sprites[batch.rows[:, layer]]
+            drawn = F.grid_sample(sprites, grid, align_corners=False)  # premultiplied
             covered = 1 - drawn[:, 3:]
             image = drawn[:, :3] + covered * image
             alphas[:, :layer] *= covered

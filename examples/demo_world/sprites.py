@@ -7,6 +7,7 @@ The archive `objects.npz` beside this file is what the world draws from; build i
 from __future__ import annotations
 
 import argparse
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -39,23 +40,27 @@ def build_archive(package: Path, archive: Path = ARCHIVE) -> None:
     np.savez_compressed(archive, names=np.array(list(CODE_POINTS)), sprites=np.stack(sprites))
 
 
-def load_sprites() -> tuple[dict[str, int], torch.Tensor]:
-    """Index by name (`"cat"`, `"blue car"`) and the sprites, premultiplied RGBA float32 `[n, 4, 96, 96]`.
+@cache
+def sprite_index() -> dict[str, int]:
+    """The row in `load_sprites()` of each name, plain ("cat") or tinted ("blue car")."""
+    names = [*CODE_POINTS, *(f"{color} {name}" for name in TINTABLE for color in TINTS)]
+    return {name: row for row, name in enumerate(names, start=1)}
 
-    Index 0 is an empty sprite: an unused layer of a scene draws it.
+
+def load_sprites() -> torch.Tensor:
+    """The sprites, premultiplied RGBA float32 `[n, 4, 96, 96]`; row 0 is empty, for the unused layers of a scene.
+
+    Raises ValueError when the archive was built for another list of names.
     """
     with np.load(ARCHIVE) as data:
-        names = [str(name) for name in data["names"]]
+        if list(data["names"]) != list(CODE_POINTS):
+            raise ValueError(f"{ARCHIVE} holds other sprites than vocabulary.py names; build it again")
         straight = torch.from_numpy(data["sprites"]).permute(0, 3, 1, 2).float() / 255  # [n, 4, 96, 96]
-    index = {name: row + 1 for row, name in enumerate(names)}
-    layers = [torch.zeros_like(straight[:1]), straight]
-    for name in TINTABLE:
-        for color in TINTS:
-            index[f"{color} {name}"] = len(index) + 1
-            layers.append(_tint(straight[index[name] - 1], color)[None])
-    sprites = torch.cat(layers)
+    index = sprite_index()
+    tinted = [_tint(straight[index[name] - 1], color) for name in TINTABLE for color in TINTS]
+    sprites = torch.cat([torch.zeros_like(straight[:1]), straight, torch.stack(tinted)])
     sprites[:, :3] *= sprites[:, 3:]
-    return index, sprites
+    return sprites
 
 
 def _tint(sprite: torch.Tensor, color: str) -> torch.Tensor:

@@ -11,15 +11,15 @@ from transformers import PreTrainedTokenizerFast
 
 from .captions import sample_captioned_scene
 from .models import MAX_TOKENS
-from .scene import Scene
+from .renderer import SceneTensors, encode_scenes
 
 EMPTY_SHARE = 0.1  # captions left empty, for classifier-free guidance
 
-Batch = tuple[list[Scene], torch.Tensor]
+Batch = tuple[SceneTensors, torch.Tensor]
 
 
 class SceneStream(IterableDataset[Batch]):
-    """Batches of scenes and token ids `[batch, 32]`; the same for the same seed and number of workers."""
+    """Batches of encoded scenes and token ids `[batch, 32]`; the same for the same seed and number of workers."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, batch: int, seed: int) -> None:
         self.tokenizer = tokenizer
@@ -32,7 +32,7 @@ class SceneStream(IterableDataset[Batch]):
         while True:
             pairs = [sample_captioned_scene(rng) for _ in range(self.batch)]
             captions = ["" if rng.random() < EMPTY_SHARE else caption for _, caption in pairs]
-            yield [scene for scene, _ in pairs], tokenise(self.tokenizer, captions)
+            yield encode_scenes([scene for scene, _ in pairs]), tokenise(self.tokenizer, captions)
 
 
 def tokenise(tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> torch.Tensor:
@@ -40,13 +40,13 @@ def tokenise(tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> torch.T
     return tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
 
 
-def _as_is(batch: Batch) -> Batch:
-    return batch
-
-
 def scene_batches(tokenizer: PreTrainedTokenizerFast, batch: int, seed: int, workers: int) -> Iterator[Batch]:
-    stream = SceneStream(tokenizer, batch, seed)
-    ahead = 8 if workers else None
-    return iter(
-        DataLoader(stream, batch_size=None, num_workers=workers, prefetch_factor=ahead, collate_fn=_as_is)
+    """The stream, ahead by a few batches and in pinned memory where there is a GPU."""
+    loader = DataLoader(
+        SceneStream(tokenizer, batch, seed),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=8 if workers else None,
+        pin_memory=torch.cuda.is_available(),
     )
+    return iter(loader)

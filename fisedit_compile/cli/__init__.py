@@ -1,0 +1,51 @@
+"""The command ``fisedit-compile``.
+
+A subcommand is a module here with ``add_parser(subparsers)``, which sets ``run`` to a function of the parsed
+arguments. Such a module imports torch and diffusers in ``run``, so that ``--help`` and a mistyped option answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+
+from fisedit_compile import __version__
+from fisedit_compile.cli import bench, edit
+from fisedit_compile.errors import FiseditError
+
+PROGRAM = "fisedit-compile"
+SUBCOMMANDS = (edit, bench)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all subcommands; parsed arguments have ``run``."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Edit pictures of a Stable Diffusion U-Net by new words, and recompute only what changes.",
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for subcommand in SUBCOMMANDS:
+        subcommand.add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line (default: that of the process).
+
+    Returns:
+        The exit status: 0, or 2 where an argument, a file or a model cannot be used; the reason is then on stderr.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser().parse_args(given)
+    args.command_line = shlex.join([PROGRAM, *given])
+    try:
+        args.run(args)
+    except (FiseditError, ValueError, OSError) as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130  # as a shell reports an interrupted command
+    return 0

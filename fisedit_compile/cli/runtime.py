@@ -1,0 +1,108 @@
+"""What the subcommands share: number types of options, device, dtype and threads, and what a report says of them."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+#: Name of an option -> name of the dtype in torch.
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+_PACKAGES = ("torch", "diffusers", "transformers", "triton", "numpy")
+
+
+def add_runtime_options(parser: argparse.ArgumentParser) -> None:
+    """``--device``, ``--dtype`` and ``--threads``, which :func:`start` reads."""
+    group = parser.add_argument_group("where it runs")
+    group.add_argument(
+        "--device", default="auto", metavar="auto|cpu|cuda", help="auto takes CUDA where there is one (default: auto)"
+    )
+    group.add_argument(
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="of weights and activations; auto is fp32 on the CPU and fp16 on CUDA (default: auto)",
+    )
+    group.add_argument(
+        "--threads", type=whole_number(1), metavar="N", help="threads of torch on the CPU (default: torch's own choice)"
+    )
+
+
+def start(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """Set the threads; the device and the dtype of ``args``.
+
+    Raises:
+        ValueError: a device that is unknown or not there.
+    """
+    import torch
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise ValueError(f"--device {name}: choose auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA device(s); use --device cpu")
+    dtype = args.dtype if args.dtype != "auto" else ("fp16" if kind == "cuda" else "fp32")
+    return torch.device(name), getattr(torch, DTYPES[dtype])
+
+
+def describe(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Device, dtype, threads and versions, for reports."""
+    import torch
+
+    from fisedit_compile import __version__
+
+    versions = {"fisedit-compile": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # triton is there on Linux alone
+            continue
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {
+        "device": str(device),
+        "device_name": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+    }
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """An option's type: an int of at least ``least``."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return parse
+
+
+def share(text: str) -> float:
+    """An option's type: a float in (0, 1]."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share above 0 and up to 1, such as 0.15")
+    return value
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
