@@ -13,6 +13,7 @@ import argparse
 import copy
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,7 +33,8 @@ from transformers import PreTrainedTokenizerFast
 
 CROP = 128  # the autoencoder is convolutional: half-size crops teach it the same at a quarter of the cost
 EMA_RATE = 0.001
-EXPORTS = 3  # the last of which is the result; the others are there in case a run is cut short
+EXPORTS = 3  # the last of which is the result; the others are for a run that is cut short
+STATISTICS_BATCHES = 8
 SAMPLE_PROMPTS = (
     "a cat on the left and a red car on the right, on a green background",
     "a dog on the left and a blue car on the right, on a green background",
@@ -74,43 +76,68 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     def train_vae(self) -> AutoencoderKL:
+        """The autoencoder, on crops, with its latents normalised."""
         vae = models.build_vae().to(self.device)
         share_weights(vae)
         loss = self.compiled(VaeLoss(vae))
 
-        def step_loss() -> tuple[Tensor, dict[str, Tensor]]:
-            images, _, _ = self.images()
+        def crop(images: Tensor) -> Tensor:
             top, left = (int(v) for v in torch.randint(images.shape[-1] - CROP + 1, (2,)))
-            with self.autocast():
-                value, psnr = loss(images[..., top : top + CROP, left : left + CROP].contiguous())
-            return value, {"psnr": psnr}
+            return images[..., top : top + CROP, left : left + CROP].contiguous()
 
-        optimise(
-            "vae",
-            list(vae.parameters()),
-            step_loss,
-            Budget(self.args.vae_steps, self.args.vae_minutes),
-            samples_per_step=self.args.batch * world_size(),
-            learning_rate=1e-3,
-        )
-        vae.requires_grad_(False).eval()
+        budget = Budget(self.args.vae_steps, self.args.vae_minutes)
+        self._fit_vae("vae", loss, list(vae.parameters()), crop, budget, learning_rate=1e-3)
+        vae.requires_grad_(False)
         with torch.no_grad():
-            images = torch.cat([self.images()[0] for _ in range(self.args.statistics_batches)])
-            chunks = images.split(self.args.batch)
-            latents = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in chunks])
+            batches = [self.images()[0] for _ in range(STATISTICS_BATCHES)]
+            latents = torch.cat([vae.encode(images).latent_dist.mean for images in batches])
             models.normalise_latents(vae, latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
-            share_weights(vae)
-            decoded = [vae.decode(vae.encode(chunk).latent_dist.mean).sample for chunk in chunks]
-            mse = torch.stack([F.mse_loss(*pair) for pair in zip(decoded, chunks, strict=True)])
-        say(f"vae: {10 * torch.log10(4 / mse.mean()).item():.2f} dB PSNR on {len(images)} new whole pictures")
+        share_weights(vae)
+        self._report_psnr(vae)
         return vae
 
-    def train_unet(self, vae: AutoencoderKL) -> None:
+    def finish_decoder(self, vae: AutoencoderKL) -> None:
+        """The decoder alone, on whole pictures: its group norms see other statistics there than on crops."""
+        decoder = nn.ModuleList([vae.decoder, vae.post_quant_conv]).requires_grad_(True)
+        budget = Budget(self.args.decoder_steps, self.args.decoder_minutes)
+        self._fit_vae(
+            "decoder", VaeLoss(vae), list(decoder.parameters()), lambda x: x, budget, learning_rate=5e-4
+        )
+        vae.requires_grad_(False)
+        self._report_psnr(vae)
+
+    def _fit_vae(
+        self,
+        name: str,
+        loss: nn.Module,
+        parameters: list[nn.Parameter],
+        view: Callable[[Tensor], Tensor],
+        budget: Budget,
+        learning_rate: float,
+    ) -> None:
+        def step_loss() -> tuple[Tensor, dict[str, Tensor]]:
+            images = view(self.images()[0])
+            with self.autocast():
+                value, psnr = loss(images)
+            return value, {"psnr": psnr}
+
+        samples = self.args.batch * world_size()
+        optimise(name, parameters, step_loss, budget, samples_per_step=samples, learning_rate=learning_rate)
+
+    @torch.no_grad()
+    def _report_psnr(self, vae: AutoencoderKL) -> None:
+        errors = []
+        for _ in range(STATISTICS_BATCHES):
+            images = self.images()[0]
+            decoded = vae.decode(vae.encode(images).latent_dist.mean).sample.clamp(-1, 1)
+            errors.append((decoded - images).square().mean((1, 2, 3)))
+        psnr = 10 * torch.log10(4 / torch.cat(errors))
+        say(f"vae: {psnr.mean().item():.2f} dB PSNR, the mean of {len(psnr)} new whole pictures")
+
+    def train_unet(self, vae: AutoencoderKL, network: DenoisingLoss) -> None:
+        """Text encoder and U-Net together; exports their running averages with `vae`."""
         scheduler = models.build_scheduler()
         scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(self.device)
-        network = DenoisingLoss(models.build_unet(), models.build_text_encoder(self.tokenizer)).to(
-            self.device
-        )
         share_weights(network)
         # By hand, because torch's AveragedModel makes the host wait for the GPU in each step.
         average = copy.deepcopy(network).requires_grad_(False)
@@ -138,10 +165,9 @@ class Trainer:
             with torch.no_grad():
                 torch._foreach_lerp_(averages, weights, max(EMA_RATE, 1 / step))
             part = step * EXPORTS // steps if steps else 0
-            if part > exported:
+            if exported < part < EXPORTS:
                 exported = part
-                if is_main():
-                    self.export(vae, average, step)
+                self.export(vae, average, step)
 
         start = time.perf_counter()
         samples = self.args.batch * world_size()
@@ -155,12 +181,14 @@ class Trainer:
             after_step=after_step,
         )
         minutes = (time.perf_counter() - start) / 60
-        say(
-            f"unet: {steps} steps, {steps * samples} samples, {minutes:.1f} minutes, mean loss {smooth.item():.4f}"
-        )
+        total = f"{steps} steps, {steps * samples} samples, {minutes:.1f} minutes"
+        say(f"unet: {total}, mean loss {smooth.item():.4f}")
+        self.export(vae, average, steps)
 
     def export(self, vae: AutoencoderKL, network: DenoisingLoss, step: int) -> None:
         """Write the pipeline folder and, beside it, a grid of samples."""
+        if not is_main():
+            return
         half = [copy.deepcopy(part).half().eval() for part in (vae, network.text_encoder, network.unet)]
         pipe = models.build_pipeline(half[0], half[1], self.tokenizer, half[2])
         models.export_pipeline(pipe, self.args.out)
@@ -188,6 +216,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="their number of steps, in place of --minutes")
     parser.add_argument("--vae-minutes", type=float, default=2.5, help="training time of the autoencoder")
     parser.add_argument("--vae-steps", type=int, help="its number of steps, in place of --vae-minutes")
+    parser.add_argument(
+        "--decoder-minutes", type=float, default=1.0, help="training time of the decoder alone"
+    )
+    parser.add_argument(
+        "--decoder-steps", type=int, help="its number of steps, in place of --decoder-minutes"
+    )
+    parser.add_argument(
+        "--resume", type=Path, help="an exported folder to go on from; its encoder stays as it is"
+    )
     parser.add_argument("--batch", type=int, default=96, help="samples a step and process")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -197,10 +234,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="a few tiny steps of everything")
     args = parser.parse_args()
     args.compile = args.device.startswith("cuda")
-    args.sampling_steps, args.statistics_batches = 30, 8
+    args.sampling_steps = 30
     if args.smoke:
-        args.steps, args.vae_steps, args.batch, args.workers = 2, 2, 2, 0
-        args.sampling_steps, args.statistics_batches = 1, 1
+        args.vae_steps, args.decoder_steps, args.steps = 2, 1, 2
+        args.batch, args.workers, args.sampling_steps = 1, 0, 1
     return args
 
 
@@ -217,7 +254,14 @@ def main() -> None:
     rank = dist.get_rank() if dist.is_initialized() else 0
     torch.manual_seed(args.seed + rank)  # the first process's weights are shared, the noise is each one's own
     trainer = Trainer(args, device)
-    trainer.train_unet(trainer.train_vae())
+    if args.resume:
+        pipe = StableDiffusionPipeline.from_pretrained(args.resume, torch_dtype=torch.float32).to(device)
+        vae, text_encoder, unet = pipe.vae.requires_grad_(False), pipe.text_encoder, pipe.unet
+    else:
+        vae = trainer.train_vae()
+        text_encoder, unet = models.build_text_encoder(trainer.tokenizer), models.build_unet()
+    trainer.finish_decoder(vae)
+    trainer.train_unet(vae, DenoisingLoss(unet, text_encoder).to(device).train())
     if dist.is_initialized():
         dist.destroy_process_group()
 

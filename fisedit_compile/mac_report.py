@@ -6,10 +6,17 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any
 
 #: The resolution of what has none: time embedding and text.
 NO_RESOLUTION = "none"
+
+
+def by_area(item: tuple[str, int]) -> int:
+    """Sorts ``(resolution, MACs)``: the largest resolution first, what has none last."""
+    name, _ = item
+    return 0 if name == NO_RESOLUTION else -prod(map(int, name.split("x")))
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,15 @@ class MacCount:
         """The total without attention's matrix products, as counters without a formula for them have it."""
         return self.total - self.by_op["attention"]
 
+    def __add__(self, other: MacCount) -> MacCount:
+        """Both together."""
+
+        def add(by: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:
+            return {key: by.get(key, 0) + more.get(key, 0) for key in {**by, **more}}
+
+        by_resolution = dict(sorted(add(self.by_resolution, other.by_resolution).items(), key=by_area))
+        return MacCount(add(self.by_op, other.by_op), by_resolution, add(self.by_module, other.by_module))
+
     def of_module(self, path: str) -> int:
         """MACs of a module and everything in it; ``""`` is the whole."""
         return sum(macs for module, macs in self.by_module.items() if not path or f"{module}.".startswith(f"{path}."))
@@ -45,8 +61,9 @@ class MacCount:
 class MacReport:
     """MACs of one U-Net call: dense, and those of a sparse step where an edit was given.
 
-    Sizes are those of the image in pixels. ``edit_size`` is the share of active latent pixels. ``total``, ``by_op``,
-    ``by_resolution`` and ``by_module`` are those of the sparse step where there is one, else of the dense call.
+    Sizes are those of the image in pixels. ``edit_size`` is the share of active latent pixels. ``prompt`` is what a
+    dense call does for the text in each step, and an edit once. ``total``, ``by_op``, ``by_resolution`` and
+    ``by_module`` are those of the sparse step where there is one, else of the dense call.
     """
 
     dense: MacCount
@@ -56,6 +73,7 @@ class MacReport:
     sparse: MacCount | None = None
     edit_size: float | None = None
     attention: str | None = None
+    prompt: MacCount | None = None
 
     @property
     def counted(self) -> MacCount:
@@ -92,6 +110,7 @@ class MacReport:
             "attention": self.attention,
             "macs_dense": self.dense.total,
             "macs_sparse": self.sparse.total if self.sparse else None,
+            "macs_prompt": self.prompt.total if self.prompt else None,
             "ratio": self.ratio,
             **{by: self._beside(by) for by in ("by_op", "by_resolution", "by_module")},
         }
@@ -133,6 +152,8 @@ class MacReport:
 
         yield row("total", lambda count: count.total)
         yield row("without attention products", lambda count: count.without_attention)
+        if self.prompt:
+            yield f"once an edit: {self.prompt.total / 1e9:,.2f} G", None, None
         for by in ("by_op", "by_resolution"):
             yield by.replace("_", " "), None, None
             for key, macs in self._beside(by).items():

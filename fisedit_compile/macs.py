@@ -1,36 +1,57 @@
-"""Multiply-accumulates (MACs) of a U-Net call, counted on the meta device: no weights are read, nothing is computed.
+"""Multiply-accumulates (MACs) of a U-Net call and of a sparse step, counted on the meta device: no weights are read,
+nothing is computed.
 
-The total is counted by fvcore, the breakdown by walking the graph; both use :mod:`fisedit_compile.mac_formulas`, and
-a count on which they differ is refused.
+What is counted, and by which conventions, is written down in docs/macs.md.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from math import prod
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
-import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
-from torch.fx.node import map_arg
 
 from fisedit_compile.architectures import VAE_SCALE_FACTOR, build_unet, unet_inputs
-from fisedit_compile.capture import bind, capture, module_path
-from fisedit_compile.config import SparsityConfig
-from fisedit_compile.errors import CaptureError
-from fisedit_compile.mac_formulas import FORMULAS, OP_KINDS, REFUSED
-from fisedit_compile.mac_report import NO_RESOLUTION, MacCount, MacReport
-from fisedit_compile.mac_tracing import fvcore_by_kind, to_meta
+from fisedit_compile.capture import Call, bind, capture
+from fisedit_compile.config import AttentionMode, SparsityConfig
+from fisedit_compile.mac_report import MacCount, MacReport
+from fisedit_compile.mac_walk import GraphCounter, count_graph
 from fisedit_compile.passes.annotate_layout import annotate_layout
+from fisedit_compile.passes.hoist_invariants import HOISTED_STAGES
+from fisedit_compile.plan import EditPlan, plan_edit
+from fisedit_compile.program import Program
+from fisedit_compile.sample_masks import latent_mask, square_mask
+from fisedit_compile.step_shapes import step_shapes
+from fisedit_compile.user_mask import MaskLike
 
-__all__ = ["MacCount", "MacReport", "count_graph", "count_macs"]
+__all__ = [
+    "MacCount",
+    "MacCounter",
+    "MacReport",
+    "count_dense",
+    "count_graph",
+    "count_macs",
+    "count_prompt",
+    "count_step",
+]
 
 
-def count_macs(unet_or_model: Any, *, height: int, width: int, batch: int = 2) -> MacReport:
-    """MACs of one call of a U-Net for images of ``height`` x ``width`` pixels.
+def count_macs(
+    unet_or_model: Any,
+    *,
+    height: int,
+    width: int,
+    batch: int = 2,
+    mask: MaskLike | None = None,
+    edit_size: float | None = None,
+    attention: AttentionMode | None = None,
+    config: SparsityConfig | dict[str, Any] | None = None,
+) -> MacReport:
+    """MACs of one call of a U-Net for images of ``height`` x ``width`` pixels, and of a sparse step if an edit is given.
+
+    For several edits of one model make one :class:`MacCounter`: it captures the U-Net once.
 
     Args:
         unet_or_model: a U-Net, a pipeline with one, or the name of an architecture
@@ -38,77 +59,153 @@ def count_macs(unet_or_model: Any, *, height: int, width: int, batch: int = 2) -
         height: of the image, in pixels; a U-Net on its own is taken to see latents of an eighth of that.
         width: of the image, in pixels.
         batch: samples of the call; classifier-free guidance makes two of an image.
+        mask: what is edited, see :meth:`MacCounter.report`.
+        edit_size: instead of a mask, the share of the picture that a square in its middle has.
+        attention: ``"full"`` or ``"masked"``; None leaves it to ``config``.
+        config: what becomes sparse and how; None for the defaults.
 
     Raises:
-        ValueError: an unknown architecture, a model without U-Net, or a size that is no multiple of a latent pixel's.
+        ValueError: an unknown architecture, a model without U-Net, a size that is no multiple of a latent pixel's, an
+            edit size outside (0, 1], or both of mask and edit size.
+        MaskError: a mask of another shape.
         CaptureError: the U-Net cannot be captured as one graph, or has an operation that cannot be counted.
+        SparsifyError: with an edit, where no operation can be made sparse.
     """
-    unet, scale_factor = _unet_of(unet_or_model)
-    args, kwargs = unet_inputs(unet, batch=batch, height=height, width=width, scale_factor=scale_factor)
-    call = bind(unet, args, kwargs)
-    graph_module = capture(unet, call)
-    annotate_layout(graph_module, SparsityConfig())
-    return MacReport(count_graph(graph_module, call.tensors), height=height, width=width, batch=batch)
+    sparsity = _config(config, attention)
+    if mask is None and edit_size is None:
+        unet, scale_factor = _unet_of(unet_or_model)
+        call = _call(unet, scale_factor, height=height, width=width, batch=batch)
+        graph_module = capture(unet, call)
+        annotate_layout(graph_module, sparsity)
+        return MacReport(count_graph(graph_module, call.tensors), height=height, width=width, batch=batch)
+    counter = MacCounter.of(unet_or_model, height=height, width=width, batch=batch, config=sparsity)
+    return counter.report(mask=mask, edit_size=edit_size)
 
 
-def count_graph(graph_module: GraphModule, inputs: Sequence[Tensor]) -> MacCount:
-    """MACs of one run of a flat FX graph of ATen and ``fisedit`` operators.
+def count_dense(program: Program, *, check: bool = True) -> MacCount:
+    """MACs of one dense call; ``check`` holds them to fvcore's count, which takes seconds for a large U-Net."""
+    return MacCounter(program, check=check).dense
+
+
+def count_step(program: Program, plan: EditPlan, *, check: bool = True) -> MacCount:
+    """MACs of one sparse step of an edit, what depends on the prompt alone (:func:`count_prompt`) left out."""
+    return MacCounter(program, check=check).step(plan)
+
+
+def count_prompt(program: Program, *, check: bool = True) -> MacCount:
+    """MACs that are done once an edit, for the new prompt: the keys and values of cross-attention."""
+    return MacCounter(program, check=check).prompt
+
+
+class MacCounter:
+    """Counts one captured U-Net: its dense call, and sparse steps of any number of masks.
 
     Args:
-        graph_module: resolutions are read from ``meta["layout"]``, module paths from ``meta["module_path"]``.
-        inputs: one tensor a placeholder, of any device. Their shapes are all that counts, with one exception: inputs
-            that are row offsets should have values, see :func:`fisedit_compile.mac_formulas.attention_rows`.
-
-    Raises:
-        CaptureError: an operation that multiplies and accumulates has no formula.
+        program: its graphs, on any device.
+        scale_factor: image pixels that a latent pixel is wide.
+        check: hold the first count of each graph to fvcore's.
     """
-    on_meta = to_meta(graph_module)
-    walk = _Walk(on_meta, inputs)
-    with torch.no_grad():
-        walk.run(*(tensor.to("meta") for tensor in inputs))
-    fvcore = fvcore_by_kind(on_meta, inputs)
-    by_op: dict[str, int] = {kind: walk.by_op[kind] for kind in OP_KINDS}
-    if any(fvcore[kind] != by_op[kind] for kind in OP_KINDS):
-        raise AssertionError(f"fvcore counts {dict(fvcore)} where the graph's nodes have {by_op}")
-    return MacCount(by_op, dict(sorted(walk.by_resolution.items(), key=_by_area)), dict(walk.by_module))
+
+    def __init__(self, program: Program, *, scale_factor: int = VAE_SCALE_FACTOR, check: bool = True) -> None:
+        self.program = program
+        self.batch, _, height, width = program.signature.sample_shape
+        self.latents = (height, width)
+        self.image = (height * scale_factor, width * scale_factor)
+        self._check = check
+        self._shapes = step_shapes(program)
+        self._stages = {
+            name: GraphCounter(program.stage(name).graph_module, check=check) for name in (*HOISTED_STAGES, "step")
+        }
+
+    @classmethod
+    def of(
+        cls,
+        unet_or_model: Any,
+        *,
+        height: int,
+        width: int,
+        batch: int = 2,
+        attention: AttentionMode | None = None,
+        config: SparsityConfig | dict[str, Any] | None = None,
+    ) -> MacCounter:
+        """A counter for a model; arguments and errors are those of :func:`count_macs`."""
+        unet, scale_factor = _unet_of(unet_or_model)
+        call = _call(unet, scale_factor, height=height, width=width, batch=batch)
+        return cls(Program(unet, call, _config(config, attention)), scale_factor=scale_factor)
+
+    @cached_property
+    def dense(self) -> MacCount:
+        """One call of the whole U-Net."""
+        return count_graph(self.program.dense, [self._shapes[name] for name in self.program.inputs], check=self._check)
+
+    @property
+    def prompt(self) -> MacCount:
+        """What the new prompt costs once an edit."""
+        return self._once_an_edit[0]
+
+    def step(self, plan: EditPlan) -> MacCount:
+        """One sparse step: reading the base's cache (stage ``fetch``) and the step itself."""
+        values = {**self._shapes, **self._once_an_edit[1]}
+        values.update((request, plan.tensor(request)) for request in self.program.plan_requests)
+        fetch = self._run("fetch", values)
+        return fetch + self._run("step", values)
+
+    def plan(self, mask: MaskLike) -> EditPlan:
+        """The plan of a mask, see :meth:`report`."""
+        requests, blocks = self.program.plan_requests, self.program.config.blocks
+        return plan_edit(latent_mask(mask, self.latents), requests, batch=self.batch, blocks=blocks)
+
+    def report(self, *, mask: MaskLike | None = None, edit_size: float | None = None) -> MacReport:
+        """Dense call and sparse step of an edit side by side.
+
+        Args:
+            mask: see :func:`~fisedit_compile.sample_masks.latent_mask`. Sample b of the batch has mask ``b % n``.
+            edit_size: instead, the share in (0, 1] that a square in the middle has, see
+                :func:`~fisedit_compile.sample_masks.square_mask`.
+
+        Raises:
+            ValueError: not exactly one of the two, or an edit size outside (0, 1].
+            MaskError: a mask of other proportions, or for another number of samples.
+        """
+        if (mask is None) == (edit_size is None):
+            raise ValueError("give a mask or an edit_size, one of the two")
+        plan = self.plan(square_mask(edit_size, self.latents) if edit_size is not None else mask)  # type: ignore[arg-type]
+        height, width = self.image
+        return MacReport(
+            self.dense,
+            height=height,
+            width=width,
+            batch=self.batch,
+            sparse=self.step(plan),
+            prompt=self.prompt,
+            edit_size=float(plan.mask.double().mean()),
+            attention=self.program.config.attention,
+        )
+
+    @cached_property
+    def _once_an_edit(self) -> tuple[MacCount, dict[Any, Tensor]]:
+        """The prompt's MACs, and what the stages before the step's own give it, whatever the mask."""
+        values = dict(self._shapes)
+        self._run("constant", values)  # weights rearranged once a model: of no edit
+        return self._run("prompt", values), values
+
+    def _run(self, name: str, values: dict[Any, Tensor]) -> MacCount:
+        """Count a stage, and add what later ones read of it to ``values``."""
+        stage = self.program.stage(name)
+        count, out = self._stages[name].count([values[each] for each in stage.names])
+        if stage.outputs:
+            values.update(zip(stage.outputs, out, strict=True))
+        return count
 
 
-class _Walk(Interpreter):
-    """Runs a graph on the meta device and counts each node by its formula."""
-
-    def __init__(self, graph_module: GraphModule, inputs: Sequence[Tensor]) -> None:
-        super().__init__(graph_module)
-        self.by_op: Counter[str] = Counter()
-        self.by_resolution: Counter[str] = Counter()
-        self.by_module: Counter[str] = Counter()
-        placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-        self._given = dict(zip(placeholders, inputs, strict=True))
-
-    def run_node(self, n: Node) -> Any:
-        out = super().run_node(n)
-        if not isinstance(n.target, torch._ops.OpOverload):
-            return out
-        name = n.target._schema.name
-        path = n.meta.get("module_path") or module_path(n)
-        if name in REFUSED:
-            raise CaptureError(f"{name} in {path or 'the graph'} has no MAC formula: add one to mac_formulas.FORMULAS")
-        if name in FORMULAS:
-            self._count(n, name, path, out)
-        return out
-
-    def _count(self, node: Node, name: str, path: str, out: Any) -> None:
-        args, kwargs = map_arg((node.args, node.kwargs), lambda arg: self._given.get(arg, self.env[arg]))
-        macs = FORMULAS[name].macs(out, *args, **kwargs)
-        layout = node.meta.get("layout")
-        self.by_op[FORMULAS[name].kind] += macs
-        self.by_resolution["{}x{}".format(*layout.size) if layout else NO_RESOLUTION] += macs
-        self.by_module[path] += macs
+def _config(config: SparsityConfig | dict[str, Any] | None, attention: AttentionMode | None) -> SparsityConfig:
+    sparsity = SparsityConfig.of(config)
+    return sparsity if attention is None else replace(sparsity, attention=attention)
 
 
-def _by_area(item: tuple[str, int]) -> int:
-    """Sorts the largest resolution first and what has none last."""
-    name, _ = item
-    return 0 if name == NO_RESOLUTION else -prod(map(int, name.split("x")))
+def _call(unet: UNet2DConditionModel, scale_factor: int, *, height: int, width: int, batch: int) -> Call:
+    args, kwargs = unet_inputs(unet, batch=batch, height=height, width=width, scale_factor=scale_factor)
+    return bind(unet, args, kwargs)
 
 
 def _unet_of(model: Any) -> tuple[UNet2DConditionModel, int]:

@@ -1,4 +1,4 @@
-"""The shapes of everything that a sparse step takes, on the meta device: for counting its work, not for doing it."""
+"""The shapes of what a sparse step takes from outside, on the meta device: for counting its work, not for doing it."""
 
 from __future__ import annotations
 
@@ -7,35 +7,34 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
-from fisedit_compile.mac_tracing import to_meta
-from fisedit_compile.passes.hoist_invariants import HOISTED_STAGES
-from fisedit_compile.plan import EditPlan
+from fisedit_compile.passes.requests import CacheEntry
 from fisedit_compile.program import Program
 
 
-def step_shapes(program: Program, plan: EditPlan) -> dict[Any, Tensor]:
-    """A tensor for every name and request that the stages of a sparse step take.
+def step_shapes(program: Program) -> dict[Any, Tensor]:
+    """A tensor of the right shape and dtype for every input of the U-Net and every entry of the base's cache.
 
-    The plan's are the real ones, since the row counts of samples are values; the others have shape and dtype alone.
+    The plan's tensors are not among them: they are known where a mask is.
     """
     nodes = {node.name: node for node in program.dense.graph.nodes}
-    values: dict[Any, Tensor] = {name: nodes[name].meta["val"].to("meta") for name in program.inputs}
-    for entry in program.cache_entries:
-        node = nodes[entry.node]
-        val, layout = node.meta["val"], node.meta["layout"]
-        shape = [val.shape[0], node.args[1]]  # statistics: [B, groups]
-        if entry.kind == "map":  # [B*H*W, *channels]
-            shape = [
-                math.prod(val.shape[dim] for dim in layout.order[: layout.pixel_dims]),
-                *layout.channels(val.shape),
-            ]
-        values[entry] = torch.empty(shape, dtype=val.dtype, device="meta")
-    values.update((request, plan.tensor(request)) for request in program.plan_requests)
-    for name in HOISTED_STAGES:
-        stage = program.stage(name)
-        if stage.outputs:
-            with torch.no_grad():
-                outputs = to_meta(stage.graph_module)(*(values[each].to("meta") for each in stage.names))
-            values.update(zip(stage.outputs, outputs, strict=True))
-    return values
+    shapes: dict[Any, Tensor] = {name: _empty(nodes[name].meta["val"]) for name in program.inputs}
+    shapes.update((entry, _kept(entry, nodes[entry.node])) for entry in program.cache_entries)
+    return shapes
+
+
+def _empty(val: Tensor) -> Tensor:
+    # Not a fake tensor, which is what ``val`` is: with those a walk over a graph takes four times as long.
+    return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device="meta")
+
+
+def _kept(entry: CacheEntry, node: Node) -> Tensor:
+    val: Tensor = node.meta["val"]
+    if entry.kind == "map":  # [B*H*W, *channels]
+        layout = node.meta["layout"]
+        pixels = math.prod(val.shape[dim] for dim in layout.order[: layout.pixel_dims])
+        return torch.empty([pixels, *layout.channels(val.shape)], dtype=val.dtype, device="meta")
+    wide = torch.promote_types(val.dtype, torch.float32)
+    groups: Any = node.args[1]
+    return torch.empty([val.shape[0], groups], dtype=wide, device="meta")  # statistics

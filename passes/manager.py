@@ -12,6 +12,7 @@ from fisedit_compile.passes.annotate_layout import annotate_layout
 from fisedit_compile.passes.cancel_scatter_gather import cancel_scatter_gather
 from fisedit_compile.passes.hoist_invariants import hoist_invariants
 from fisedit_compile.passes.insert_gather_scatter import insert_gather_scatter
+from fisedit_compile.passes.lower_dense_convs import lower_dense_convs
 from fisedit_compile.passes.report import PassReport
 from fisedit_compile.passes.select_region import select_region
 from fisedit_compile.passes.sparsify_attention import sparsify_attention
@@ -31,6 +32,7 @@ SPARSE_PASSES: tuple[Pass, ...] = (
     sparsify_attention,
     sparsify_pointwise,
     cancel_scatter_gather,
+    lower_dense_convs,
     hoist_invariants,
 )
 

@@ -38,7 +38,7 @@ def _conv_rows(build: RowBuilder, conv: Node) -> Node:
     bias = conv.args[2] if len(conv.args) > 2 else None
     assert isinstance(source, Node)
     assert isinstance(weight, Node)
-    geometry = _geometry(conv)
+    geometry = geometry_of(conv)
     upsampled = None
     if source.target is ops.UPSAMPLE:
         upsampled = source.meta["layout"].size
@@ -50,9 +50,7 @@ def _conv_rows(build: RowBuilder, conv: Node) -> Node:
         flat = build.call(aten.flatten.using_ints, weight, 1)
         return build.call(ops.LINEAR, build.rows(source), flat, bias)
 
-    # [Cout, Cin, kh, kw] -> [Cout, kh * kw * Cin]: a row holds the taps as the gathered pixels lie, channels last
-    packed = build.call(aten.permute.default, weight, [0, 2, 3, 1])
-    packed = build.call(aten.flatten.using_ints, packed, 1)
+    packed = pack_weight(build, weight)
     sizes: dict[str, Any] = {"source": source.meta["layout"].size, "target": conv.meta["layout"].size}
     in_region = source.target is ops.SCATTER_ROWS
     taps = Taps(**sizes, kernel=kernel, **geometry, upsampled=upsampled, dense=not in_region)
@@ -64,7 +62,15 @@ def _conv_rows(build: RowBuilder, conv: Node) -> Node:
     return build.call(ops.CONV2D_ROWS, build.rows(source), halo, packed, bias, table)
 
 
-def _geometry(conv: Node) -> dict[str, Size]:
+def pack_weight(build: RowBuilder, weight: Node) -> Node:
+    """``[Cout, Cin, kh, kw]`` to ``[Cout, kh * kw * Cin]``: a row holds the taps as the gathered pixels lie."""
+    packed = build.call(aten.permute.default, weight, [0, 2, 3, 1])
+    return build.call(aten.flatten.using_ints, packed, 1)
+
+
+def geometry_of(conv: Node) -> dict[str, Size]:
+    """Stride, padding and dilation of a convolution, each for height and width."""
+
     def pair(position: int, default: int) -> Size:
         values = conv.args[position] if len(conv.args) > position else [default]
         assert isinstance(values, list | tuple)

@@ -61,7 +61,8 @@ def masks(n: int, size: tuple[int, int]) -> st.SearchStrategy[torch.Tensor]:
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Stricter than ``torch.equal``: -0.0 is not 0.0."""
-    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    as_bytes = [tensor.flatten().contiguous().view(torch.uint8) for tensor in (a, b)]
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(*as_bytes)
 
 
 def outside(mask: torch.Tensor, batch: int) -> torch.Tensor:

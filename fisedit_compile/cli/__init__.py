@@ -1,7 +1,7 @@
 """The command ``fisedit-compile``.
 
 A subcommand is a module here with ``add_parser(subparsers)``, which sets ``run`` to a function of the parsed
-arguments. Such a module imports torch and diffusers in ``run``, so that ``--help`` and a mistyped option answer at once.
+arguments. It imports torch and diffusers in ``run`` alone, so that ``--help`` and a mistyped option answer at once.
 """
 
 from __future__ import annotations

@@ -87,8 +87,7 @@ def run(args: argparse.Namespace) -> None:
     device, dtype = start(args)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    import torch
-
+    from fisedit_compile.architectures import latent_size
     from fisedit_compile.cli.pipeline import load_pipeline, regenerate
     from fisedit_compile.editor import Editor
     from fisedit_compile.overview import draw_overview, mask_picture
@@ -96,6 +95,8 @@ def run(args: argparse.Namespace) -> None:
 
     pipe = load_pipeline(args.model, device, dtype)
     editor = Editor(pipe, config)
+    factor = pipe.vae_scale_factor
+    latent_size(args.height or factor, args.width or factor, scale_factor=factor)  # the pipeline would round
     arguments = {
         "num_inference_steps": args.steps,
         "guidance_scale": args.guidance,

@@ -65,7 +65,7 @@ def regenerate(pipe: Any, prompt: str, **arguments: Any) -> DenseRegeneration:
 def _timed(unet: torch.nn.Module, device: torch.device) -> Iterator[UNetTimer]:
     """Within the context each call of ``unet`` is timed."""
     timer, forward = UNetTimer(), unet.forward
-    unet.forward = lambda *args, **kwargs: timer.time("dense", device, lambda: forward(*args, **kwargs))  # type: ignore[method-assign]
+    unet.forward = lambda *args, **kwargs: timer.time("dense", device, lambda: forward(*args, **kwargs))
     try:
         yield timer
     finally:

@@ -1,0 +1,171 @@
+"""Small graphs of ATen operations, built node by node in fp64, and how to run them at any point between the passes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from fisedit_compile.config import SparsityConfig
+from fisedit_compile.passes.annotate_layout import annotate_layout
+from fisedit_compile.passes.manager import SPARSE_PASSES
+from fisedit_compile.passes.record_activations import record_activations
+from fisedit_compile.passes.report import PassReport
+from fisedit_compile.passes.requests import CacheEntry, requests_of
+from fisedit_compile.plan import PlanTensor, plan_edit
+
+aten = torch.ops.aten
+CONFIG = SparsityConfig(dense_below=1)
+MASKED = SparsityConfig(dense_below=1, attention="masked")
+BATCH, CHANNELS, SIZE = 2, 4, (6, 5)
+HEIGHT, WIDTH = SIZE
+PIXELS, HEADS, TOKENS = HEIGHT * WIDTH, 2, 3
+
+
+class HandBuilt:
+    """A graph under construction. Every node carries ``meta["val"]`` (its value) and ``meta["module_path"]``."""
+
+    def __init__(self) -> None:
+        self.root, self.graph = torch.nn.Module(), Graph()
+        self._random = torch.Generator().manual_seed(0)
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self._random, dtype=torch.float64)
+
+    def input(self, name: str, *shape: int) -> Node:
+        return self._done(self.graph.placeholder(name), self.normal(*shape), "")
+
+    def latents(self) -> Node:
+        """The usual input: a map [B, C, H, W]."""
+        return self.input("sample", BATCH, CHANNELS, HEIGHT, WIDTH)
+
+    def weight(self, *shape: int) -> Node:
+        name = f"weight_{len(self.graph.nodes)}"
+        self.root.register_parameter(name, torch.nn.Parameter(self.normal(*shape), requires_grad=False))
+        return self._done(self.graph.get_attr(name), getattr(self.root, name), "")
+
+    def op(self, target: Callable[..., Any], *args: Any, path: str = "block", **kwargs: Any) -> Node:
+        real_args, real_kwargs = (map_arg(given, lambda node: node.meta["val"]) for given in (args, kwargs))
+        return self._done(self.graph.call_function(target, args, kwargs), target(*real_args, **real_kwargs), path)
+
+    def conv(self, x: Node, out: int = CHANNELS, kernel: int = 3, path: str = "block.conv", **geometry: Any) -> Node:
+        """A convolution; by default 3x3 with padding 1, so that the size stays."""
+        weight = self.weight(out, x.meta["val"].shape[1] // geometry.get("groups", 1), kernel, kernel)
+        given = {"stride": [1, 1], "padding": [kernel // 2] * 2, "dilation": [1, 1], "groups": 1} | geometry
+        return self.op(aten.conv2d.default, x, weight, self.weight(out), *given.values(), path=path)
+
+    def tokens(self, x: Node) -> Node:
+        """[B, C, H, W] -> [B, H*W, C], as diffusers does it."""
+        batch, channels, height, width = x.meta["val"].shape
+        x = self.op(aten.permute.default, x, [0, 2, 3, 1])
+        return self.op(aten.reshape.default, x, [batch, height * width, channels])
+
+    def heads(self, x: Node) -> Node:
+        """[B, S, C] -> [B, heads, S, C / heads]."""
+        batch, tokens, channels = x.meta["val"].shape
+        x = self.op(aten.view.default, x, [batch, tokens, HEADS, channels // HEADS])
+        return self.op(aten.transpose.int, x, 1, 2)
+
+    def unheads(self, x: Node) -> Node:
+        """[B, heads, S, d] -> [B, C, H, W]."""
+        batch, heads, _, width = x.meta["val"].shape
+        x = self.op(aten.transpose.int, x, 1, 2)
+        x = self.op(aten.reshape.default, x, [batch, HEIGHT, WIDTH, heads * width])
+        return self.op(aten.permute.default, x, [0, 3, 1, 2])
+
+    def output(self, value: Node) -> GraphModule:
+        """The finished graph, annotated as the dense graph of a U-Net is."""
+        self.graph.output(value)
+        graph_module = GraphModule(self.root, self.graph)
+        annotate_layout(graph_module, CONFIG)
+        return graph_module
+
+    def _done(self, node: Node, value: Any, path: str) -> Node:
+        node.meta.update(val=value, module_path=path)
+        return node
+
+
+@dataclass
+class Snapshots:
+    """A dense graph and what it is after each pass."""
+
+    dense: GraphModule
+    config: SparsityConfig
+    graphs: dict[str, GraphModule] = field(default_factory=dict)
+    reports: dict[str, PassReport] = field(default_factory=dict)
+
+    @property
+    def final(self) -> GraphModule:
+        return self.graphs[SPARSE_PASSES[-1].__name__]
+
+    def before(self, rewrite: Callable[..., PassReport]) -> GraphModule:
+        names = list(self.graphs)
+        return self.graphs[names[names.index(rewrite.__name__) - 1]]
+
+    def after(self, rewrite: Callable[..., PassReport]) -> GraphModule:
+        return self.graphs[rewrite.__name__]
+
+    def run(self, graph_module: GraphModule, base: Sequence[Any], edit: Sequence[Any], mask: torch.Tensor) -> Any:
+        """Run a graph between two passes on inputs ``edit``, with the cache of ``base`` and the plan of ``mask``."""
+        recorder = copy.deepcopy(self.dense)
+        requests = requests_of(graph_module.graph)
+        entries = [request for request in requests if isinstance(request, CacheEntry)]
+        record_activations(recorder, entries, BATCH)
+        _, kept = recorder(*base)
+        plan = plan_edit(mask, [request for request in requests if isinstance(request, PlanTensor)], batch=BATCH)
+        values = dict(zip(entries, kept, strict=True))
+        asked = [values[r] if isinstance(r, CacheEntry) else plan.tensor(r) for r in requests]
+        return graph_module(*edit, *asked)
+
+
+def snapshots(dense: GraphModule, config: SparsityConfig = CONFIG) -> Snapshots:
+    """Run all the passes, keeping what each leaves."""
+    done = Snapshots(dense, config)
+    graph_module = copy.deepcopy(dense)
+    for rewrite in SPARSE_PASSES:
+        done.reports[rewrite.__name__] = rewrite(graph_module, config)
+        graph_module.graph.lint()
+        graph_module.recompile()
+        done.graphs[rewrite.__name__] = copy.deepcopy(graph_module)
+    return done
+
+
+def inputs(graph_module: GraphModule, seed: int) -> list[torch.Tensor]:
+    """Values for the placeholders of a dense graph; seed 0 stands for the base, others for edits."""
+    random = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(node.meta["val"].shape, generator=random, dtype=torch.float64)
+        for node in graph_module.graph.find_nodes(op="placeholder")
+    ]
+
+
+def some_mask(density: float = 0.3, samples: int = BATCH, seed: int = 0) -> torch.Tensor:
+    """bool [samples, H, W], each its own pixels."""
+    return torch.rand(samples, *SIZE, generator=torch.Generator().manual_seed(seed)) < density
+
+
+#: Masks for every rewrite: different samples, one pixel of one sample, nothing, everything, one mask for both.
+MASKS = {
+    "random": some_mask(),
+    "one pixel": torch.zeros(BATCH, *SIZE, dtype=torch.bool).index_fill_(0, torch.tensor([1]), False),
+    "none": torch.zeros(BATCH, *SIZE, dtype=torch.bool),
+    "all": torch.ones(BATCH, *SIZE, dtype=torch.bool),
+    "shared": some_mask(samples=1, seed=1),
+}
+MASKS["one pixel"][1, 3, 2] = True
+
+
+def targets(graph_module: GraphModule) -> list[Any]:
+    """The targets of the operations, in order."""
+    return [node.target for node in graph_module.graph.nodes if node.op == "call_function"]
+
+
+def only(graph_module: GraphModule, target: Any) -> Node:
+    """The one operation of that target."""
+    (node,) = graph_module.graph.find_nodes(op="call_function", target=target)
+    return node
