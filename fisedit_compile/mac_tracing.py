@@ -16,7 +16,7 @@ import torch
 from fvcore.nn.jit_analysis import JitModelAnalysis
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter
-from torch.utils import _pytree as pytree
+from torch.fx.node import map_aggregate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fisedit_compile.mac_formulas import FORMULAS, OpFormula
@@ -52,10 +52,13 @@ def to_meta(graph_module: GraphModule) -> GraphModule:
             for name in str(node.target).split("."):
                 value = getattr(value, name)
             attributes[str(node.target)] = value.detach().to("meta") if isinstance(value, Tensor) else value
-        node.args, node.kwargs = pytree.tree_map_only(
-            torch.device, lambda _: torch.device("meta"), (node.args, node.kwargs)
-        )
+        if node.op == "call_function":
+            node.args, node.kwargs = map_aggregate((node.args, node.kwargs), _on_meta)  # type: ignore[assignment, misc]
     return GraphModule(attributes, graph)
+
+
+def _on_meta(arg: Any) -> Any:
+    return torch.device("meta") if isinstance(arg, torch.device) else arg
 
 
 def _handle(formula: OpFormula, values: Mapping[int, Tensor]) -> Callable[[list[Any], list[Any]], Counter[str]]:

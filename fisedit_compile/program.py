@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule
 
 from fisedit_compile.capture import Call, Signature, capture
 from fisedit_compile.config import SparsityConfig
+from fisedit_compile.errors import MaskError
 from fisedit_compile.passes.annotate_layout import annotate_layout
 from fisedit_compile.passes.control_cross_attention import control_cross_attention, cross_attentions
 from fisedit_compile.passes.hoist_invariants import split_stages
@@ -22,7 +23,7 @@ from fisedit_compile.passes.manager import SPARSE_PASSES, run_passes
 from fisedit_compile.passes.record_activations import record_activations
 from fisedit_compile.passes.report import PassReport
 from fisedit_compile.passes.requests import CacheEntry, ControlTensor, Hoisted, requests_of
-from fisedit_compile.plan import EditPlan, PlanTensor
+from fisedit_compile.plan import EditPlan, PlanTensor, plan_edit
 
 #: What the base keeps of one U-Net call.
 StepCache = Mapping[CacheEntry, Tensor]
@@ -40,7 +41,7 @@ class Prepared:
 
 
 class Program:
-    """Record, control and sparse graphs of ``unet`` for one signature.
+    """Record, control and sparse graphs of a U-Net for one signature.
 
     Args:
         unet: the dense U-Net; its parameters are read where they are.
@@ -116,8 +117,21 @@ class Program:
         control: dict[Any, Tensor] = {ControlTensor("mapper"): mapper, ControlTensor("keep"): keep}
         return self._dense_graph("control", build)({**self._user_values(call), **cache, **control})
 
-    def prepare(self, plan: EditPlan) -> Prepared:
-        """Bring what does not change from step to step into place, before the first step of an edit."""
+    def prepare(self, mask: Tensor) -> Prepared:
+        """Plan an edit and bring what does not change from step to step into place.
+
+        Args:
+            mask: what to recompute, bool ``[n, h, w]`` at latent resolution; n divides the U-Net's batch.
+
+        Raises:
+            MaskError: not bool, not ``[n, h, w]``, another resolution than the latents, or n does not divide the batch.
+        """
+        batch, _, *size = self.signature.sample_shape
+        if mask.ndim == 3 and list(mask.shape[1:]) != size:
+            raise MaskError(f"a mask of {tuple(mask.shape[1:])} for latents of {tuple(size)}: resize it first")
+        # Planned on the CPU: some hundred small operations, and the row counts have to be known to the host anyway.
+        plan = plan_edit(mask.cpu(), self.plan_requests, batch=batch, blocks=self.config.blocks)
+        plan = plan.to(next(iter(self.dense.parameters())).device)
         self._refresh_constants()
         return Prepared(plan, {request: plan.tensor(request) for request in self.plan_requests})
 

@@ -188,8 +188,10 @@ class EditRun(PipelineRun):
         """Multiply-accumulates of a dense and a sparse call of this edit, and their ratio."""
         assert self._first_call is not None
         assert self._prepared is not None
-        program = self.unet.program(self._first_call)
-        dense, sparse = program.count_dense_macs(), program.count_sparse_macs(self._prepared.plan)
+        from fisedit_compile.macs import MacCounter  # takes fvcore and diffusers, which an edit has no use for
+
+        counter = MacCounter(self.unet.program(self._first_call), check=False)
+        dense, sparse = counter.dense.total, counter.step(self._prepared.plan).total
         return {"dense_step": dense, "sparse_step": sparse, "ratio": dense / max(sparse, 1)}
 
     def _decide_mask(self, latents: list[Tensor]) -> Tensor:

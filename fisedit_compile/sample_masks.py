@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -84,8 +85,9 @@ def latent_mask(mask: MaskLike, size: tuple[int, int]) -> Tensor:
     Raises:
         MaskError: other proportions, or a mask that ``as_mask`` refuses.
     """
-    several = isinstance(mask, list | tuple)
-    for each in mask if several else (mask,):
+    given: Any = mask
+    several = isinstance(given, list | tuple)
+    for each in given if several else (given,):
         shape = each.size[::-1] if isinstance(each, Image.Image) else np.shape(each)[-2:]
         # The two differ by a pixel or more when one is stretched to the height of the other.
         if len(shape) == 2 and abs(shape[0] * size[1] - shape[1] * size[0]) >= max(size):
@@ -93,9 +95,9 @@ def latent_mask(mask: MaskLike, size: tuple[int, int]) -> Tensor:
                 f"a mask of {shape[0]}x{shape[1]} for latents of {size[0]}x{size[1]}: give one of their size, of the "
                 "picture's, or of the same proportions"
             )
-    if not several and np.shape(mask)[-2:] == size and np.ndim(mask) in (2, 3):
-        values = torch.as_tensor(mask)
+    if not several and np.shape(given)[-2:] == size and np.ndim(given) in (2, 3):
+        values = torch.as_tensor(given)
         if values.dtype == torch.bool:
             return values.cpu().reshape(-1, *size)
-    samples = len(mask) if several or np.ndim(mask) > 2 else 1
+    samples = len(given) if several or np.ndim(given) > 2 else 1
     return as_mask(mask, samples=samples, size=size, device="cpu")

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from fisedit_compile.capture import Call, Signature, bind
 from fisedit_compile.config import SparsityConfig
-from fisedit_compile.errors import BaseMismatchError, CaptureError, MaskError
-from fisedit_compile.plan import EditPlan, plan_edit
+from fisedit_compile.errors import BaseMismatchError, CaptureError
 from fisedit_compile.program import Prepared, Program, StepCache
 
 
@@ -121,12 +120,7 @@ class SparseUNet(torch.nn.Module):
         Raises:
             MaskError: not bool, not ``[n, h, w]``, another resolution than the latents, n not a divisor of the batch.
         """
-        program = self.program(call)
-        batch, _, height, width = call.signature.sample_shape
-        if mask.ndim == 3 and mask.shape[1:] != (height, width):
-            raise MaskError(f"a mask of {tuple(mask.shape[1:])} for latents of {(height, width)}: resize it first")
-        plan: EditPlan = plan_edit(mask.cpu(), program.plan_requests, batch=batch, blocks=self.sparsity.blocks)
-        return program.prepare(plan.to(call.tensors[0].device))
+        return self.program(call).prepare(mask)
 
     def step(self, call: Call, cache: StepCache, prepared: Prepared) -> Tensor:
         """One sparse step: active pixels anew, the rest from the base's ``cache`` of the same call.

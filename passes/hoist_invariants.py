@@ -45,8 +45,9 @@ def _source(placeholder: Node) -> str:
     request = placeholder.meta.get("request")
     if isinstance(request, PlanTensor | CacheEntry):
         return "fetch"
-    per_step = "layout" in placeholder.meta or placeholder.target == "timestep"
-    return "step" if per_step or request is not None else "prompt"
+    if request is not None or "layout" in placeholder.meta or placeholder.meta["val"].ndim < 2:
+        return "step"  # latents and other maps; the timestep is a number, or one a sample
+    return "prompt"
 
 
 def _stage(sources: frozenset[str]) -> str:
