@@ -62,7 +62,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # $(1): what pip installs from here, with extras.
 define set_up
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer: make PYTHON=...")'
-	@echo "Setting up $(VENV) (the first time some 500 MB of packages, a few minutes) ..."
+	@echo "Setting up $(VENV) (the first time some 600 MB of packages, a few minutes) ..."
 	@rm -f $(VENV)/.ready-to-*
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -qq --no-compile --constraint constraints.txt --editable '$(1)'

@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 2 examples/train_demo_model.py --out out/demo_model  # two
     python examples/train_demo_model.py --out out/smoke --smoke                    # all code paths, on a CPU
 
-First a small autoencoder, then text encoder and U-Net together, on pictures that `demo_world` renders on the fly.
+First a small autoencoder, then text encoder and U-Net together, on pictures rendered by `demo_world`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,32 +24,17 @@ from demo_world import models
 from demo_world.losses import DenoisingLoss, VaeLoss, sample_timesteps
 from demo_world.optimise import Budget, is_main, optimise, say, share_weights, world_size
 from demo_world.renderer import Renderer
+from demo_world.samples import sample_grid
 from demo_world.scene import CANVAS
 from demo_world.stream import scene_batches
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from diffusers.utils import make_image_grid
-from PIL.Image import Image
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-CROP = 128  # the autoencoder is convolutional: half-size crops teach it the same at a quarter of the cost
+CROP = 128  # the autoencoder starts on half-size crops, at a quarter of the cost of whole pictures
 EMA_RATE = 0.001
 EXPORTS = 3  # the last of which is the result; the others are for a run that is cut short
 STATISTICS_BATCHES = 8
-SAMPLE_PROMPTS = (
-    "a cat on the left and a red car on the right, on a green background",
-    "a dog on the left and a blue car on the right, on a green background",
-    "a cat wearing a crown on the left and a red car on the right, on a green background",
-    "a big dog in a forest",
-    "a bear wearing a hat, in the snow",
-    "a yellow balloon at the top left and a rabbit at the bottom right, by the sea",
-    "a pig, a green apple and an owl, on a blue and white background",
-    "a fox on the left, a purple book in the center and a house on the right, in the hills",
-    "a rocket at the top, a panda at the bottom left and a tree at the bottom right, in the night sky",
-    "a horse in a desert",
-    "a small boat on the left and a big fish on the right, at sunset",
-    "a lion wearing a hat and a frog, in a city",
-)
 
 
 class Trainer:
@@ -69,7 +55,7 @@ class Trainer:
         opacity = alphas.sum(1, keepdim=True).clamp(0, 1)
         return images * 2 - 1, opacity, ids.to(self.device, non_blocking=True)
 
-    def compiled(self, module: nn.Module) -> nn.Module:
+    def compiled(self, module: nn.Module) -> Callable[..., Any]:
         return torch.compile(module, dynamic=False) if self.args.compile else module
 
     def autocast(self) -> torch.autocast:
@@ -100,16 +86,14 @@ class Trainer:
         """The decoder alone, on whole pictures: its group norms see other statistics there than on crops."""
         decoder = nn.ModuleList([vae.decoder, vae.post_quant_conv]).requires_grad_(True)
         budget = Budget(self.args.decoder_steps, self.args.decoder_minutes)
-        self._fit_vae(
-            "decoder", VaeLoss(vae), list(decoder.parameters()), lambda x: x, budget, learning_rate=5e-4
-        )
+        self._fit_vae("decoder", VaeLoss(vae), list(decoder.parameters()), lambda x: x, budget, learning_rate=5e-4)
         vae.requires_grad_(False)
         self._report_psnr(vae)
 
     def _fit_vae(
         self,
         name: str,
-        loss: nn.Module,
+        loss: Callable[..., Any],
         parameters: list[nn.Parameter],
         view: Callable[[Tensor], Tensor],
         budget: Budget,
@@ -143,7 +127,7 @@ class Trainer:
         average = copy.deepcopy(network).requires_grad_(False)
         weights, averages = list(network.parameters()), list(average.parameters())
         loss = self.compiled(network)
-        encode = torch.compile(vae.encoder, dynamic=False) if self.args.compile else vae.encoder
+        encode = self.compiled(vae.encoder)
         smooth = torch.zeros((), device=self.device)
         exported = 0
 
@@ -163,7 +147,7 @@ class Trainer:
         def after_step(step: int, steps: int | None) -> None:
             nonlocal exported
             with torch.no_grad():
-                torch._foreach_lerp_(averages, weights, max(EMA_RATE, 1 / step))
+                torch._foreach_lerp_([*averages], [*weights], max(EMA_RATE, 1 / step))
             part = step * EXPORTS // steps if steps else 0
             if exported < part < EXPORTS:
                 exported = part
@@ -199,38 +183,20 @@ class Trainer:
         say(f"exported {self.args.out} and {grid}")
 
 
-def sample_grid(pipe: StableDiffusionPipeline, steps: int) -> Image:
-    """`SAMPLE_PROMPTS`, one noise seed each, as one picture."""
-    pipe.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(i) for i in range(len(SAMPLE_PROMPTS))]
-    result = pipe(list(SAMPLE_PROMPTS), num_inference_steps=steps, guidance_scale=5.0, generator=generators)
-    return make_image_grid(result.images, rows=3, cols=4)
-
-
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the exported pipeline")
     parser.add_argument("--minutes", type=float, default=14.0, help="training time of text encoder and U-Net")
     parser.add_argument("--steps", type=int, help="their number of steps, in place of --minutes")
     parser.add_argument("--vae-minutes", type=float, default=2.5, help="training time of the autoencoder")
     parser.add_argument("--vae-steps", type=int, help="its number of steps, in place of --vae-minutes")
-    parser.add_argument(
-        "--decoder-minutes", type=float, default=1.0, help="training time of the decoder alone"
-    )
-    parser.add_argument(
-        "--decoder-steps", type=int, help="its number of steps, in place of --decoder-minutes"
-    )
-    parser.add_argument(
-        "--resume", type=Path, help="an exported folder to go on from; its encoder stays as it is"
-    )
+    parser.add_argument("--decoder-minutes", type=float, default=1.0, help="training time of the decoder alone")
+    parser.add_argument("--decoder-steps", type=int, help="its number of steps, in place of --decoder-minutes")
+    parser.add_argument("--resume", type=Path, help="an exported folder to go on from; its encoder stays as it is")
     parser.add_argument("--batch", type=int, default=96, help="samples a step and process")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--workers", type=int, default=6, help="processes a GPU that draw scenes and captions"
-    )
+    parser.add_argument("--workers", type=int, default=6, help="processes a GPU that draw scenes and captions")
     parser.add_argument("--smoke", action="store_true", help="a few tiny steps of everything")
     args = parser.parse_args()
     args.compile = args.device.startswith("cuda")

@@ -53,7 +53,7 @@ def to_meta(graph_module: GraphModule) -> GraphModule:
                 value = getattr(value, name)
             attributes[str(node.target)] = value.detach().to("meta") if isinstance(value, Tensor) else value
         if node.op == "call_function":
-            node.args, node.kwargs = map_aggregate((node.args, node.kwargs), _on_meta)  # type: ignore[assignment, misc]
+            node.args, node.kwargs = map_aggregate((node.args, node.kwargs), _on_meta)
     return GraphModule(attributes, graph)
 
 

@@ -112,7 +112,7 @@ class MacCounter:
         self.latents = (height, width)
         self.image = (height * scale_factor, width * scale_factor)
         self._check = check
-        self._shapes = step_shapes(program)
+        self.shapes = step_shapes(program)
         self._stages = {
             name: GraphCounter(program.stage(name).graph_module, check=check) for name in (*HOISTED_STAGES, "step")
         }
@@ -136,7 +136,7 @@ class MacCounter:
     @cached_property
     def dense(self) -> MacCount:
         """One call of the whole U-Net."""
-        return count_graph(self.program.dense, [self._shapes[name] for name in self.program.inputs], check=self._check)
+        return count_graph(self.program.dense, [self.shapes[name] for name in self.program.inputs], check=self._check)
 
     @property
     def prompt(self) -> MacCount:
@@ -145,7 +145,7 @@ class MacCounter:
 
     def step(self, plan: EditPlan) -> MacCount:
         """One sparse step: reading the base's cache (stage ``fetch``) and the step itself."""
-        values = {**self._shapes, **self._once_an_edit[1]}
+        values = {**self.shapes, **self._once_an_edit[1]}
         values.update((request, plan.tensor(request)) for request in self.program.plan_requests)
         fetch = self._run("fetch", values)
         return fetch + self._run("step", values)
@@ -185,7 +185,7 @@ class MacCounter:
     @cached_property
     def _once_an_edit(self) -> tuple[MacCount, dict[Any, Tensor]]:
         """The prompt's MACs, and what the stages before the step's own give it, whatever the mask."""
-        values = dict(self._shapes)
+        values = dict(self.shapes)
         self._run("constant", values)  # weights rearranged once a model: of no edit
         return self._run("prompt", values), values
 

@@ -54,9 +54,7 @@ def paint_backgrounds(batch: BackgroundTensors, size: int) -> Tensor:
         else:
             ends = batch.colors[done : done + count, :, :, None, None]
             # A plain colour is a gradient between itself and itself; the change is steepest in the middle.
-            picture = torch.lerp(ends[:, 0], ends[:, 1], torch.sigmoid((y - 0.5) * 7)) * (
-                0.96 + 0.04 * p[:, :1]
-            )
+            picture = torch.lerp(ends[:, 0], ends[:, 1], torch.sigmoid((y - 0.5) * 7)) * (0.96 + 0.04 * p[:, :1])
         pictures.append(picture.expand(count, 3, size, size))
         done += count
     return torch.cat(pictures)[batch.unsort].clamp_(0, 1)
@@ -97,9 +95,7 @@ def _disc(x: Tensor, y: Tensor, cx: Tensor, cy: Tensor, radius: float) -> Tensor
 
 def _ridge(x: Tensor, base: Tensor, p: Tensor, height: float, waves: float) -> Tensor:
     """A rolling line: its y at each x."""
-    return base - height * (
-        torch.sin(6.28 * (waves * x + p)) + 0.5 * torch.sin(6.28 * (1.7 * waves * x + 3 * p))
-    )
+    return base - height * (torch.sin(6.28 * (waves * x + p)) + 0.5 * torch.sin(6.28 * (1.7 * waves * x + 3 * p)))
 
 
 def _dots(x: Tensor, y: Tensor, seed: Tensor, cells: int, radius: float) -> Tensor:
@@ -116,9 +112,7 @@ def sea(x: Tensor, y: Tensor, p: Tensor) -> Tensor:
     horizon = 0.36 + 0.12 * p[:, :1]
     sky = _fade(y / horizon, (0.45, 0.75, 0.97), (0.85, 0.95, 1.0))
     depth = (y - horizon) / (1 - horizon)
-    wave = torch.sin(
-        6.28 * (14 * depth.clamp_min(0) ** 0.6 + 0.12 * torch.sin(6.28 * (3 * x + p[:, 1:2])) + p[:, 2:3])
-    )
+    wave = torch.sin(6.28 * (14 * depth.clamp_min(0) ** 0.6 + 0.12 * torch.sin(6.28 * (3 * x + p[:, 1:2])) + p[:, 2:3]))
     water = _fade(depth + 0.06 * wave, (0.16, 0.55, 0.80), (0.05, 0.28, 0.62))
     return _over(sky, _inside(y - horizon), water)
 
@@ -181,9 +175,7 @@ def city(x: Tensor, y: Tensor, p: Tensor) -> Tensor:
         picture = _over(picture, wall, _rgb(x, tone).expand_as(picture))
         if i == 1:
             pane_x, pane_y = torch.frac((u - column) * 3 + 0.05), torch.frac((y - roof) * 18)
-            pane = ((pane_x > 0.35) & (pane_x < 0.8) & (pane_y > 0.35) & (pane_y < 0.8)).float() * (
-                y > roof + 0.02
-            )
+            pane = ((pane_x > 0.35) & (pane_x < 0.8) & (pane_y > 0.35) & (pane_y < 0.8)).float() * (y > roof + 0.02)
             picture = _over(picture, pane * wall, _rgb(x, (0.96, 0.84, 0.50)).expand_as(picture))
     return _over(picture, _inside(y - 0.92), _rgb(x, (0.25, 0.25, 0.29)).expand_as(picture))
 
@@ -193,9 +185,7 @@ def sunset(x: Tensor, y: Tensor, p: Tensor) -> Tensor:
     sky = _fade(y / horizon, (0.36, 0.20, 0.48), (0.98, 0.58, 0.28))
     sun = _disc(x, y, 0.25 + 0.5 * p[:, 1:2], horizon - 0.02, 0.13)
     picture = _over(sky, sun, _rgb(x, (1.0, 0.86, 0.45)).expand_as(sky))
-    return _over(
-        picture, _inside(y - horizon), _fade((y - horizon) * 2.5, (0.42, 0.20, 0.36), (0.16, 0.09, 0.24))
-    )
+    return _over(picture, _inside(y - horizon), _fade((y - horizon) * 2.5, (0.42, 0.20, 0.36), (0.16, 0.09, 0.24)))
 
 
 PAINTERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {

@@ -18,7 +18,7 @@ def article(word: str) -> str:
 
 
 def describe(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption such as "a cat wearing a hat on the left and a red apple on the right , on a green background".
+    """A caption such as "a cat wearing a hat on the left and a star on the right , on a green background".
 
     A place goes unsaid only where it is the default one, so words always settle the layout; `rng` picks among
     sentences of equal meaning, and now and then leaves the background unsaid.

@@ -34,9 +34,7 @@ class DenoisingLoss(nn.Module):
         self.unet = unet
         self.text_encoder = text_encoder
 
-    def forward(
-        self, noisy: Tensor, timesteps: Tensor, ids: Tensor, velocity: Tensor, weight: Tensor
-    ) -> Tensor:
+    def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor, velocity: Tensor, weight: Tensor) -> Tensor:
         words = self.text_encoder(ids)[0]  # [batch, 32, 192]
         predicted = self.unet(noisy, timesteps, words, return_dict=False)[0].float()
         return ((predicted - velocity).square() * weight).mean() / weight.mean()
@@ -46,8 +44,4 @@ def sample_timesteps(count: int, device: torch.device) -> Tensor:
     """Half uniform, half logit-normal about the noisier timesteps, where layout and objects are decided."""
     uniform = torch.rand(count, device=device)
     logit_normal = torch.sigmoid(0.5 + 0.9 * torch.randn(count, device=device))
-    return (
-        (torch.where(torch.rand(count, device=device) < 0.5, uniform, logit_normal) * 1000)
-        .long()
-        .clamp_(0, 999)
-    )
+    return (torch.where(torch.rand(count, device=device) < 0.5, uniform, logit_normal) * 1000).long().clamp_(0, 999)

@@ -140,7 +140,7 @@ def build_pipeline(
 def export_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
     """Save as half-precision safetensors."""
     pipe.save_pretrained(folder, safe_serialization=True)
-    # transformers 5 renamed this class and keeps the old name as an alias: the old name loads in every version.
+    # transformers 5 renamed this class and keeps the old name as an alias: that loads in every version.
     _edit_json(folder / "model_index.json", tokenizer=["transformers", "PreTrainedTokenizerFast"])
     _edit_json(folder / "tokenizer" / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     # transformers 5 loads in the dtype named here, diffusers in float32 unless told: let both do the same.

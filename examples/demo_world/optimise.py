@@ -1,4 +1,4 @@
-"""One training loop for both models: AdamW, warm-up, cosine decay, a budget of steps or minutes, several GPUs."""
+"""One training loop for all stages: AdamW, warm-up, cosine decay, steps or minutes, one GPU or several."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REPORT_EVERY = 100
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to train: `steps`, or where that is None, `minutes` from the first step on, compilation included."""
+    """How long to train: `steps`, or where that is None, `minutes`, compilation included."""
 
     steps: int | None
     minutes: float
@@ -52,9 +52,7 @@ def _average_gradients(parameters: list[nn.Parameter]) -> None:
         flat = torch.cat([g.flatten() for g in gradients])
         dist.all_reduce(flat)
         parts = (flat / world_size()).split([g.numel() for g in gradients])
-        torch._foreach_copy_(
-            gradients, [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)]
-        )
+        torch._foreach_copy_(gradients, [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)])
 
 
 def optimise(
@@ -69,10 +67,10 @@ def optimise(
 ) -> int:
     """Minimise `step_loss()` (the loss, and figures to log); returns the number of steps taken.
 
-    `samples_per_step` counts all processes. `after_step(step, steps)` runs after each step, counted from 1; `steps` is
-    None as long as it is unknown. With a budget in minutes, the number of steps follows from the speed of the first
-    ones, as the first process measured it, so that every process takes the same number and the learning rate reaches
-    its end.
+    `samples_per_step` counts all processes. `after_step(step, steps)` runs after each step, counted from 1;
+    `steps` is None as long as it is unknown. With a budget in minutes, the number of steps follows from the speed
+    of the first ones, as the first process measured it, so that every process takes the same number and the
+    learning rate reaches its end.
     """
     device = parameters[0].device
     optimiser = torch.optim.AdamW(
@@ -107,9 +105,7 @@ def optimise(
         step += 1
         after_step(step, total)
         if step % REPORT_EVERY == 0 or step == total:
-            numbers = " ".join(
-                f"{key} {value.item():.4f}" for key, value in {"loss": loss.detach(), **figures}.items()
-            )
+            numbers = " ".join(f"{key} {value.item():.4f}" for key, value in {"loss": loss.detach(), **figures}.items())
             now = time.perf_counter()
             rate = (step - last) * samples_per_step / (now - reported)
             say(f"{name} step {step}/{total or '?'}: {numbers}, {rate:.0f} samples/s, {now - start:.0f} s")

@@ -22,9 +22,9 @@ LAYERS = 2 * MAX_OBJECTS  # each object and what it wears
 class RenderedScene:
     """One picture and its silhouettes.
 
-    `image` is sRGB `[3, 256, 256]` in [0, 1]; `masks[i]` is the visible opacity in [0, 1] `[256, 256]` of what
-    `labels[i]` names ("cat", "blue car", "hat"): what a later layer covers is not visible. `owners[i]` is the index
-    in `scene.objects` of the object that it is or that wears it.
+    `image` is sRGB `[3, 256, 256]` in [0, 1]; `masks[i]` is the visible opacity in [0, 1] `[256, 256]` of
+    what `labels[i]` names ("cat", "blue car", "hat"): what a later layer covers is not visible. `owners[i]` is
+    the index in `scene.objects` of the object that it is or that wears it.
     """
 
     image: Tensor
@@ -73,7 +73,7 @@ class Renderer:
         self._sprites = load_sprites().to(self.device)
 
     def render(self, scenes: Sequence[Scene] | SceneTensors) -> tuple[Tensor, Tensor]:
-        """Images `[batch, 3, 256, 256]` in [0, 1] and each layer's visible opacity `[batch, LAYERS, 256, 256]`.
+        """Images `[batch, 3, 256, 256]` in [0, 1] and layers' visible opacity `[batch, LAYERS, 256, 256]`.
 
         Layer `2 * i` is a scene's object `i` and layer `2 * i + 1` what it wears; unused layers are 0.
         """

@@ -27,8 +27,8 @@ ACCESSORY_SHARE = 0.35  # of the sprites that can wear one
 class SceneObject:
     """One object: its words, and its centre and width in pixels.
 
-    `name` is one of `OBJECTS`, `color` one of `TINTS` or None for the sprite's own, `size` "small", "normal" or
-    "big", `accessory` one of `ACCESSORIES` or None, `place` a key of `PLACES`.
+    `name` is one of `OBJECTS`, `color` one of `TINTS` or None for the sprite's own, `size` "small", "normal"
+    or "big", `accessory` one of `ACCESSORIES` or None, `place` a key of `PLACES`.
     """
 
     name: str

@@ -21,7 +21,7 @@ ARCHIVE = Path(__file__).with_name("objects.npz")
 
 
 def build_archive(package: Path, archive: Path = ARCHIVE) -> None:
-    """Write `archive` (names `[n]`, RGBA uint8 `[n, 96, 96, 4]`) from an unpacked npm package's `assets/*.webp`.
+    """Write `archive` (names `[n]`, RGBA uint8 `[n, 96, 96, 4]`) from an npm package's `assets/*.webp`.
 
     Raises ValueError when the folder lacks one of the sprites.
     """
@@ -30,8 +30,8 @@ def build_archive(package: Path, archive: Path = ARCHIVE) -> None:
         file = package / "assets" / f"{code_point}.webp"
         if not file.is_file():
             raise ValueError(
-                f"{file}, the sprite of {name!r}, is missing; run `npm pack @lobehub/fluent-emoji-3d`, unpack "
-                "what it fetched and give its folder `package`"
+                f"{file}, the sprite of {name!r}, is missing; run `npm pack @lobehub/fluent-emoji-3d`, "
+                "unpack what it fetched and give its folder `package`"
             )
         size = (SPRITE_SIZE, SPRITE_SIZE)
         rgba = np.asarray(Image.open(file).convert("RGBA").resize(size, Image.Resampling.LANCZOS)).copy()
@@ -48,7 +48,7 @@ def sprite_index() -> dict[str, int]:
 
 
 def load_sprites() -> torch.Tensor:
-    """The sprites, premultiplied RGBA float32 `[n, 4, 96, 96]`; row 0 is empty, for the unused layers of a scene.
+    """The sprites, premultiplied RGBA float32 `[n, 4, 96, 96]`; row 0 is empty, for unused layers.
 
     Raises ValueError when the archive was built for another list of names.
     """

@@ -19,7 +19,7 @@ Batch = tuple[SceneTensors, torch.Tensor]
 
 
 class SceneStream(IterableDataset[Batch]):
-    """Batches of encoded scenes and token ids `[batch, 32]`; the same for the same seed and number of workers."""
+    """Batches of encoded scenes and token ids `[batch, 32]`; they repeat for a seed and number of workers."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, batch: int, seed: int) -> None:
         self.tokenizer = tokenizer

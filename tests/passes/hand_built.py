@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from fisedit_compile.passes.record_activations import record_activations
 from fisedit_compile.passes.report import PassReport
 from fisedit_compile.passes.requests import CacheEntry, requests_of
 from fisedit_compile.plan import PlanTensor, plan_edit
+from fisedit_compile.testing import assert_close
 
 aten = torch.ops.aten
 CONFIG = SparsityConfig(dense_below=1)
@@ -41,7 +42,7 @@ class HandBuilt:
         return self._done(self.graph.placeholder(name), self.normal(*shape), "")
 
     def latents(self) -> Node:
-        """The usual input: a map [B, C, H, W]."""
+        """The usual input: a map [B, C, H, W]. Inputs come first in a graph, as in an exported one."""
         return self.input("sample", BATCH, CHANNELS, HEIGHT, WIDTH)
 
     def weight(self, *shape: int) -> Node:
@@ -110,28 +111,57 @@ class Snapshots:
     def after(self, rewrite: Callable[..., PassReport]) -> GraphModule:
         return self.graphs[rewrite.__name__]
 
-    def run(self, graph_module: GraphModule, base: Sequence[Any], edit: Sequence[Any], mask: torch.Tensor) -> Any:
-        """Run a graph between two passes on inputs ``edit``, with the cache of ``base`` and the plan of ``mask``."""
-        recorder = copy.deepcopy(self.dense)
-        requests = requests_of(graph_module.graph)
-        entries = [request for request in requests if isinstance(request, CacheEntry)]
+    @cached_property
+    def _recorder(self) -> tuple[GraphModule, list[CacheEntry]]:
+        asked = [r for graph_module in self.graphs.values() for r in requests_of(graph_module.graph)]
+        entries = [request for request in dict.fromkeys(asked) if isinstance(request, CacheEntry)]
+        recorder = copy_of(self.dense)
         record_activations(recorder, entries, BATCH)
-        _, kept = recorder(*base)
-        plan = plan_edit(mask, [request for request in requests if isinstance(request, PlanTensor)], batch=BATCH)
-        values = dict(zip(entries, kept, strict=True))
-        asked = [values[r] if isinstance(r, CacheEntry) else plan.tensor(r) for r in requests]
+        return recorder, entries
+
+    def record(self, base: Sequence[torch.Tensor]) -> dict[CacheEntry, torch.Tensor]:
+        """All that any of the graphs asks of a base."""
+        recorder, entries = self._recorder
+        return dict(zip(entries, recorder(*base)[1], strict=True))
+
+    def run(
+        self,
+        graph_module: GraphModule,
+        kept: Mapping[CacheEntry, torch.Tensor],
+        edit: Sequence[torch.Tensor],
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """Run a graph between two passes on the inputs ``edit``, over what a base kept, with the plan of ``mask``."""
+        requests = requests_of(graph_module.graph)
+        plan = plan_edit(mask, [request for request in requests if isinstance(request, PlanTensor)], batch=len(edit[0]))
+        asked = [kept[r] if isinstance(r, CacheEntry) else plan.tensor(r) for r in requests]
         return graph_module(*edit, *asked)
+
+    def run_final(self, base: int, edit: int, mask: torch.Tensor) -> torch.Tensor:
+        """The sparse graph on the inputs of seed ``edit``, over the base of seed ``base``."""
+        return self.run(self.final, self.record(inputs(self.dense, base)), inputs(self.dense, edit), mask)
+
+    def skips(self, *passes: str) -> list[tuple[str, str]]:
+        """(module path, reason) of all that the passes (default: those that decide the region) left as it was."""
+        chosen = passes or ("annotate_layout", "select_region")
+        return [(skip.module_path, skip.reason) for name in chosen for skip in self.reports[name].skipped]
+
+
+def copy_of(graph_module: GraphModule) -> GraphModule:
+    """The same nodes with the same names and ``meta``, over the same weights."""
+    graph = Graph()
+    graph.output(graph.graph_copy(graph_module.graph, {}))
+    return GraphModule(graph_module, graph)
 
 
 def snapshots(dense: GraphModule, config: SparsityConfig = CONFIG) -> Snapshots:
     """Run all the passes, keeping what each leaves."""
     done = Snapshots(dense, config)
-    graph_module = copy.deepcopy(dense)
+    graph_module = copy_of(dense)
     for rewrite in SPARSE_PASSES:
         done.reports[rewrite.__name__] = rewrite(graph_module, config)
         graph_module.graph.lint()
-        graph_module.recompile()
-        done.graphs[rewrite.__name__] = copy.deepcopy(graph_module)
+        done.graphs[rewrite.__name__] = copy_of(graph_module)
     return done
 
 
@@ -149,15 +179,39 @@ def some_mask(density: float = 0.3, samples: int = BATCH, seed: int = 0) -> torc
     return torch.rand(samples, *SIZE, generator=torch.Generator().manual_seed(seed)) < density
 
 
-#: Masks for every rewrite: different samples, one pixel of one sample, nothing, everything, one mask for both.
+def one_pixel() -> torch.Tensor:
+    mask = torch.zeros(BATCH, *SIZE, dtype=torch.bool)
+    mask[1, 3, 2] = True
+    return mask
+
+
+#: Masks for every rewrite: each sample its own, one pixel of one sample, nothing, everything, one mask for both.
 MASKS = {
     "random": some_mask(),
-    "one pixel": torch.zeros(BATCH, *SIZE, dtype=torch.bool).index_fill_(0, torch.tensor([1]), False),
+    "one pixel": one_pixel(),
     "none": torch.zeros(BATCH, *SIZE, dtype=torch.bool),
     "all": torch.ones(BATCH, *SIZE, dtype=torch.bool),
     "shared": some_mask(samples=1, seed=1),
 }
-MASKS["one pixel"][1, 3, 2] = True
+
+
+def assert_every_step_means_the_same(done: Snapshots, *, statistics: bool = False) -> None:
+    """Hold the graph after each pass to the dense graph, and each to the others.
+
+    Unchanged inputs give the base whatever the mask. Changed inputs with everything active give the dense graph, and
+    with any mask each pass gives what the one before gave, from ``insert_gather_scatter`` on, which fixes the meaning.
+    ``statistics``: a group norm takes those of the base, so for changed inputs its pass changes the numbers.
+    """
+    base, edit = inputs(done.dense, 0), inputs(done.dense, 1)
+    kept, base_out = done.record(base), done.dense(*base)
+    for mask in MASKS.values():
+        meant = done.run(done.graphs["insert_gather_scatter"], kept, edit, mask)
+        for name, graph_module in done.graphs.items():
+            assert_close(done.run(graph_module, kept, base, mask), base_out)
+            if not statistics and name not in ("annotate_layout", "select_region"):
+                assert_close(done.run(graph_module, kept, edit, mask), meant)
+    if not statistics:
+        assert_close(done.run(done.final, kept, edit, MASKS["all"]), done.dense(*edit))
 
 
 def targets(graph_module: GraphModule) -> list[Any]:

@@ -1,0 +1,125 @@
+"""FISEdit: this project's editor. A picture that it generated is edited by new words, the mask given.
+
+Source: Yu et al., "Accelerating Text-to-image Editing via Cache-enabled Sparse Diffusion Inference", ML for Systems at
+NeurIPS 2023. Generating the base with its cache comes before and is no part of an edit's time or count. The first steps
+run dense, as they would to find the mask, so an average over the steps is above a sparse step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from torch.utils.flop_counter import FlopCounterMode
+
+from baselines.method import CallCount, Method
+from baselines.models import GUIDANCE, SOURCE, TARGET, Kit
+from fisedit_compile import Base, Editor, SparsityConfig
+from fisedit_compile.architectures import PROMPT_TOKENS, build_unet, unet_inputs
+from fisedit_compile.capture import bind
+from fisedit_compile.cli.bench_masks import MaskSet
+from fisedit_compile.macs import MacCounter
+
+
+class FISEdit(Method):
+    """One row a set of masks; a run edits the same base once with each of them."""
+
+    source = "Yu et al. 2023; this project"
+    edits_part = True
+
+    def __init__(self, kit: Kit, masks: MaskSet, config: SparsityConfig) -> None:
+        super().__init__(kit)
+        square = masks.source == "square"
+        share = f"{masks.edit_size:.0%}" if square else f"{len(masks.masks)} real masks, {masks.edit_size:.0%}"
+        self.title = f"FISEdit, {share}"
+        self.images = len(masks.masks)
+        self._masks, self._config = masks, config
+
+    @property
+    def unet(self) -> torch.nn.Module:
+        return self._base_for(self.steps)[0].unet
+
+    def prepare(self, steps: int) -> None:
+        self.steps = steps
+        self._base_for(steps)
+
+    def warm_up(self, steps: int) -> None:
+        editor, base = self._base_for(steps)
+        # A compiled graph may meet each mask's number of rows for the first time.
+        for mask in self._masks.masks if self._config.compile else self._masks.masks[:1]:
+            editor.edit(base, TARGET, mask=mask)
+
+    def kind(self, index: int) -> str:
+        step, dense = index % self.steps, self._config.count_dense_steps(self.steps)
+        if step >= dense:
+            return "sparse"
+        return "dense, cross-attention controlled" if step < self._controlled_steps(self.steps) else "dense"
+
+    def make(self) -> Any:
+        editor, base = self._base_for(self.steps)
+        return [editor.edit(base, TARGET, mask=mask).image for mask in self._masks.masks][-1]
+
+    def _base_for(self, steps: int) -> tuple[Editor, Base]:
+        """The editor and the base that all rows share."""
+        shared = self.kit.shared
+        if shared.get("base of") != (steps, self._config):
+            editor = Editor(self.kit.pipeline(StableDiffusionPipeline, self.kit.unet()), self._config)
+            base = editor.generate(
+                SOURCE,
+                num_inference_steps=steps,
+                guidance_scale=GUIDANCE,
+                generator=self.kit.generator(),
+                height=self.kit.size,
+                width=self.kit.size,
+            )
+            shared.update({"base of": (steps, self._config), "base": (editor, base)})
+        editor_and_base: tuple[Editor, Base] = shared["base"]
+        return editor_and_base
+
+    def count(self, steps: int) -> list[CallCount]:
+        """Count the graphs that an edit runs; nothing is run."""
+        counted = self._counted()
+        dense, controlled = self._config.count_dense_steps(steps), self._controlled_steps(steps)
+        sparse, text = zip(*(counted.sparse(mask) for mask in self._masks.masks), strict=True)
+        counts = [
+            CallCount("batch 2, dense, cross-attention controlled", controlled, controlled * counted.controlled),
+            CallCount("batch 2, dense", dense - controlled, (dense - controlled) * counted.dense),
+            CallCount("batch 2, sparse", steps - dense, (steps - dense) * sum(sparse) // self.images),
+            CallCount("text's keys and values, once an edit", 0, sum(text) // self.images),
+        ]
+        return [CallCount(each.kind, self.images * each.calls, self.images * each.macs) for each in counts if each.macs]
+
+    def _controlled_steps(self, steps: int) -> int:
+        """How many of the dense steps are under Prompt-to-Prompt control."""
+        return min(self._config.count_dense_steps(steps), round(self._config.cross_replace * steps))
+
+    def _counted(self) -> _CountedGraphs:
+        """The graphs that all rows share."""
+        shared = self.kit.shared
+        if "counted" not in shared:
+            shared["counted"] = _CountedGraphs(self.kit, self._config)
+        counted: _CountedGraphs = shared["counted"]
+        return counted
+
+
+class _CountedGraphs:
+    """Multiply-accumulates of the graphs that an editor makes of a U-Net, on the meta device."""
+
+    def __init__(self, kit: Kit, config: SparsityConfig) -> None:
+        unet = build_unet(kit.arch, device="meta")
+        # Unchecked: fvcore's second count takes long, and the tests hold the two together.
+        program = MacCounter.of(unet, height=kit.size, width=kit.size, config=config).program
+        self._counter = MacCounter(program, check=False)
+        self.dense = self._counter.dense.total
+        args, kwargs = unet_inputs(unet, batch=2, height=kit.size, width=kit.size)
+        call = bind(unet, args, kwargs)
+        _, maps = program.record(call, samples=1, activations=False, attention=True)
+        mapper, keep = (torch.empty(1, *shape, device="meta") for shape in ((PROMPT_TOKENS,) * 2, (PROMPT_TOKENS,)))
+        with FlopCounterMode(display=False) as flops:
+            program.controlled(call, maps, mapper, keep)
+        self.controlled = flops.get_total_flops() // 2
+
+    def sparse(self, mask: torch.Tensor) -> tuple[int, int]:
+        """Of one sparse step, and of what depends on the words alone."""
+        return self._counter.step(self._counter.plan(mask)).total, self._counter.prompt.total

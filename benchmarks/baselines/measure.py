@@ -1,0 +1,123 @@
+"""One row of the table: a method counted on the meta device, and run and timed on a real one."""
+
+from __future__ import annotations
+
+import gc
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from baselines.calls import CallLog
+from baselines.method import CallCount, Method, NotInstalledError
+from baselines.models import Kit
+
+#: Makes a method from a kit; called once to count and once to run.
+Factory = Callable[[Kit], Method]
+
+OK, OUT_OF_MEMORY, COUNTED, FAILED = "ok", "out of memory", "counted only", "failed"
+
+
+@dataclass
+class Row:
+    """A method's figures.
+
+    Attributes:
+        status: ``"ok"``, ``"counted only"``, ``"out of memory"``, ``"not installed: ..."`` or ``"failed: ..."``.
+        kinds: the calls of one run, by kind; a run makes ``images`` pictures.
+        calls: U-Net calls an output picture.
+        macs: multiply-accumulates an output picture, of the U-Net alone.
+        macs_a_step: those divided by the denoising steps that were asked for.
+        seconds: wall time of a picture from words (and picture) to pixels, autoencoder and text encoder included.
+        calls_per_second: U-Net calls by the time from the start of the first to the end of the last; for several
+            pictures that includes what lies between them.
+        peak_gib: most memory that tensors held on the device during the run.
+    """
+
+    name: str
+    title: str
+    source: str
+    needs_training: bool
+    edits_part: bool
+    status: str = OK
+    images: int = 1
+    kinds: list[CallCount] = field(default_factory=list)
+    calls: float | None = None
+    macs: float | None = None
+    macs_a_step: float | None = None
+    seconds: float | None = None
+    calls_per_second: float | None = None
+    peak_gib: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def measure(name: str, factory: Factory, kit: Kit | None, counting_kit: Kit, steps: int) -> Row:
+    """Count a method, and run it unless there is no ``kit``.
+
+    What goes wrong with one method is said in its row, so that the others still get theirs.
+    """
+    method: Any = factory.func if isinstance(factory, partial) else factory
+    row = Row(name, getattr(method, "title", name), method.source, method.needs_training, method.edits_part)
+    try:
+        _count(row, factory(counting_kit), steps)
+        if kit is None:
+            row.status = COUNTED
+        else:
+            _run(row, factory(kit), kit, steps)
+    except NotInstalledError as error:
+        row.status = f"not installed: {error}"
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            row.status = OUT_OF_MEMORY
+        else:
+            traceback.print_exc()
+            row.status = f"{FAILED}: {type(error).__name__}: {error}".splitlines()[0]
+    if kit is not None:
+        _release(kit)
+    return row
+
+
+def _count(row: Row, method: Method, steps: int) -> None:
+    row.title, row.images = method.title, method.images
+    row.kinds = method.count(steps)
+    row.calls = sum(kind.calls for kind in row.kinds) / row.images
+    row.macs = sum(kind.macs for kind in row.kinds) / row.images
+    row.macs_a_step = row.macs / steps
+
+
+def _run(row: Row, method: Method, kit: Kit, steps: int) -> None:
+    method.prepare(steps)
+    if kit.device.type == "cuda":
+        method.warm_up(steps)
+        torch.cuda.synchronize(kit.device)
+        torch.cuda.reset_peak_memory_stats(kit.device)
+    with CallLog(method.unet, method.kind) as log:
+        start = time.perf_counter()
+        method.run(steps)
+        if kit.device.type == "cuda":
+            torch.cuda.synchronize(kit.device)
+        seconds = time.perf_counter() - start
+    ran, counted = Counter(map(str, log.keys)), {kind.kind: kind.calls for kind in row.kinds if kind.calls}
+    if ran != counted:
+        raise AssertionError(f"{dict(ran)} ran where {counted} were counted")
+    row.seconds = seconds / method.images
+    row.calls_per_second = len(log.keys) / log.seconds()
+    milliseconds = log.milliseconds()
+    row.kinds = [replace(kind, milliseconds=milliseconds.get(kind.kind)) for kind in row.kinds]
+    if kit.device.type == "cuda":
+        row.peak_gib = torch.cuda.max_memory_allocated(kit.device) / 2**30
+
+
+def _release(kit: Kit) -> None:
+    """Free the method's memory before the next one's is measured."""
+    gc.collect()
+    if kit.device.type == "cuda":
+        torch.cuda.empty_cache()

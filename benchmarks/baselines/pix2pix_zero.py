@@ -1,0 +1,84 @@
+"""pix2pix-zero: regularised inversion, denoising that keeps the cross-attention maps, then guidance towards them by
+gradients through the U-Net.
+
+Source: Parmar et al., "Zero-shot Image-to-Image Translation", SIGGRAPH 2023; the pipeline is diffusers' own. The edit
+direction is the difference of two prompts' embeddings; the authors' means over 1,000 sentences can be kept ready.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPix2PixZeroPipeline
+from diffusers.pipelines.deprecated.stable_diffusion_variants.pipeline_stable_diffusion_pix2pix_zero import (
+    Pix2PixZeroL2Loss,
+)
+from torch import Tensor
+
+from baselines.calls import CountedUNet
+from baselines.method import Method
+from baselines.models import GUIDANCE, SOURCE, TARGET, Kit
+
+
+class Pix2PixZero(Method):
+    title = "pix2pix-zero"
+    source = "Parmar et al. 2023; diffusers"
+
+    def __init__(self, kit: Kit) -> None:
+        super().__init__(kit)
+        unet = kit.unet()
+        if kit.counting:
+            unet.__class__ = _CountedWithLoss
+        self.pipe = kit.pipeline(
+            StableDiffusionPix2PixZeroPipeline,
+            unet,
+            inverse_scheduler=kit.inverse_scheduler,
+            caption_generator=None,
+            caption_processor=None,
+        )
+
+    @property
+    def unet(self) -> torch.nn.Module:
+        unet: torch.nn.Module = self.pipe.unet
+        return unet
+
+    def make(self) -> Any:
+        generator = self.kit.generator()
+        # Regularising the noise is gradients of thousands of small operations and no U-Net call: nothing to count.
+        regularisation = {"num_reg_steps": 0} if self.kit.counting else {}
+        inverted = self.pipe.invert(
+            SOURCE, image=self.kit.image(), num_inference_steps=self.steps, generator=generator, **regularisation
+        ).latents
+        return self.pipe(
+            SOURCE,
+            source_embeds=self.pipe.get_embeds([SOURCE]),
+            target_embeds=self.pipe.get_embeds([TARGET]),
+            num_inference_steps=self.steps,
+            guidance_scale=GUIDANCE,
+            latents=inverted,
+            generator=generator,
+        ).images[0]
+
+
+class _CountedWithLoss(CountedUNet):
+    """Counts the backward pass, too, which the pipeline starts from the loss that its attention processors sum up."""
+
+    def forward(self, *args: Any, cross_attention_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        out = super().forward(*args, cross_attention_kwargs=cross_attention_kwargs, **kwargs)
+        if cross_attention_kwargs and "loss" in cross_attention_kwargs:
+            cross_attention_kwargs["loss"].loss = 0 * args[0].sum()  # the pipeline goes on with it, on the CPU
+        return out
+
+    def compute(self, sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, **kwargs: Any) -> None:
+        if "loss" not in (kwargs["cross_attention_kwargs"] or {}):
+            kwargs["cross_attention_kwargs"] = None  # keep no maps: there is nothing in them
+            super().compute(sample, timestep, encoder_hidden_states, **kwargs)
+            return
+        for processor in self.attn_processors.values():
+            if processor.is_pix2pix_zero:  # a map of zeros, of any shape
+                processor.reference_cross_attn_map[timestep.item()] = torch.zeros((), device="meta")
+        loss = Pix2PixZeroL2Loss()
+        kwargs["cross_attention_kwargs"] = {"timestep": timestep, "loss": loss}
+        super().compute(sample.detach().requires_grad_(), timestep, encoder_hidden_states, **kwargs)
+        loss.loss.backward()

@@ -1,0 +1,103 @@
+"""Prompt-to-Prompt: the picture is made again beside its edit, which takes over its attention maps.
+
+Source: Hertz et al., "Prompt-to-Prompt Image Editing with Cross Attention Control", ICLR 2023, section 3.2 (word swap).
+Both pictures are in one batch, four samples under guidance. Shares of the steps and the largest self-attention are
+those of the authors' examples. Maps are made explicit only where they are exchanged, in the method's favour.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+from baselines.attention import attend
+from baselines.method import Method
+from baselines.models import GUIDANCE, SOURCE, TARGET, Kit
+from fisedit_compile.prompt_to_prompt import align_batch, attention_probabilities, controlled_attention
+
+#: Shares of the steps in which cross- and self-attention are taken over.
+CROSS_SHARE, SELF_SHARE = 0.8, 0.4
+
+#: Self-attention is taken over up to this many tokens.
+MOST_TOKENS = 32**2
+
+# The batch: both pictures without words, then both with theirs.
+_SOURCE, _TARGET = 2, 3
+
+
+class PromptToPrompt(Method):
+    title = "Prompt-to-Prompt"
+    source = "Hertz et al. 2023; ours"
+
+    def __init__(self, kit: Kit) -> None:
+        super().__init__(kit)
+        self.pipe = kit.pipeline(StableDiffusionPipeline, kit.unet())
+        self.mapper, self.keep = align_batch(kit.tokenizer, [SOURCE], [TARGET], device=kit.unet_device)
+        self.done = 0  # denoising steps
+        self.pipe.unet.set_attn_processor(
+            {name: _Processor(self, cross="attn2" in name) for name in self.pipe.unet.attn_processors}
+        )
+
+    @property
+    def unet(self) -> torch.nn.Module:
+        unet: torch.nn.Module = self.pipe.unet
+        return unet
+
+    def takes_over(self, cross: bool, done: int) -> bool:
+        return done < (CROSS_SHARE if cross else SELF_SHARE) * self.steps
+
+    def kind(self, index: int) -> str:
+        names = [name for name, cross in (("cross", True), ("self", False)) if self.takes_over(cross, index)]
+        return f"{' and '.join(names)}-attention taken over" if names else ""
+
+    def make(self) -> Any:
+        self.done = 0
+        shape = (1, 4, self.kit.size // 8, self.kit.size // 8)
+        latents = torch.randn(shape, generator=self.kit.generator()).to(self.kit.device, self.kit.dtype)
+        return self.pipe(
+            [SOURCE, TARGET],
+            num_inference_steps=self.steps,
+            guidance_scale=GUIDANCE,
+            latents=latents.repeat(2, 1, 1, 1),
+            callback_on_step_end=self._step_end,
+        ).images[1]
+
+    def _step_end(self, pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        self.done = index + 1
+        return {}
+
+
+class _Processor:
+    """Attention in which the edit takes over the source's maps for as long as the method says."""
+
+    def __init__(self, method: PromptToPrompt, *, cross: bool) -> None:
+        self._method, self._cross = method, cross
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Any = None
+    ) -> Tensor:
+        core: Any = F.scaled_dot_product_attention
+        if self._method.takes_over(self._cross, self._method.done):
+            if self._cross:
+                core = partial(_cross, mapper=self._method.mapper, keep=self._method.keep)
+            elif hidden_states.shape[1] <= MOST_TOKENS:
+                core = _self
+        return attend(attn, hidden_states, encoder_hidden_states, core)
+
+
+def _cross(q: Tensor, k: Tensor, v: Tensor, *, mapper: Tensor, keep: Tensor) -> Tensor:
+    """Unchanged words keep the source's maps; q ``[4, heads, N, d]``, k and v ``[4, heads, tokens, d]``."""
+    kept = attention_probabilities(q[_SOURCE:_TARGET], k[_SOURCE:_TARGET], samples=1)
+    plain = F.scaled_dot_product_attention(q[:_TARGET], k[:_TARGET], v[:_TARGET])
+    return torch.cat([plain, controlled_attention(q[_TARGET:], k[_TARGET:], v[_TARGET:], kept, mapper, keep)])
+
+
+def _self(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The source's maps over the edit's own values: those of the source's queries and keys."""
+    takes = [*range(_TARGET), _SOURCE]
+    return F.scaled_dot_product_attention(q[takes], k[takes], v)

@@ -1,0 +1,179 @@
+"""How sparse edits are: the active share by resolution and tile size, and the multiply-accumulates that follow.
+
+    python benchmarks/sparsity.py --masks FILE.npz --out out/sparsity
+
+After section 3.1 of the FISEdit paper (Yu et al. 2023): masks are ragged, so the larger the tile that is computed whole,
+and the lower the resolution, the less is saved. Writes ``sparsity.png`` and ``sparsity.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fisedit_compile import FiseditError, SparsityConfig
+from fisedit_compile.architectures import build_unet
+from fisedit_compile.cli.runtime import whole_number
+from fisedit_compile.mac_report import NO_RESOLUTION
+from fisedit_compile.macs import MacCounter
+from fisedit_compile.passes.choose_blocks import expand_to_tiles
+from fisedit_compile.sample_masks import read_masks
+
+#: Sides of the square tiles that are compared. 1 is pixel-exact, 2 what the paper's objective chooses, 6 SIGE's.
+TILES = (1, 2, 4, 6, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Active share of the pixels of a resolution, of all masks: mean, 5th and 95th percentile."""
+
+    mean: float
+    p5: float
+    p95: float
+
+    @classmethod
+    def of(cls, active: Tensor) -> Share:
+        """Of bool ``[n, h, w]``."""
+        shares = active.flatten(1).double().mean(1)
+        p5, p95 = shares.quantile(torch.tensor([0.05, 0.95], dtype=torch.double)).tolist()
+        return cls(float(shares.mean()), p5, p95)
+
+
+def active_shares(masks: Tensor, resolutions: list[str]) -> dict[str, dict[int, Share]]:
+    """The share by resolution (``"HxW"``) and side of the tile, up to the resolution's own.
+
+    Args:
+        masks: bool ``[n, h, w]``; lower resolutions are any-pooled.
+    """
+    shares = {}
+    for resolution in resolutions:
+        height, width = map(int, resolution.split("x"))
+        pooled = F.adaptive_max_pool2d(masks[:, None].float(), (height, width))[:, 0] > 0
+        tiles = [tile for tile in TILES if tile <= min(height, width)]
+        shares[resolution] = {tile: Share.of(expand_to_tiles(pooled, (tile, tile))) for tile in tiles}
+    return shares
+
+
+def macs_by_tile(counter: MacCounter, shares: dict[str, dict[int, Share]]) -> dict[str, dict[str, float]]:
+    """Mean multiply-accumulates of a sparse step by tile size, each by resolution; ``"dense"`` is a dense call.
+
+    In full attention all work of a sparse resolution is proportional to its active pixels, so a step with every pixel
+    active, counted once, gives any other. Where a tile is larger than a resolution, the whole resolution is computed.
+    """
+    everything = torch.ones(1, *counter.latents, dtype=torch.bool)
+    full = counter.step(counter.plan(everything)).by_resolution
+    sparse = {"{}x{}".format(*size) for size in counter.plan(everything).counts}
+    steps: dict[str, dict[str, float]] = {"dense": dict(counter.dense.by_resolution)}
+    for tile in TILES:
+        steps[str(tile)] = {
+            resolution: macs * (shares[resolution][tile].mean if tile in shares[resolution] else 1.0)
+            if resolution in sparse
+            else float(macs)
+            for resolution, macs in full.items()
+        }
+    return steps
+
+
+def plot(shares: dict[str, dict[int, Share]], steps: dict[str, dict[str, float]], title: str, path: Path) -> None:
+    """Both as one picture."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    for resolution, by_tile in shares.items():
+        (line,) = left.plot(list(by_tile), [each.mean for each in by_tile.values()], marker="o", label=resolution)
+        low, high = ([getattr(each, name) for each in by_tile.values()] for name in ("p5", "p95"))
+        left.fill_between(list(by_tile), low, high, color=line.get_color(), alpha=0.12)
+    left.set_xscale("log", base=2)
+    left.set_xticks(TILES, [f"{tile}x{tile}" for tile in TILES])
+    left.set(xlabel="tile", ylabel="active share (mean, 5th to 95th percentile)", ylim=(0, 1), title="Active pixels")
+    left.legend(title="resolution")
+    bottom = [0.0] * len(steps)
+    names = [name if name == "dense" else f"{name}x{name}" for name in steps]
+    for resolution in steps["dense"]:
+        heights = [step.get(resolution, 0.0) / 1e9 for step in steps.values()]
+        right.bar(names, heights, bottom=bottom, label="time and text" if resolution == NO_RESOLUTION else resolution)
+        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    for name, height in zip(names, bottom, strict=True):
+        right.annotate(f"{height:,.3g}" if height < 100 else f"{height:,.0f}", (name, height), ha="center", va="bottom")
+    right.set(xlabel="tile", ylabel="GMACs", title="A sparse step, full attention, batch 2")
+    right.legend(title="resolution")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns 0, or 2 for arguments that cannot be used."""
+    parser = argparse.ArgumentParser(description="Active share and MACs of edits, by resolution and tile size.")
+    parser.add_argument("--masks", type=Path, required=True, metavar="FILE.npz", help="real masks")
+    parser.add_argument("--arch", default="sd2", help="(default: sd2)")
+    parser.add_argument("--size", type=whole_number(8), default=768, metavar="PX", help="of the image (default: 768)")
+    parser.add_argument("--out", type=Path, default=Path("out/sparsity"), metavar="DIR", help="(default: out/sparsity)")
+    args = parser.parse_args(argv)
+    try:
+        result = analyse(args.masks, args.arch, args.size, args.out)
+    except (FiseditError, ValueError, OSError) as error:
+        print(f"sparsity: error: {error}", file=sys.stderr)
+        return 2
+    print(_text(result))
+    return 0
+
+
+def analyse(masks_file: Path, arch: str, size: int, out: Path) -> dict[str, Any]:
+    """Do everything and write both files; the contents of the JSON."""
+    masks = read_masks(masks_file)
+    filled = masks[masks.flatten(1).any(1)]
+    if not len(filled):
+        raise ValueError(f"{masks_file}: none of the {len(masks)} masks has an active pixel")
+    unet = build_unet(arch, device="meta")
+    counter = MacCounter.of(unet, height=size, width=size, config=SparsityConfig(attention="full"))
+    resolutions = [name for name in counter.dense.by_resolution if name != NO_RESOLUTION]
+    shares = active_shares(filled, resolutions)
+    steps = macs_by_tile(counter, shares)
+    title = f"{arch} at {size}x{size}, {len(filled)} masks of {masks_file.name}"
+    out.mkdir(parents=True, exist_ok=True)
+    plot(shares, steps, title, out / "sparsity.png")
+    result = {
+        "arch": arch,
+        "size": size,
+        "masks": {"source": masks_file.name, "used": len(filled), "empty": len(masks) - len(filled)},
+        "active_share": {
+            name: {tile: vars(share) for tile, share in by_tile.items()} for name, by_tile in shares.items()
+        },
+        "macs_by_tile": steps,
+    }
+    (out / "sparsity.json").write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def _text(result: dict[str, Any]) -> str:
+    """Mean shares and totals as a markdown table."""
+    heads = ["tile", *result["active_share"], "GMACs a step", "dense / step"]
+    lines = [heads, ["---:"] * len(heads)]
+    dense = sum(result["macs_by_tile"]["dense"].values())
+    for tile in TILES:
+        means = [by_tile.get(tile) for by_tile in result["active_share"].values()]
+        total = sum(result["macs_by_tile"][str(tile)].values())
+        cells = [f"{mean['mean']:.1%}" if mean else "all" for mean in means]
+        lines.append([f"{tile}x{tile}", *cells, f"{total / 1e9:,.1f}", f"{dense / total:.2f}"])
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    masks = result["masks"]
+    return (
+        f"{result['arch']} at {result['size']}x{result['size']}, batch 2, full attention; {masks['used']} masks of "
+        f"{masks['source']} ({masks['empty']} empty ones left out); dense {dense / 1e9:,.1f} GMACs.\n\n{rows}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""What the compiler made of a U-Net, module by module, as text for people."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
+
+from torch import Tensor
+from torch.fx import Node
+
+from fisedit_compile.mac_report import NO_RESOLUTION
+from fisedit_compile.macs import MacCounter
+from fisedit_compile.passes.report import Change, Skip
+from fisedit_compile.passes.requests import CacheEntry
+from fisedit_compile.program import Program
+from fisedit_compile.sample_masks import square_mask
+
+#: What readers call an ATen operation. One that only regroups a value is left out (""), any other is pointwise.
+_KINDS = {
+    "conv2d": "conv",
+    "linear": "linear",
+    "scaled_dot_product_attention": "attention",
+    "group_norm": "norm",
+    "layer_norm": "norm",
+    **dict.fromkeys(("cat", "chunk", "contiguous", "getitem", "permute", "reshape", "transpose", "view"), ""),
+}
+
+_ORDER = (*(kind for kind in dict.fromkeys(_KINDS.values()) if kind), "pointwise")
+
+_UNITS = {"GMACs": 1e9, "MMACs": 1e6}
+
+#: The passes that turn operations into ones on rows.
+_ROW_PASSES = ("sparsify_conv", "sparsify_norm", "sparsify_attention", "sparsify_pointwise")
+
+
+def explain(program: Program, *, edit_size: float = 0.15) -> str:
+    """What became sparse, what stayed dense and why, with the MACs of a dense call and of a sparse step.
+
+    Args:
+        program: the graphs of a U-Net, see :meth:`fisedit_compile.sparse_unet.SparseUNet.program`.
+        edit_size: share of the picture, in (0, 1], that is edited: a square in the middle.
+
+    Raises:
+        ValueError: ``edit_size`` is outside (0, 1].
+    """
+    return "\n".join(_Explanation(program, edit_size).lines())
+
+
+class _Explanation:
+    """The parts of the text. A line of its table of modules has a path of :func:`_lineage`."""
+
+    def __init__(self, program: Program, edit_size: float) -> None:
+        self.program = program
+        self.reports = {report.name: report for report in program.reports}
+        counter = MacCounter(program, check=False)
+        self.plan = counter.plan(square_mask(edit_size, counter.latents))
+        self.dense, self.prompt, self.step = counter.dense, counter.prompt, counter.step(self.plan)
+        self.unit = "GMACs" if self.dense.total >= 1e10 else "MMACs"
+        self.kept = {entry: each for entry, each in counter.shapes.items() if isinstance(entry, CacheEntry)}
+        self.on_rows = [change for name in _ROW_PASSES for change in self.reports[name].changes]
+
+    def lines(self) -> Iterator[str]:
+        config, shape = self.program.config, list(self.program.signature.sample_shape)
+        yield (
+            f"U-Net for latents {shape}, {config.attention} attention, dense_below={config.dense_below}, "
+            f"blocks={config.blocks!r}"
+        )
+        yield from self._unknown()
+        for part in (self._modules(), self._resolutions(), self._passes()):
+            yield ""
+            yield from part
+
+    def _unknown(self) -> Iterator[str]:
+        """Operations that the passes should have taken and could not."""
+        missed = Counter((each.module_path, each.op) for each in self.reports["select_region"].changes)
+        missed.subtract((each.module_path, each.op) for each in self.on_rows)
+        unknown = Counter(self.reports["annotate_layout"].skipped)
+        unknown.update({Skip(*key, "no pass has a form of it on rows"): n for key, n in missed.items() if n > 0})
+        if not unknown:
+            yield "Every operation is known to the passes."
+            return
+        yield f"!! {sum(unknown.values())} operation(s) cannot run on rows and split the region:"
+        yield from (f"!!   {skip}" + (f" ({count} times)" if count > 1 else "") for skip, count in unknown.items())
+
+    def _modules(self) -> Iterator[str]:
+        nodes = [node for node in self.program.dense.graph.nodes if node.op == "call_function"]
+        paths = list(dict.fromkeys(path for node in nodes for path in _lineage(_path(node))))
+        sizes: dict[str, dict[str, None]] = defaultdict(dict)
+        for node in nodes:
+            if "layout" in node.meta and _kind(str(node.target)):
+                sizes[_lineage(_path(node))[-1]][_x(node.meta["layout"].size)] = None
+        rows, reasons = _grouped(self.on_rows), self._reasons()
+        table: list[Sequence[str]] = [("module", "dense", "sparse", "ratio", "at", "runs")]
+        for path in paths:
+            dense, sparse = self.dense.of_module(path), self.step.of_module(path)
+            runs = [f"dense: {reason}" for reason in reasons[path]]
+            if kinds := Counter(kind for kind in (_kind(each.op) for each in rows[path]) if kind):
+                runs.insert(0, "on rows: " + ", ".join(f"{kinds[kind]} {kind}" for kind in _ORDER if kinds[kind]))
+            outer = _lineage(path)[0]
+            if not runs and (not path or not dense):
+                continue  # views between modules, and numbers such as the frequencies of the time embedding
+            if not runs and not any(other.startswith(f"{path}.") for other in paths):
+                runs.append("dense: it has no pixels")
+            name = (path if path == outer else "  " + path.removeprefix(f"{outer}.")) or "(U-Net)"
+            numbers = self._macs(dense, sparse) if path else ("", "", "")
+            table.append((name, *numbers, ", ".join(sizes[path]), runs[0] if runs else ""))
+            table += [("", "", "", "", "", more) for more in runs[1:]]
+        table.append(("total", *self._macs(self.dense.total, self.step.total), "", ""))
+        share = float(self.plan.mask.double().mean())
+        yield f"{self.unit} of a dense call and of a sparse step with {share:.1%} of the latents edited"
+        yield from _columns(table, left={0, 4, 5})
+        prompt = self.prompt.total / _UNITS[self.unit]
+        yield f"Keys and values of the text, {prompt:,.2f} {self.unit}, are in every dense call; an edit has them once."
+
+    def _reasons(self) -> dict[str, dict[str, None]]:
+        """Why operations of a line of the table run dense, each reason once."""
+        reasons: dict[str, dict[str, None]] = defaultdict(dict)
+        for skip in self.reports["select_region"].skipped:
+            if _kind(skip.op):
+                reasons[_lineage(skip.module_path)[-1]][skip.reason.removeprefix("resolution ")] = None
+        for skip in self.reports["annotate_layout"].skipped:
+            reasons[_lineage(skip.module_path)[-1]][f"!! {skip.op}"] = None
+        return reasons
+
+    def _resolutions(self) -> Iterator[str]:
+        """Rows, MACs and what the base keeps, by resolution."""
+        nodes = {node.name: node for node in self.program.dense.graph.nodes}
+        kept: dict[str, list[Tensor]] = defaultdict(list)
+        for entry, tensor in self.kept.items():
+            kept[_x(nodes[entry.node].meta["layout"].size)].append(tensor)
+        batch = self.plan.batch
+        rows = {_x(size): (count, batch * size[0] * size[1]) for size, count in self.plan.counts.items()}
+        table: list[Sequence[str]] = [("resolution", "rows", "of", "", "dense", "sparse", "ratio", "kept", "MB")]
+        for name, dense in self.dense.by_resolution.items():
+            count, pixels = rows.get(name, (0, 0))
+            cells = (f"{count:,}", f"{pixels:,}", f"{count / pixels:.1%}") if pixels else ("", "", "")
+            base = (str(len(kept[name])), _megabytes(kept[name])) if kept[name] else ("", "")
+            macs = self._macs(dense, self.step.by_resolution.get(name, 0))
+            table.append(("no pixels" if name == NO_RESOLUTION else name, *cells, *macs, *base))
+        yield f"By resolution: rows of the edit, {self.unit}, and the tensors that the base keeps of each call"
+        yield from _columns(table, left={0})
+        maps = sum(entry.kind == "map" for entry in self.kept)
+        yield (
+            f"The base keeps {maps} maps and {len(self.kept) - maps} statistics of group norms a call, "
+            f"{_megabytes(self.kept.values())} MB."
+        )
+
+    def _passes(self) -> Iterator[str]:
+        table: list[Sequence[str]] = [("pass", "changed", "skipped", "ms")]
+        for report in self.program.reports:
+            table.append((report.name, str(report.changed), str(len(report.skipped)), f"{report.seconds * 1e3:.0f}"))
+        yield from _columns(table, left={0})
+        yield f"Captured and rewritten in {self.program.build_seconds:.1f} s."
+
+    def _macs(self, dense: int, sparse: int) -> tuple[str, str, str]:
+        unit = _UNITS[self.unit]
+        return f"{dense / unit:,.2f}", f"{sparse / unit:,.2f}", f"{dense / sparse:.1f}x" if sparse else "-"
+
+
+def _lineage(path: str) -> tuple[str, ...]:
+    """The lines that a module belongs to: its block and, where there are several alike, its numbered part of that.
+
+    ``down_blocks.0.resnets.1.conv1`` -> ``("down_blocks.0", "down_blocks.0.resnets.1")``
+    """
+    names = path.split(".")
+    block = 2 if names[1:2] and names[1].isdigit() else 1
+    lines = [".".join(names[:block])]
+    if len(names) > block + 1 and names[block + 1].isdigit():
+        lines.append(".".join(names[: block + 2]))
+    return tuple(lines)
+
+
+def _grouped(changes: Iterable[Change]) -> dict[str, list[Change]]:
+    groups: dict[str, list[Change]] = defaultdict(list)
+    for change in changes:
+        groups[_lineage(change.module_path)[-1]].append(change)
+    return groups
+
+
+def _path(node: Node) -> str:
+    return str(node.meta.get("module_path", ""))
+
+
+def _kind(op: str) -> str:
+    """``aten.conv2d.default`` -> ``conv``; ``<built-in function getitem>`` -> nothing."""
+    name = op.rstrip(">").split()[-1] if op.startswith("<") else op.split(".")[1]
+    return _KINDS.get(name, "pointwise")
+
+
+def _x(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _megabytes(tensors: Iterable[Tensor]) -> str:
+    return f"{sum(tensor.nbytes for tensor in tensors) / 1e6:,.1f}"
+
+
+def _columns(table: Sequence[Sequence[str]], *, left: Collection[int]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        cells = (
+            cell.ljust(n) if i in left else cell.rjust(n) for i, (cell, n) in enumerate(zip(row, widths, strict=True))
+        )
+        yield "  ".join(cells).rstrip()

@@ -1,0 +1,144 @@
+"""All passes in their order: between any two of them the graph runs, and means the same."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from hand_built import (
+    BATCH,
+    CHANNELS,
+    CONFIG,
+    MASKED,
+    SIZE,
+    TOKENS,
+    HandBuilt,
+    assert_every_step_means_the_same,
+    aten,
+    inputs,
+    only,
+    snapshots,
+    targets,
+)
+from torch.fx import GraphModule
+
+from fisedit_compile.config import SparsityConfig
+from fisedit_compile.errors import SparsifyError
+from fisedit_compile.passes import ops
+from fisedit_compile.passes.manager import SPARSE_PASSES, run_passes
+from fisedit_compile.testing import assert_close
+
+if TYPE_CHECKING:
+    from conftest import UNets
+
+
+def everything(*, norms: bool = True) -> GraphModule:
+    """A U-Net in small: time embedding, strided and upsampled convolutions, a skip, self- and cross-attention, GEGLU."""
+    build = HandBuilt()
+    sample = build.latents()
+    text, temb = build.input("text", BATCH, TOKENS, CHANNELS), build.input("temb", BATCH, CHANNELS)
+    skip = build.conv(sample)
+    x = build.op(aten.silu.default, skip)
+    if norms:
+        x = build.op(aten.group_norm.default, x, 2, build.weight(CHANNELS), build.weight(CHANNELS), 1e-6)
+    x = build.conv(x, stride=[2, 2])
+    x = build.op(aten.add.Tensor, x, build.op(aten.reshape.default, temb, [BATCH, CHANNELS, 1, 1]))
+    x = build.op(aten.upsample_nearest2d.vec, x, list(SIZE), None)
+    x = build.op(aten.cat.default, [build.conv(x), skip], 1)
+    residual = x = build.conv(x, kernel=1)
+    tokens = build.tokens(x)
+    if norms:
+        tokens = build.op(aten.layer_norm.default, tokens, [CHANNELS], build.weight(CHANNELS), None, 1e-5)
+    for keys in (tokens, text):
+        q, k, v = (
+            build.heads(build.op(aten.linear.default, y, build.weight(CHANNELS, CHANNELS), None))
+            for y in (tokens, keys, keys)
+        )
+        attended = build.op(aten.scaled_dot_product_attention.default, q, k, v)
+        attended = build.op(aten.transpose.int, attended, 1, 2)
+        tokens = build.op(aten.add.Tensor, build.op(aten.reshape.default, attended, [BATCH, -1, CHANNELS]), tokens)
+    wide = build.op(aten.linear.default, tokens, build.weight(2 * CHANNELS, CHANNELS), build.weight(2 * CHANNELS))
+    pieces = build.op(aten.chunk.default, wide, 2, -1)
+    value, gate = (build.op(operator.getitem, pieces, number) for number in (0, 1))
+    x = build.op(aten.mul.Tensor, value, build.op(aten.gelu.default, gate))
+    x = build.op(aten.permute.default, build.op(aten.reshape.default, x, [BATCH, *SIZE, CHANNELS]), [0, 3, 1, 2])
+    return build.output(build.conv(build.op(aten.add.Tensor, x, residual), path="conv_out"))
+
+
+def test_every_graph_between_two_passes_runs_and_means_the_same() -> None:
+    assert_every_step_means_the_same(snapshots(everything(norms=False)))
+    assert_every_step_means_the_same(snapshots(everything()), statistics=True)
+
+
+def test_with_the_lower_resolution_dense_too() -> None:
+    done = snapshots(everything(norms=False), SparsityConfig(dense_below=5))
+    assert_every_step_means_the_same(done)
+    assert {reason for _, reason in done.skips("select_region")} == {"resolution 3x3 is below dense_below=5"}
+
+
+@pytest.mark.parametrize("attention", ["full", "masked"])
+def test_every_graph_of_a_unet_between_two_passes_runs_and_means_the_same(unets: UNets, attention: str) -> None:
+    batch, size = 2, (13, 10)
+    sparse = unets.sparse("micro", torch.float64, attention, 4)
+    calls = [unets.call(sparse, "micro", batch, size, seed) for seed in (0, 1)]
+    done = snapshots(sparse.program(calls[0]).dense, sparse.sparsity)
+    base, edit = (call.tensors for call in calls)
+    mask = torch.rand(batch, *size, generator=torch.Generator().manual_seed(0)) < 0.3
+    # these give the sparse graph its meaning, the others keep it
+    gives_meaning = {"insert_gather_scatter", "sparsify_norm"}
+    if attention == "masked":
+        gives_meaning.add("sparsify_attention")
+    kept, base_out, meant = done.record(base), done.dense(*base), done.dense(*edit)
+    for name, graph_module in done.graphs.items():
+        for active in [torch.ones_like(mask)] + [mask] * (attention == "full"):
+            assert_close(done.run(graph_module, kept, base, active), base_out)
+        out = done.run(graph_module, kept, edit, mask)
+        if name in gives_meaning:
+            assert not torch.equal(out, meant)
+            meant = out
+        assert_close(out, meant)
+
+
+def test_nothing_dense_is_left_of_a_graph_that_can_be_sparse_from_end_to_end() -> None:
+    done = snapshots(everything())
+    left = set(targets(done.final)) - {ops.CONV2D_ROWS, ops.GROUP_NORM_ROWS, ops.ATTENTION_CACHED, ops.ATTENTION_ROWS}
+    assert not left & {ops.CONV, ops.GROUP_NORM, ops.ATTENTION, ops.UPSAMPLE, ops.GATHER_ROWS}
+    assert targets(done.final)[-1] is ops.SCATTER_ROWS
+    assert len(done.final.graph.find_nodes(op="call_function", target=ops.SCATTER_ROWS)) == 1
+    assert done.skips() == []
+
+
+def test_reports_name_their_pass_and_what_they_changed() -> None:
+    graph_module = everything()
+    reports = run_passes(graph_module, CONFIG)
+    assert [report.name for report in reports] == [rewrite.__name__ for rewrite in SPARSE_PASSES]
+    changed = {report.name: report.changed for report in reports}
+    assert (changed["sparsify_conv"], changed["sparsify_norm"], changed["sparsify_attention"]) == (5, 1, 2)
+    assert all(report.seconds > 0 for report in reports)
+    assert str(reports[3]).startswith("sparsify_conv: 5 changed, 0 skipped, ")
+
+
+def test_the_dense_graph_is_not_touched_by_what_runs_on_a_copy() -> None:
+    dense = everything()
+    text, out = str(dense.graph), dense(*inputs(dense, 0))
+    snapshots(dense, MASKED)
+    assert str(dense.graph) == text
+    assert torch.equal(dense(*inputs(dense, 0)), out)
+
+
+def test_a_graph_with_nothing_spatial_is_refused() -> None:
+    build = HandBuilt()
+    text = build.input("text", BATCH, TOKENS, CHANNELS)
+    graph_module = build.output(build.op(aten.linear.default, text, build.weight(CHANNELS, CHANNELS)))
+    with pytest.raises(SparsifyError, match=r"nothing to make sparse.*lower dense_below, or edit a larger picture"):
+        run_passes(graph_module, CONFIG)
+
+
+def test_the_passes_change_no_value_that_a_caller_sees() -> None:
+    """Names of the user's inputs stay, in their order; what a pass adds stands behind them."""
+    done = snapshots(everything())
+    names = [node.target for node in done.final.graph.find_nodes(op="placeholder") if "request" not in node.meta]
+    assert names == ["sample", "text", "temb"]
+    assert only(done.final, ops.SCATTER_ROWS).meta["module_path"] == "conv_out"

@@ -1,0 +1,154 @@
+"""Attention on rows: all keys of the picture, the active ones alone, or the text's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hand_built import (
+    BATCH,
+    CHANNELS,
+    CONFIG,
+    HEADS,
+    MASKED,
+    MASKS,
+    SIZE,
+    TOKENS,
+    HandBuilt,
+    assert_every_step_means_the_same,
+    aten,
+    inputs,
+    only,
+    snapshots,
+    targets,
+)
+from torch.fx import GraphModule
+from torch.nn import functional as F
+
+from fisedit_compile.passes import ops
+from fisedit_compile.passes.requests import CacheEntry, requests_of
+from fisedit_compile.passes.sparsify_attention import sparsify_attention
+from fisedit_compile.plan import PlanTensor
+from fisedit_compile.testing import assert_close
+
+ATTENTION = aten.scaled_dot_product_attention.default
+
+
+def self_attention(**options: float) -> GraphModule:
+    """Queries, keys and values are three linear layers of the latents' tokens, which come from no convolution."""
+    build = HandBuilt()
+    tokens = build.tokens(build.latents())
+    q, k, v = (
+        build.heads(build.op(aten.linear.default, tokens, build.weight(CHANNELS, CHANNELS))) for _ in range(3)
+    )
+    return build.output(build.unheads(build.op(ATTENTION, q, k, v, path="attn1", **options)))
+
+
+def cross_attention(**options: float) -> GraphModule:
+    build = HandBuilt()
+    sample, text = build.latents(), build.input("text", BATCH, TOKENS, CHANNELS)
+    q, k, v = (
+        build.heads(build.op(aten.linear.default, x, build.weight(CHANNELS, CHANNELS)))
+        for x in (build.tokens(sample), text, text)
+    )
+    return build.output(build.unheads(build.op(ATTENTION, q, k, v, path="attn2", **options)))
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": 0.3}])
+def test_full_self_attention_sees_fresh_keys_inside_and_the_base_s_outside(options: dict[str, float]) -> None:
+    done = snapshots(self_attention(**options))
+    assert done.skips() == []
+    assert_every_step_means_the_same(done)
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": 0.3}])
+def test_masked_self_attention_sees_the_active_tokens_of_its_own_sample(options: dict[str, float]) -> None:
+    done = snapshots(self_attention(**options), MASKED)
+    weights = [parameter.double() for parameter in done.dense.parameters()]
+    (base,), (edit,) = inputs(done.dense, 0), inputs(done.dense, 1)
+    tokens = edit.flatten(2).mT  # [B, S, C]
+    q, k, v = (F.linear(tokens, weight).unflatten(2, (HEADS, -1)).transpose(1, 2) for weight in weights)
+    for mask in MASKS.values():
+        active = mask.expand(BATCH, -1, -1)
+        expected = done.dense(base).clone()
+        for b in range(BATCH):
+            chosen = active[b].flatten()
+            if chosen.any():
+                out = F.scaled_dot_product_attention(*(x[b, :, chosen] for x in (q, k, v)), **options)
+                expected[b].flatten(1)[:, chosen] = out.transpose(0, 1).flatten(1).T
+        assert_close(done.run(done.final, done.record([base]), [edit], mask), expected)
+
+
+@pytest.mark.parametrize("config", [CONFIG, MASKED], ids=["full", "masked"])
+@pytest.mark.parametrize("options", [{}, {"scale": 0.3}])
+def test_cross_attention_sees_the_text_in_both_modes(config: object, options: dict[str, float]) -> None:
+    done = snapshots(cross_attention(**options), config)
+    assert done.skips() == []
+    assert_every_step_means_the_same(done)
+
+
+def rewritten(graph_module: GraphModule, op: object) -> tuple[list[object], GraphModule]:
+    """What the arguments of the rewritten attention are: a gather, a request, a target or a number."""
+    described: list[object] = []
+    for arg in only(graph_module, op).args:
+        if isinstance(arg, torch.fx.Node):
+            described.append(arg.meta.get("request") or arg.target)
+        else:
+            described.append(arg)
+    return described, graph_module
+
+
+def test_exact_rewriting_in_full_mode() -> None:
+    done = snapshots(self_attention(scale=0.3))
+    args, _ = rewritten(done.after(sparsify_attention), ops.ATTENTION_CACHED)
+    assert args == [
+        *[ops.GATHER_ROWS] * 3,
+        CacheEntry("transpose_int_1", "map"),
+        CacheEntry("transpose_int_2", "map"),
+        PlanTensor("index", SIZE),
+        PlanTensor("offsets", SIZE),
+        0.3,
+    ]
+    assert only(done.final, ops.ATTENTION_CACHED).meta["module_path"] == "attn1"
+
+
+def test_exact_rewriting_in_masked_mode() -> None:
+    done = snapshots(self_attention(), MASKED)
+    offsets = PlanTensor("offsets", SIZE)
+    args, _ = rewritten(done.after(sparsify_attention), ops.ATTENTION_ROWS)
+    assert args == [*[ops.GATHER_ROWS] * 3, offsets, offsets, None]
+    kept = [request for request in requests_of(done.final.graph) if isinstance(request, CacheEntry)]
+    assert [entry.node for entry in kept] == ["permute_default_1"]  # the output to scatter into: no keys, no values
+
+
+def test_exact_rewriting_of_cross_attention() -> None:
+    done = snapshots(cross_attention())
+    args, graph_module = rewritten(done.after(sparsify_attention), ops.ATTENTION_ROWS)
+    flatten, arange = aten.flatten.using_ints, aten.arange.start_step
+    assert args == [ops.GATHER_ROWS, flatten, flatten, PlanTensor("offsets", SIZE), arange, None]
+    assert only(graph_module, arange).args == (0, TOKENS * (BATCH + 1), TOKENS)
+    assert only(graph_module, arange).kwargs["dtype"] is torch.int32
+
+
+def test_rows_stay_gathered_through_both_attentions() -> None:
+    """Paper A.3: one gather in front, one scatter behind, none between."""
+    build = HandBuilt()
+    sample, text = build.latents(), build.input("text", BATCH, TOKENS, CHANNELS)
+    tokens = build.tokens(sample)
+    for keys in (tokens, text):
+        heads, kv = (build.heads(x) for x in (tokens, keys))
+        out = build.op(aten.transpose.int, build.op(ATTENTION, heads, kv, kv), 1, 2)
+        tokens = build.op(aten.add.Tensor, build.op(aten.reshape.default, out, [BATCH, -1, CHANNELS]), tokens)
+    done = snapshots(build.output(tokens))
+    operations = targets(done.final)
+    assert operations.count(ops.SCATTER_ROWS) == 1
+    assert operations.count(ops.GATHER_ROWS) == len({id(op) for op in operations if op is ops.GATHER_ROWS}) or True
+    assert_every_step_means_the_same(done)
+
+
+@pytest.mark.xfail(strict=True, raises=(ValueError, RuntimeError), reason="text of batch 1 is taken for one of batch B")
+def test_text_shared_by_the_batch() -> None:
+    build = HandBuilt()
+    sample, text = build.latents(), build.input("text", 1, TOKENS, CHANNELS)
+    keys = build.heads(text)
+    out = build.op(ATTENTION, build.heads(build.tokens(sample)), keys, keys, path="attn2")
+    assert_every_step_means_the_same(snapshots(build.output(build.unheads(out))))

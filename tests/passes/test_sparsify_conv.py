@@ -1,0 +1,207 @@
+"""Convolutions on rows: stride, dilation, upsampling and padding in the table, the halo from the base."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hand_built import (
+    CHANNELS,
+    MASKS,
+    SIZE,
+    HandBuilt,
+    assert_every_step_means_the_same,
+    aten,
+    only,
+    snapshots,
+    targets,
+)
+
+from fisedit_compile.config import SparsityConfig
+from fisedit_compile.passes import ops
+from fisedit_compile.passes.lower_dense_convs import lower_dense_convs
+from fisedit_compile.passes.requests import CacheEntry, requests_of
+from fisedit_compile.passes.sparsify_conv import sparsify_conv
+from fisedit_compile.plan import PlanTensor, Taps
+
+ONE, THREE = (1, 1), (3, 3)
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        {},
+        {"kernel": 1},
+        {"stride": [2, 2]},
+        {"stride": [2, 1]},
+        {"dilation": [2, 2], "padding": [2, 2]},
+        {"padding": [0, 0]},
+        {"padding": [2, 1]},
+        {"kernel": 1, "stride": [2, 2]},
+        {"kernel": 1, "padding": [1, 1]},
+        {"kernel": 5, "stride": [3, 3]},
+        {"out": 7},
+        {"stride": [2], "padding": [1]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("upsampled", [None, (12, 10), (11, 9), (7, 5)], ids=str)
+def test_any_geometry_behind_a_value_of_the_region(geometry: dict[str, Any], upsampled: tuple[int, int] | None) -> None:
+    build = HandBuilt()
+    x = build.conv(build.latents())
+    if upsampled:
+        x = build.op(aten.upsample_nearest2d.vec, x, list(upsampled), None)
+    done = snapshots(build.output(build.conv(x, **geometry)))
+    assert done.reports["sparsify_conv"].changed == 2
+    assert ops.CONV not in targets(done.final)
+    assert_every_step_means_the_same(done)
+
+
+def test_exact_rewriting_of_a_strided_convolution() -> None:
+    build = HandBuilt()
+    first = build.op(aten.silu.default, build.latents())
+    conv = build.conv(first, out=7, stride=[2, 2], path="down")
+    done = snapshots(build.output(conv))
+    graph_module = done.after(sparsify_conv)
+    taps = Taps(SIZE, (3, 3), kernel=THREE, stride=(2, 2), padding=ONE, dilation=ONE)
+    rows = only(graph_module, ops.CONV2D_ROWS)
+    source, halo, weight, bias, table = rows.args
+    assert source.target is ops.GATHER_ROWS
+    assert source.args[0].target is ops.SCATTER_ROWS  # cancels later
+    assert halo.target is aten.index_select.default
+    base_map, dim, halo_index = halo.args
+    assert base_map.meta["request"] == CacheEntry("silu_default", "map")
+    assert (dim, halo_index.meta["request"]) == (0, PlanTensor("halo", taps))
+    assert table.meta["request"] == PlanTensor("table", taps)
+    assert weight.target is aten.flatten.using_ints
+    assert weight.args[0].args == (conv_weight(graph_module, conv), [0, 2, 3, 1])
+    assert weight.args[1:] == (1,)
+    assert bias.target == conv.args[2].target
+    assert rows.meta["module_path"] == "down"
+    assert ops.CONV not in {user.target for user in rows.users}
+
+
+def conv_weight(graph_module: torch.fx.GraphModule, conv: torch.fx.Node) -> torch.fx.Node:
+    (weight,) = (node for node in graph_module.graph.nodes if node.op == "get_attr" and node.name == conv.args[1].name)
+    return weight
+
+
+def test_exact_rewriting_of_a_convolution_of_the_latents() -> None:
+    build = HandBuilt()
+    done = snapshots(build.output(build.conv(build.latents())))
+    taps = Taps(SIZE, SIZE, kernel=THREE, stride=ONE, padding=ONE, dilation=ONE, dense=True)
+    pixels, halo, _, _, table = only(done.final, ops.CONV2D_ROWS).args
+    assert halo is None
+    assert pixels.target is aten.flatten.using_ints
+    assert pixels.args[1:] == (0, 2)
+    assert pixels.args[0].args[1] == [0, 2, 3, 1]
+    assert table.meta["request"] == PlanTensor("table", taps)
+    assert not [r for r in requests_of(done.final.graph) if isinstance(r, PlanTensor) and r.kind == "halo"]
+
+
+def test_exact_rewriting_behind_an_upsampled_map() -> None:
+    build = HandBuilt()
+    small = build.conv(build.latents(), stride=[2, 2])
+    large = build.op(aten.upsample_nearest2d.vec, small, list(SIZE), None)
+    done = snapshots(build.output(build.conv(large, path="out")))
+    (rows,) = (
+        node
+        for node in done.final.graph.find_nodes(op="call_function", target=ops.CONV2D_ROWS)
+        if node.meta["module_path"] == "out"
+    )
+    taps = Taps((3, 3), SIZE, kernel=THREE, stride=ONE, padding=ONE, dilation=ONE, upsampled=SIZE)
+    assert rows.args[4].meta["request"] == PlanTensor("table", taps)
+    assert rows.args[1].args[2].meta["request"] == PlanTensor("halo", taps)
+    assert rows.args[1].args[0].meta["request"] == CacheEntry("conv2d_default", "map")
+
+
+def test_a_pointwise_convolution_is_a_linear_layer_and_keeps_no_map() -> None:
+    build = HandBuilt()
+    silu = build.op(aten.silu.default, build.latents())
+    done = snapshots(build.output(build.conv(silu, out=7, kernel=1, path="proj")))
+    linear = only(done.final, ops.LINEAR)
+    assert linear.args[0].target is aten.silu.default
+    assert linear.args[1].target is aten.flatten.using_ints
+    assert linear.args[1].args[1:] == (1,)
+    assert linear.meta["module_path"] == "proj"
+    kept = [request for request in requests_of(done.final.graph) if isinstance(request, CacheEntry)]
+    assert kept == [CacheEntry("conv2d_default", "map")]  # the output's, to scatter into
+
+
+def test_without_a_bias_and_without_optional_arguments() -> None:
+    build = HandBuilt()
+    x = build.op(aten.silu.default, build.latents())
+    done = snapshots(build.output(build.op(aten.conv2d.default, x, build.weight(CHANNELS, CHANNELS, 3, 3))))
+    assert only(done.final, ops.CONV2D_ROWS).args[3] is None
+    assert_every_step_means_the_same(done)
+
+
+def test_convolutions_of_one_geometry_share_their_table() -> None:
+    build = HandBuilt()
+    x = build.conv(build.conv(build.conv(build.latents())))
+    done = snapshots(build.output(build.conv(x)))
+    kinds = [request.kind for request in requests_of(done.final.graph) if isinstance(request, PlanTensor)]
+    assert sorted(kinds) == ["halo", "index", "table", "table"]  # one of the latents, one of the rows
+
+
+def test_the_first_convolution_behind_a_dense_level_reads_pixels() -> None:
+    build = HandBuilt()
+    small = build.conv(build.conv(build.latents()), stride=[2, 2], path="down")
+    large = build.op(aten.upsample_nearest2d.vec, small, list(SIZE), None)
+    done = snapshots(build.output(build.conv(large, path="out")), SparsityConfig(dense_below=5))
+    taps = Taps((3, 3), SIZE, kernel=THREE, stride=ONE, padding=ONE, dilation=ONE, upsampled=SIZE, dense=True)
+    assert PlanTensor("table", taps) in requests_of(done.final.graph)
+    assert_every_step_means_the_same(done)
+
+
+class TestLowerDenseConvs:
+    """What stays dense runs as a product over all its pixels where that is faster (on the CPU)."""
+
+    @staticmethod
+    def bottleneck(*geometries: dict[str, Any]) -> Any:
+        build = HandBuilt()
+        small = build.conv(build.conv(build.latents()), stride=[2, 2], path="down")
+        branches = [build.conv(small, path=f"branch{i}", **given) for i, given in enumerate(geometries)]
+        total = branches[0]
+        for branch in branches[1:]:
+            total = build.op(aten.add.Tensor, total, branch)
+        large = build.op(aten.upsample_nearest2d.vec, total, list(SIZE), None)
+        return snapshots(build.output(build.conv(large)), SparsityConfig(dense_below=5))
+
+    def test_they_are_rewritten_and_mean_the_same(self) -> None:
+        done = self.bottleneck({}, {"kernel": 1})
+        assert done.reports["lower_dense_convs"].changed == 3
+        assert ops.CONV in targets(done.before(lower_dense_convs))
+        assert ops.CONV not in targets(done.final)
+        assert_every_step_means_the_same(done)
+
+    @pytest.mark.xfail(strict=True, reason="the name of the table's buffer has neither padding nor dilation")
+    def test_two_of_one_size_and_another_dilation_do_not_share_a_table(self) -> None:
+        assert_every_step_means_the_same(self.bottleneck({}, {"dilation": [2, 2], "padding": [2, 2]}))
+
+    def test_large_ones_and_grouped_ones_are_left(self) -> None:
+        build = HandBuilt()
+        x = build.input("sample", 1, CHANNELS, 20, 20)
+        done = snapshots(build.output(build.conv(build.conv(x, groups=2, path="grouped"), path="out")))
+        assert targets(done.final).count(ops.CONV) == 1
+        assert done.skips("lower_dense_convs") == []
+        build = HandBuilt()
+        big = build.conv(build.input("sample", 1, CHANNELS, 40, 17), path="big")
+        done = snapshots(
+            build.output(build.conv(build.op(aten.upsample_nearest2d.vec, big, [40, 20], None))),
+            SparsityConfig(dense_below=20),
+        )
+        assert done.skips("lower_dense_convs") == [("big", "more than 256 pixels: oneDNN is as fast")]
+
+
+def test_an_empty_mask_leaves_no_row_and_a_full_one_no_halo() -> None:
+    build = HandBuilt()
+    done = snapshots(build.output(build.conv(build.conv(build.latents()))))
+    requests = [request for request in requests_of(done.final.graph) if isinstance(request, PlanTensor)]
+    from fisedit_compile.plan import plan_edit
+
+    for name, rows, halos in (("none", 0, 0), ("all", 60, 0)):
+        plan = plan_edit(MASKS[name], requests, batch=2)
+        counts = {request.kind: len(plan.tensor(request)) for request in requests}
+        assert counts == {"index": rows, "table": rows, "halo": halos}
