@@ -19,6 +19,19 @@ def by_area(item: tuple[str, int]) -> int:
     return 0 if name == NO_RESOLUTION else -prod(map(int, name.split("x")))
 
 
+def lineage(path: str) -> tuple[str, ...]:
+    """The lines that a module belongs to: its block and, where there are several alike, its numbered part of that.
+
+    ``down_blocks.0.resnets.1.conv1`` -> ``("down_blocks.0", "down_blocks.0.resnets.1")``
+    """
+    names = path.split(".")
+    block = 2 if names[1:2] and names[1].isdigit() else 1
+    lines = [".".join(names[:block])]
+    if len(names) > block + 1 and names[block + 1].isdigit():
+        lines.append(".".join(names[: block + 2]))
+    return tuple(lines)
+
+
 @dataclass(frozen=True)
 class MacCount:
     """MACs of one call of a graph.
@@ -119,14 +132,11 @@ class MacReport:
         return json.dumps(self.to_dict(), indent=indent)
 
     def __str__(self) -> str:
-        return self.table()
-
-    def table(self, *, module_depth: int = 2) -> str:
-        """As text for people, in G (1e9) MACs; modules are summed to the first ``module_depth`` parts of their path."""
+        """As text for people, in G (1e9) MACs; modules are summed to blocks."""
         head = f"MACs of one U-Net call, image {self.height}x{self.width}, batch {self.batch}"
         if self.sparse:
             head += f", {self.edit_size:.1%} edited, {self.attention} attention"
-        rows = list(self._rows(module_depth))
+        rows = list(self._rows())
         width = max(len(label) for label, *_ in rows)
         columns = ("dense", "sparse", "ratio") if self.sparse else ("dense",)
         lines = [head, " " * width + "".join(f"{name:>12}" for name in columns)]
@@ -144,7 +154,7 @@ class MacReport:
             key: {"dense": dense.get(key, 0), "sparse": None if sparse is None else sparse.get(key, 0)} for key in keys
         }
 
-    def _rows(self, module_depth: int) -> Iterator[tuple[str, int | None, int | None]]:
+    def _rows(self) -> Iterator[tuple[str, int | None, int | None]]:
         """Label, dense and sparse MACs of each line of the table; a heading has no numbers."""
 
         def row(label: str, of: Callable[[MacCount], int]) -> tuple[str, int, int | None]:
@@ -159,5 +169,5 @@ class MacReport:
             for key, macs in self._beside(by).items():
                 yield f"  {key}", macs["dense"], macs["sparse"]
         yield "by module", None, None
-        for path in dict.fromkeys(".".join(path.split(".")[:module_depth]) for path in self._beside("by_module")):
+        for path in dict.fromkeys(lineage(path)[0] for path in self._beside("by_module")):
             yield row(f"  {path}", partial(MacCount.of_module, path=path))

@@ -49,7 +49,7 @@ def count_macs(
     attention: AttentionMode | None = None,
     config: SparsityConfig | dict[str, Any] | None = None,
 ) -> MacReport:
-    """MACs of one call of a U-Net for images of ``height`` x ``width`` pixels, and of a sparse step if an edit is given.
+    """MACs of one call of a U-Net for images of ``height`` x ``width`` pixels, and with an edit of a sparse step.
 
     For several edits of one model make one :class:`MacCounter`: it captures the U-Net once.
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor
 from torch.fx import Node
 
-from fisedit_compile.mac_report import NO_RESOLUTION
+from fisedit_compile.mac_report import NO_RESOLUTION, lineage
 from fisedit_compile.macs import MacCounter
 from fisedit_compile.passes.report import Change, Skip
 from fisedit_compile.passes.requests import CacheEntry
 from fisedit_compile.program import Program
 from fisedit_compile.sample_masks import square_mask
+from fisedit_compile.text_table import text_table
 
 #: What readers call an ATen operation. One that only regroups a value is left out (""), any other is pointwise.
 _KINDS = {
@@ -47,7 +48,7 @@ def explain(program: Program, *, edit_size: float = 0.15) -> str:
 
 
 class _Explanation:
-    """The parts of the text. A line of its table of modules has a path of :func:`_lineage`."""
+    """The parts of the text. The lines of its table of modules are those of ``lineage``."""
 
     def __init__(self, program: Program, edit_size: float) -> None:
         self.program = program
@@ -84,11 +85,11 @@ class _Explanation:
 
     def _modules(self) -> Iterator[str]:
         nodes = [node for node in self.program.dense.graph.nodes if node.op == "call_function"]
-        paths = list(dict.fromkeys(path for node in nodes for path in _lineage(_path(node))))
+        paths = list(dict.fromkeys(path for node in nodes for path in lineage(_path(node))))
         sizes: dict[str, dict[str, None]] = defaultdict(dict)
         for node in nodes:
             if "layout" in node.meta and _kind(str(node.target)):
-                sizes[_lineage(_path(node))[-1]][_x(node.meta["layout"].size)] = None
+                sizes[lineage(_path(node))[-1]][_x(node.meta["layout"].size)] = None
         rows, reasons = _grouped(self.on_rows), self._reasons()
         table: list[Sequence[str]] = [("module", "dense", "sparse", "ratio", "at", "runs")]
         for path in paths:
@@ -96,7 +97,7 @@ class _Explanation:
             runs = [f"dense: {reason}" for reason in reasons[path]]
             if kinds := Counter(kind for kind in (_kind(each.op) for each in rows[path]) if kind):
                 runs.insert(0, "on rows: " + ", ".join(f"{kinds[kind]} {kind}" for kind in _ORDER if kinds[kind]))
-            outer = _lineage(path)[0]
+            outer = lineage(path)[0]
             if not runs and (not path or not dense):
                 continue  # views between modules, and numbers such as the frequencies of the time embedding
             if not runs and not any(other.startswith(f"{path}.") for other in paths):
@@ -108,7 +109,7 @@ class _Explanation:
         table.append(("total", *self._macs(self.dense.total, self.step.total), "", ""))
         share = float(self.plan.mask.double().mean())
         yield f"{self.unit} of a dense call and of a sparse step with {share:.1%} of the latents edited"
-        yield from _columns(table, left={0, 4, 5})
+        yield text_table(table, left={0, 4, 5})
         prompt = self.prompt.total / _UNITS[self.unit]
         yield f"Keys and values of the text, {prompt:,.2f} {self.unit}, are in every dense call; an edit has them once."
 
@@ -117,9 +118,9 @@ class _Explanation:
         reasons: dict[str, dict[str, None]] = defaultdict(dict)
         for skip in self.reports["select_region"].skipped:
             if _kind(skip.op):
-                reasons[_lineage(skip.module_path)[-1]][skip.reason.removeprefix("resolution ")] = None
+                reasons[lineage(skip.module_path)[-1]][skip.reason.removeprefix("resolution ")] = None
         for skip in self.reports["annotate_layout"].skipped:
-            reasons[_lineage(skip.module_path)[-1]][f"!! {skip.op}"] = None
+            reasons[lineage(skip.module_path)[-1]][f"!! {skip.op}"] = None
         return reasons
 
     def _resolutions(self) -> Iterator[str]:
@@ -138,7 +139,7 @@ class _Explanation:
             macs = self._macs(dense, self.step.by_resolution.get(name, 0))
             table.append(("no pixels" if name == NO_RESOLUTION else name, *cells, *macs, *base))
         yield f"By resolution: rows of the edit, {self.unit}, and the tensors that the base keeps of each call"
-        yield from _columns(table, left={0})
+        yield text_table(table)
         maps = sum(entry.kind == "map" for entry in self.kept)
         yield (
             f"The base keeps {maps} maps and {len(self.kept) - maps} statistics of group norms a call, "
@@ -149,7 +150,7 @@ class _Explanation:
         table: list[Sequence[str]] = [("pass", "changed", "skipped", "ms")]
         for report in self.program.reports:
             table.append((report.name, str(report.changed), str(len(report.skipped)), f"{report.seconds * 1e3:.0f}"))
-        yield from _columns(table, left={0})
+        yield text_table(table)
         yield f"Captured and rewritten in {self.program.build_seconds:.1f} s."
 
     def _macs(self, dense: int, sparse: int) -> tuple[str, str, str]:
@@ -157,23 +158,10 @@ class _Explanation:
         return f"{dense / unit:,.2f}", f"{sparse / unit:,.2f}", f"{dense / sparse:.1f}x" if sparse else "-"
 
 
-def _lineage(path: str) -> tuple[str, ...]:
-    """The lines that a module belongs to: its block and, where there are several alike, its numbered part of that.
-
-    ``down_blocks.0.resnets.1.conv1`` -> ``("down_blocks.0", "down_blocks.0.resnets.1")``
-    """
-    names = path.split(".")
-    block = 2 if names[1:2] and names[1].isdigit() else 1
-    lines = [".".join(names[:block])]
-    if len(names) > block + 1 and names[block + 1].isdigit():
-        lines.append(".".join(names[: block + 2]))
-    return tuple(lines)
-
-
 def _grouped(changes: Iterable[Change]) -> dict[str, list[Change]]:
     groups: dict[str, list[Change]] = defaultdict(list)
     for change in changes:
-        groups[_lineage(change.module_path)[-1]].append(change)
+        groups[lineage(change.module_path)[-1]].append(change)
     return groups
 
 
@@ -193,12 +181,3 @@ def _x(size: tuple[int, int]) -> str:
 
 def _megabytes(tensors: Iterable[Tensor]) -> str:
     return f"{sum(tensor.nbytes for tensor in tensors) / 1e6:,.1f}"
-
-
-def _columns(table: Sequence[Sequence[str]], *, left: Collection[int]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        cells = (
-            cell.ljust(n) if i in left else cell.rjust(n) for i, (cell, n) in enumerate(zip(row, widths, strict=True))
-        )
-        yield "  ".join(cells).rstrip()

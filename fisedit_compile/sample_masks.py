@@ -59,7 +59,7 @@ def read_masks(path: Path) -> Tensor:
         with np.load(path) as file:
             arrays = dict(file) if isinstance(file, np.lib.npyio.NpzFile) else {}
     except (BadZipFile, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is no .npz of masks: {error}") from error
+        raise ValueError(f"{path} is no .npz of masks") from error
     masks, packed = arrays.get("masks"), arrays.get("packed")
     if masks is not None and masks.ndim == 3 and masks.size and masks.dtype == bool:
         return torch.from_numpy(masks)

@@ -96,6 +96,11 @@ class SparseUNet(torch.nn.Module):
             self._programs[call.signature] = Program(unet, call, self.sparsity)
         return self._programs[call.signature]
 
+    @property
+    def build_seconds(self) -> float:
+        """Time spent so far on capturing and rewriting graphs."""
+        return sum(program.build_seconds for program in self._programs.values())
+
     def record(
         self, call: Call, *, samples: int | None = None, activations: bool = True, attention: bool = False
     ) -> tuple[Tensor, StepCache]:

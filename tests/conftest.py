@@ -1,4 +1,4 @@
-"""What tests share: threads, the hypothesis profile, the ``gpu`` marker, and U-Nets that are captured once a session."""
+"""What tests share: threads, the hypothesis profile, the ``gpu`` marker, U-Nets that are captured once a session."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class UNets:
 
     @staticmethod
     def fresh(arch: str, dtype: torch.dtype = torch.float64) -> Any:
-        """A U-Net of one's own, to change or break. Sizes of weights are as in ``build_unet``: activations stay finite."""
+        """A U-Net of one's own, to change or break, with weights as :func:`build_unet` draws them."""
         if arch != "micro":
             return build_unet(arch, dtype=dtype)
         with patch.dict(ARCHITECTURES, micro=MICRO):

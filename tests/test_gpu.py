@@ -64,7 +64,7 @@ def test_a_full_mask_is_the_dense_unet(arch, dtype):
 def test_changed_latents_change_the_mask_alone_and_the_same_way_twice(arch, dtype):
     sparse, call, out, cache = recorded(arch, dtype)
     mask = latents_mask(call, 0.15)
-    sample, *rest = call.tensors
+    sample = call.tensors[0]
     changed = torch.where(mask[:, None].cuda(), sample + 0.5, sample)
     new = sparse.call(**{**call.kwargs, "sample": changed})
     prepared = sparse.plan(call, mask)
@@ -76,7 +76,7 @@ def test_changed_latents_change_the_mask_alone_and_the_same_way_twice(arch, dtyp
 
 
 def test_masked_attention_agrees_with_the_cpu():
-    sparse, call, out, cache = recorded("tiny", torch.float32, "masked")
+    sparse, call, _, cache = recorded("tiny", torch.float32, "masked")
     mask = latents_mask(call, 0.15)
     on_gpu = sparse.step(call, cache, sparse.plan(call, mask))
     unet = build_unet("tiny", dtype=torch.float32)

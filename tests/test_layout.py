@@ -22,7 +22,9 @@ def test_batch_and_space_in_order_make_a_layout(roles: str) -> None:
     assert Layout(roles, (4, 6)).roles == roles
 
 
-@pytest.mark.parametrize("roles", ["", "b", "bc", "bchc", "bcwh", "bwhc", "chw", "bbchw", "bshw", "bhws", "bss", "bcxs"])
+@pytest.mark.parametrize(
+    "roles", ["", "b", "bc", "bchc", "bcwh", "bwhc", "chw", "bbchw", "bshw", "bhws", "bss", "bcxs"]
+)
 def test_anything_else_is_refused(roles: str) -> None:
     with pytest.raises(ValueError, match=f"'{roles}' is not a layout"):
         Layout(roles, (4, 6))

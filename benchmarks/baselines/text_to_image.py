@@ -49,3 +49,7 @@ class CompiledTextToImage(TextToImage):
         super().__init__(kit)
         if not kit.counting:
             self.pipe.unet = torch.compile(self.pipe.unet)
+
+    def prepare(self, steps: int) -> None:
+        if not self.kit.counting:
+            self.run(2)  # compiles

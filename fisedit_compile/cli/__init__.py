@@ -12,11 +12,11 @@ import sys
 from collections.abc import Sequence
 
 from fisedit_compile import __version__
-from fisedit_compile.cli import bench, edit
+from fisedit_compile.cli import bench, edit, macs
 from fisedit_compile.errors import FiseditError
 
 PROGRAM = "fisedit-compile"
-SUBCOMMANDS = (edit, bench)
+SUBCOMMANDS = (edit, bench, macs)
 
 
 def build_parser() -> argparse.ArgumentParser:

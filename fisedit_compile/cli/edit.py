@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from fisedit_compile.edit import EditReport
-    from fisedit_compile.editor import Editor
 
 _FILES = """\
 files written to --out:
@@ -119,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
         dense = regenerate(pipe, args.edit, generator=_generator(args), **arguments)
         pictures["dense"] = dense.image
         report = replace(report, unet_ms=_against(median(dense.unet_ms), report.unet_ms["sparse_step"]))
-    capture_seconds = _capture_seconds(editor)
+    capture_seconds = editor.unet.build_seconds
     values = report.to_dict()
     values["unet_ms"]["dense_of"] = "plain" if dense else "edit"
     values["wall_seconds"] = {
@@ -177,11 +176,6 @@ def _generator(args: argparse.Namespace) -> Any:
     import torch
 
     return torch.Generator("cpu").manual_seed(args.seed)  # on the CPU: the same noise for every device
-
-
-def _capture_seconds(editor: Editor) -> float:
-    """Time that went into the U-Net's graphs, all of it while the base was generated."""
-    return sum(program.build_seconds for program in editor.unet._programs.values())
 
 
 def _against(dense_ms: float, sparse_ms: float | None) -> dict[str, float | None]:

@@ -182,9 +182,7 @@ def test_a_region_starts_anew_behind_it(case: str) -> None:
 
 def attention(build: HandBuilt, x: Node, *mask: object, **options: object) -> Node:
     tokens = build.tokens(x)
-    q, k, v = (
-        build.heads(build.op(aten.linear.default, tokens, build.weight(CHANNELS, CHANNELS))) for _ in range(3)
-    )
+    q, k, v = (build.heads(build.op(aten.linear.default, tokens, build.weight(CHANNELS, CHANNELS))) for _ in range(3))
     return build.unheads(build.op(ATTENTION, q, k, v, *mask, path="odd", **options))
 
 
@@ -296,5 +294,5 @@ def test_a_broadcast_to_five_dimensions_is_skipped() -> None:
         return build.op(aten.reshape.default, five, [BATCH, CHANNELS, *SIZE])
 
     done = snapshots(around(middle))
-    assert [path for path, _ in done.skips("annotate_layout")][0] == "odd"
+    assert "odd" in dict(done.skips("annotate_layout"))
     assert_every_step_means_the_same(done)

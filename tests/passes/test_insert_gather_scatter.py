@@ -46,8 +46,7 @@ def test_outside_the_mask_a_value_is_the_base_s_even_where_it_depends_on_active_
     first = build.conv(build.latents())
     done = snapshots(build.output(build.conv(first)))
     (weight, bias), (weight2, bias2) = (
-        [parameter.double() for parameter in pair]
-        for pair in zip(*[iter(done.dense.parameters())] * 2, strict=True)
+        [parameter.double() for parameter in pair] for pair in zip(*[iter(done.dense.parameters())] * 2, strict=True)
     )
     (base,), (edit,) = inputs(done.dense, 0), inputs(done.dense, 1)
     kept = done.record([base])

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def everything(*, norms: bool = True) -> GraphModule:
-    """A U-Net in small: time embedding, strided and upsampled convolutions, a skip, self- and cross-attention, GEGLU."""
+    """A U-Net in small: time embedding, convolutions down and up, a skip, self- and cross-attention, GEGLU."""
     build = HandBuilt()
     sample = build.latents()
     text, temb = build.input("text", BATCH, TOKENS, CHANNELS), build.input("temb", BATCH, CHANNELS)

@@ -23,7 +23,7 @@ from fisedit_compile.passes import ops
 from fisedit_compile.passes.lower_dense_convs import lower_dense_convs
 from fisedit_compile.passes.requests import CacheEntry, requests_of
 from fisedit_compile.passes.sparsify_conv import sparsify_conv
-from fisedit_compile.plan import PlanTensor, Taps
+from fisedit_compile.plan import PlanTensor, Taps, plan_edit
 
 ONE, THREE = (1, 1), (3, 3)
 
@@ -199,8 +199,6 @@ def test_an_empty_mask_leaves_no_row_and_a_full_one_no_halo() -> None:
     build = HandBuilt()
     done = snapshots(build.output(build.conv(build.conv(build.latents()))))
     requests = [request for request in requests_of(done.final.graph) if isinstance(request, PlanTensor)]
-    from fisedit_compile.plan import plan_edit
-
     for name, rows, halos in (("none", 0, 0), ("all", 60, 0)):
         plan = plan_edit(MASKS[name], requests, batch=2)
         counts = {request.kind: len(plan.tensor(request)) for request in requests}
