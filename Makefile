@@ -7,11 +7,11 @@ BIN := $(VENV)/bin
 
 # What the demo draws, and what it becomes.
 DEMO_MODEL := examples/demo_model
-DEMO_PROMPT := a cat on the left and a red apple on the right, on a green background
-DEMO_EDIT := a dog on the left and a red apple on the right, on a green background
-DEMO_SEED := 0
+DEMO_PROMPT := a bear on the left and an owl on the right, in the snow
+DEMO_EDIT := a bear wearing a hat on the left and an owl on the right, in the snow
+DEMO_SEED := 7
 EDIT = $(BIN)/fisedit-compile edit --model $(DEMO_MODEL) --prompt "$(DEMO_PROMPT)" --edit "$(DEMO_EDIT)" \
-	--seed $(DEMO_SEED) --compare-dense
+	--seed $(DEMO_SEED) --guidance 5 --compare-dense
 
 # One empty file for each kind of set-up, named after all that it depends on. The path counts: scripts in .venv and the
 # editable install name it, so that a moved checkout is set up again.
@@ -19,13 +19,13 @@ STATE := $(shell { cat pyproject.toml constraints.txt; $(PYTHON) -V; pwd; } | ck
 READY_TO_RUN := $(VENV)/.ready-to-run-$(STATE)
 READY_TO_TEST := $(VENV)/.ready-to-test-$(STATE)
 
-.PHONY: help demo test lint types smoke pytest format clean
+.PHONY: help demo test lint types smoke interpreter pytest format clean
 .NOTPARALLEL:
 
 help:
 	@echo "make demo    edit a picture with the demo model: pictures and report in out/demo"
 	@echo "make test    lint, types, a small demo and the tests, on the CPU"
-	@echo "make lint | types | smoke | pytest    one part of make test"
+	@echo "make lint | types | smoke | interpreter | pytest    one part of make test"
 	@echo "make format  sort imports, mend what ruff can mend, format"
 	@echo "make clean   remove what was made, except .venv"
 
@@ -33,7 +33,7 @@ demo: $(READY_TO_RUN)
 	$(EDIT) --steps 50 --out out/demo
 
 # pytest stays last: its closing line is then the last one.
-test: lint types smoke pytest
+test: lint types smoke interpreter pytest
 
 lint: $(READY_TO_TEST)
 	$(BIN)/python -m ruff check .
@@ -44,6 +44,10 @@ types: $(READY_TO_TEST)
 
 smoke: $(READY_TO_TEST)
 	$(EDIT) --steps 6 --out out/smoke
+
+# Triton reads the variable when a kernel is defined: a process of its own.
+interpreter: $(READY_TO_TEST)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter
 
 pytest: $(READY_TO_TEST)
 	$(BIN)/python -m pytest
