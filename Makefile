@@ -47,7 +47,7 @@ smoke: $(READY_TO_TEST)
 
 # Triton reads the variable when a kernel is defined: a process of its own.
 interpreter: $(READY_TO_TEST)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter tests/test_triton_*.py
 
 pytest: $(READY_TO_TEST)
 	$(BIN)/python -m pytest

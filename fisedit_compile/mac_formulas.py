@@ -143,6 +143,15 @@ REFUSED = (
 ) - set(FORMULAS)
 
 
+#: Our operators that multiply and accumulate nothing, or only what a norm does.
+UNCOUNTED = {"fisedit::gather_rows", "fisedit::scatter_rows", "fisedit::group_norm_rows"}
+
+
+def is_refused(name: str) -> bool:
+    """Whether an operator may do work that no formula here counts; any of ours that is not listed may."""
+    return name in REFUSED or (name.startswith("fisedit::") and name not in FORMULAS and name not in UNCOUNTED)
+
+
 def _register_with_torch() -> None:
     """Teach ``FlopCounterMode`` our operators, and the attention operator of the CPU that torch counts as 0."""
     packets: dict[Any, Callable[..., int]] = {

@@ -17,7 +17,7 @@ from torch.fx.node import map_arg
 
 from fisedit_compile.capture import module_path
 from fisedit_compile.errors import CaptureError
-from fisedit_compile.mac_formulas import FORMULAS, OP_KINDS, REFUSED
+from fisedit_compile.mac_formulas import FORMULAS, OP_KINDS, is_refused
 from fisedit_compile.mac_report import NO_RESOLUTION, MacCount, by_area
 from fisedit_compile.mac_tracing import fvcore_by_kind, to_meta
 
@@ -79,7 +79,7 @@ class _Walk(Interpreter):
             return out
         name = n.target._schema.name
         path = n.meta.get("module_path") or module_path(n)
-        if name in REFUSED:
+        if is_refused(name):
             raise CaptureError(f"{name} in {path or 'the graph'} has no MAC formula: add one to mac_formulas.FORMULAS")
         if name in FORMULAS:
             self._count(n, name, path, out)

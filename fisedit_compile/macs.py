@@ -13,7 +13,7 @@ from typing import Any
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from fisedit_compile.architectures import VAE_SCALE_FACTOR, build_unet, unet_inputs
+from fisedit_compile.architectures import VAE_SCALE_FACTOR, build_unet, latent_size, unet_inputs
 from fisedit_compile.capture import Call, bind, capture
 from fisedit_compile.config import AttentionMode, SparsityConfig
 from fisedit_compile.mac_report import MacCount, MacReport
@@ -72,14 +72,15 @@ def count_macs(
         SparsifyError: with an edit, where no operation can be made sparse.
     """
     sparsity = _config(config, attention)
+    unet, scale_factor = _unet_of(unet_or_model)
+    call = _call(unet, scale_factor, height=height, width=width, batch=batch)
     if mask is None and edit_size is None:
-        unet, scale_factor = _unet_of(unet_or_model)
-        call = _call(unet, scale_factor, height=height, width=width, batch=batch)
         graph_module = capture(unet, call)
         annotate_layout(graph_module, sparsity)
         return MacReport(count_graph(graph_module, call.tensors), height=height, width=width, batch=batch)
-    counter = MacCounter.of(unet_or_model, height=height, width=width, batch=batch, config=sparsity)
-    return counter.report(mask=mask, edit_size=edit_size)
+    # Before the graphs are built: what is wrong with an edit is said at once.
+    edit = _edit_mask(mask, edit_size, latent_size(height, width, scale_factor=scale_factor))
+    return MacCounter(Program(unet, call, sparsity), scale_factor=scale_factor).report(mask=edit)
 
 
 def count_dense(program: Program, *, check: bool = True) -> MacCount:
@@ -167,9 +168,7 @@ class MacCounter:
             ValueError: not exactly one of the two, or an edit size outside (0, 1].
             MaskError: a mask of other proportions, or for another number of samples.
         """
-        if (mask is None) == (edit_size is None):
-            raise ValueError("give a mask or an edit_size, one of the two")
-        plan = self.plan(square_mask(edit_size, self.latents) if edit_size is not None else mask)  # type: ignore[arg-type]
+        plan = self.plan(_edit_mask(mask, edit_size, self.latents))
         height, width = self.image
         return MacReport(
             self.dense,
@@ -196,6 +195,14 @@ class MacCounter:
         if stage.outputs:
             values.update(zip(stage.outputs, out, strict=True))
         return count
+
+
+def _edit_mask(mask: MaskLike | None, edit_size: float | None, latents: tuple[int, int]) -> Tensor:
+    if mask is not None and edit_size is None:
+        return latent_mask(mask, latents)
+    if mask is None and edit_size is not None:
+        return square_mask(edit_size, latents)
+    raise ValueError("give a mask or an edit_size, one of the two")
 
 
 def _config(config: SparsityConfig | dict[str, Any] | None, attention: AttentionMode | None) -> SparsityConfig:

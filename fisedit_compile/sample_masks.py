@@ -56,7 +56,8 @@ def read_masks(path: Path) -> Tensor:
         OSError: no file at all.
     """
     try:
-        with np.load(path) as file:
+        with path.open("rb") as stream:
+            file = np.load(stream)
             arrays = dict(file) if isinstance(file, np.lib.npyio.NpzFile) else {}
     except (BadZipFile, EOFError, ValueError) as error:
         raise ValueError(f"{path} is no .npz of masks") from error

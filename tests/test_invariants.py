@@ -216,6 +216,29 @@ def test_6_plans_and_prompts_of_one_base_take_turns_and_nothing_is_written_to(
     turns_do_not_matter()
 
 
+@pytest.mark.parametrize(("batch", "n", "size"), CASES[1:3])
+def test_whole_blocks_keep_the_invariants_outside_their_union(
+    unets: UNets, batch: int, n: int, size: tuple[int, int]
+) -> None:
+    """``blocks="paper"`` recomputes more than the mask; what lies outside that too is the base's."""
+    whole = unets.sparse("micro", torch.float64, "full", 4)
+    sparse = sparsify(whole.unet, dataclasses.replace(whole.sparsity, blocks="paper"))
+    base, edit = unets.recorded(whole, "micro", batch, size), unets.call(whole, "micro", batch, size, 1)
+
+    @settings(max_examples=8)
+    @given(masks(n, size))
+    def holds(mask: torch.Tensor) -> None:
+        prepared = sparse.plan(edit, mask)
+        kept = ~prepared.plan.active(size)
+        assert not kept[~outside(mask, batch)].any()
+        assert_close(sparse.step(base.call, base.cache, prepared), base.out)
+        out = sparse.step(edit, base.cache, prepared)
+        assert same_bits(out.movedim(1, 3)[kept], base.out.movedim(1, 3)[kept])
+        assert (out != base.out).movedim(1, 3)[~kept].all()
+
+    holds()
+
+
 def test_a_prompt_written_to_in_place_is_seen(unets: UNets) -> None:
     sparse, size = unets.sparse("micro", torch.float64, "full", 4), (13, 10)
     base = unets.recorded(sparse, "micro", 1, size)

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fisedit_compile.architectures import build_unet, unet_inputs
 from fisedit_compile.errors import CaptureError
-from fisedit_compile.mac_formulas import FORMULAS, attention_rows
+from fisedit_compile.mac_formulas import FORMULAS, UNCOUNTED, attention_rows, is_refused
 from fisedit_compile.macs import MacCount, MacReport, count_graph, count_macs
 
 aten, fisedit = torch.ops.aten, torch.ops.fisedit
@@ -183,6 +183,13 @@ def test_an_operation_that_cannot_be_counted_is_refused() -> None:
     node.meta["module_path"] = "mid_block.strange"
     with pytest.raises(CaptureError, match=r"aten::einsum in mid_block\.strange has no MAC formula"):
         count_graph(graph_module, inputs)
+
+
+def test_an_operator_of_ours_without_a_formula_is_refused() -> None:
+    ours = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fisedit::")}
+    assert {name for name in ours if is_refused(name)} == set()
+    assert ours >= UNCOUNTED
+    assert is_refused("fisedit::linear_rows")  # there is none
 
 
 def by_module(unet: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fisedit_compile.cli import bench_kernels
 from fisedit_compile.cli.runtime import add_runtime_options, describe, share, start, whole_number
 
 _EDIT_SIZES = (0.05, 0.15, 0.30)
@@ -28,6 +29,7 @@ def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
     bench: argparse.ArgumentParser = subparsers.add_parser("bench", help="time sparse steps against the dense U-Net")
     what = bench.add_subparsers(metavar="WHAT", required=True)
+    bench_kernels.add_parser(what)
     parser = what.add_parser(
         "unet",
         help="one U-Net call",

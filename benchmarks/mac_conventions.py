@@ -1,0 +1,92 @@
+#!/usr/bin/env python
+"""What the FISEdit paper's 1,901 GMACs of Stable Diffusion 2.1 at 768x768 may count: candidates beside it.
+
+    python benchmarks/mac_conventions.py
+
+Source of the figure: Yu et al. 2023, appendix B.2. Everything is counted on the meta device, in seconds.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import torch
+from diffusers import AutoencoderKL
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from fisedit_compile.macs import MacCount, count_macs
+from fisedit_compile.text_table import text_table
+
+PAPER = 1901e9
+SIZE, STEPS = 768, 50
+
+#: U-Net calls of 50 steps under PNDM, whose second step is taken twice.
+PNDM_CALLS = 51
+
+_VAE = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+#: OpenCLIP ViT-H as Stable Diffusion 2 has it: without its last layer.
+_TEXT = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+    "vocab_size": 49408,
+}
+
+
+def once_an_image() -> tuple[int, int]:
+    """MACs of the autoencoder's decoder, and of the text encoder for a prompt and the empty one."""
+    with torch.device("meta"), torch.no_grad():
+        vae, text = AutoencoderKL(**_VAE).eval(), CLIPTextModel(CLIPTextConfig(**_TEXT)).eval()
+        with FlopCounterMode(display=False) as decoder:
+            vae.decode(torch.empty(1, 4, SIZE // 8, SIZE // 8))
+        with FlopCounterMode(display=False) as encoder:
+            text(torch.zeros(2, 77, dtype=torch.long))
+    return decoder.get_total_flops() // 2, encoder.get_total_flops() // 2
+
+
+def candidates(unet: MacCount) -> Iterator[tuple[str, float]]:
+    """What may be counted, and its MACs a step.
+
+    Args:
+        unet: of one call with a batch of 2.
+    """
+    products = unet.by_op["attention"]
+    conventions = {
+        "all MACs": unet.total,
+        "without attention products": unet.without_attention,
+        # Older diffusers multiply queries and keys by baddbmm, for which fvcore has no formula of its own.
+        "without queries x keys": unet.total - products / 2,
+    }
+    decoder, encoder = once_an_image()
+    for name, macs in conventions.items():
+        yield f"U-Net, batch 2, {name}", macs
+        yield f"  {PNDM_CALLS} calls in {STEPS} steps", macs * PNDM_CALLS / STEPS
+        yield f"  with decoder / {STEPS}", macs + decoder / STEPS
+        yield f"  with decoder and text encoder / {STEPS}", macs + (decoder + encoder) / STEPS
+    for name, macs in conventions.items():
+        yield f"U-Net, batch 1, {name}", macs / 2
+    yield "U-Net, batch 2.5, without attention products", 2.5 * unet.without_attention / 2
+    yield "decoder, once an image", decoder
+    yield "text encoder, once an image", encoder
+
+
+def main() -> int:
+    unet = count_macs("sd2", height=SIZE, width=SIZE, batch=2).dense
+    rows = [["", "GMACs", "to 1,901"]]
+    for name, macs in candidates(unet):
+        rows.append([name, f"{macs / 1e9:,.1f}", f"{macs / PAPER - 1:+.2%}"])
+    print(text_table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""``fisedit-compile bench kernels``: each row kernel against its dense counterpart and against its floor."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fisedit_compile.cli.runtime import add_runtime_options, describe, share, start
+
+_EDIT_SIZES = (0.05, 0.15, 0.30, 1.0)
+
+_METHOD = """\
+Shapes are those of Stable Diffusion 2 at 768x768 with guidance; masks are squares in the middle. A time is the median
+of replays of a CUDA graph with the L2 cache emptied before each (triton.testing.do_bench). The floor is the greater of
+the bytes that must move at 4.3 TB/s and the multiply-accumulates at 790 TFLOP/s, both as measured on an H200 with bf16.
+
+--sweep times the tiles of the convolution for each shape and prints the best beside the one that the size heuristic
+picks; --json keeps every time, to fit the heuristic to."""
+
+
+def add_parser(what: Any) -> None:
+    """Add the subcommand to those of ``bench``."""
+    parser = what.add_parser(
+        "kernels",
+        help="each row kernel (CUDA)",
+        description="Time each row kernel against its dense counterpart and its floor.",
+        epilog=_METHOD,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--edit-size",
+        type=share,
+        nargs="+",
+        default=list(_EDIT_SIZES),
+        metavar="SHARE",
+        help="of the picture that is edited (default: 0.05 0.15 0.30 1)",
+    )
+    parser.add_argument("--sweep", action="store_true", help="time the tiles of the convolution instead")
+    add_runtime_options(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures and conditions to FILE")
+    parser.set_defaults(run=run_kernels)
+
+
+def run_kernels(args: argparse.Namespace) -> None:
+    """Measure, print the table, write the file."""
+    if args.json and not args.json.resolve().parent.is_dir():
+        raise ValueError(f"--json {args.json}: there is no folder {args.json.resolve().parent}")
+    device, dtype = start(args)
+    if device.type != "cuda":
+        raise ValueError(f"bench kernels --device {args.device}: the kernels run on CUDA alone; this is {device}")
+
+    import torch
+
+    from fisedit_compile.cli.kernel_cases import all_cases, measure
+    from fisedit_compile.cli.kernel_sweep import sweep
+    from fisedit_compile.text_table import text_table
+
+    # cuDNN tries its kernels before it is timed: the strongest dense counterpart
+    with torch.no_grad(), torch.cuda.device(device), torch.backends.cudnn.flags(benchmark=True):
+        conditions = {"command": args.command_line, **describe(device, dtype)}
+        rows: list[dict[str, Any]]
+        if args.sweep:
+            rows, skipped = sweep(args.edit_size, device, dtype)
+            shown = [["rows", "in", "out", "best tile", "us", "heuristic", "us", "x best"]]
+            shown += [
+                [
+                    *(str(row[name]) for name in ("rows", "channels", "filters")),
+                    row["best"], f"{row['best_us']:.1f}", row["chosen"], f"{row['chosen_us']:.1f}",
+                    f"{row['chosen_us'] / row['best_us']:.2f}",
+                ]
+                for row in rows
+            ]  # fmt: skip
+            if skipped:
+                print(f"out of time: variants of {skipped} shapes were not timed", file=sys.stderr)
+        else:
+            rows = [asdict(measure(case)) for case in all_cases(args.edit_size, device, dtype)]
+            shown = [["kernel", "shape", "edit", "rows", "us", "dense us", "x dense", "floor us", "x floor"]]
+            shown += [
+                [
+                    row["kernel"], row["shape"], f"{row['edit_size']:.0%}", str(row["rows"]), f"{row['us']:.1f}",
+                    f"{row['dense_us']:.1f}", f"{row['dense_us'] / row['us']:.2f}",
+                    f"{row['floor_us']:.1f}", f"{row['us'] / row['floor_us']:.1f}",
+                ]
+                for row in rows
+            ]  # fmt: skip
+    print(f"{conditions['device_name']}, {conditions['dtype']}, torch {conditions['versions']['torch']}")
+    print(text_table(shown, left=(0, 1)))
+    if args.json:
+        args.json.write_text(json.dumps({**conditions, "rows": rows}, indent=2) + "\n")

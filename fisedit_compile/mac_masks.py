@@ -1,0 +1,84 @@
+"""MACs of many masks, such as real ones: their mean and how they spread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fisedit_compile.mac_report import MacCount, MacReport
+from fisedit_compile.macs import MacCounter
+
+
+@dataclass(frozen=True)
+class MaskCounts:
+    """The counts of a set of masks.
+
+    Attributes:
+        reports: one for each mask that has an active pixel.
+        empty: how many have none.
+        of_empty: MACs of a sparse step of an empty mask: the dense resolutions alone.
+    """
+
+    reports: Sequence[MacReport]
+    empty: int
+    of_empty: int
+
+    @property
+    def mean(self) -> MacReport:
+        """The mean of the masks that are not empty, rounded to whole MACs; its ratio is that of the means."""
+        total = reduce(add, (report.counted for report in self.reports))
+        edit_size = sum(report.edit_size or 0.0 for report in self.reports) / len(self.reports)
+        return replace(self.reports[0], sparse=_divided(total, len(self.reports)), edit_size=edit_size)
+
+    @property
+    def mean_with_empty(self) -> float:
+        """Mean MACs of a sparse step over all masks."""
+        total = sum(report.total for report in self.reports) + self.empty * self.of_empty
+        return total / (len(self.reports) + self.empty)
+
+    def percentile(self, q: float) -> float:
+        """MACs of a sparse step that ``q`` percent of the masks that are not empty stay below."""
+        return float(np.percentile([report.total for report in self.reports], q))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers for JSON: those above, and size, MACs and ratio of ``each`` mask."""
+        return {
+            "used": len(self.reports),
+            "empty": self.empty,
+            "mean_with_empty": self.mean_with_empty,
+            **{f"p{q}": self.percentile(q) for q in (5, 50, 95)},
+            "each": [{"edit_size": r.edit_size, "macs_sparse": r.total, "ratio": r.ratio} for r in self.reports],
+        }
+
+
+def count_masks(counter: MacCounter, masks: Tensor) -> MaskCounts:
+    """Count a sparse step for each mask by itself; all samples of the batch share it.
+
+    Args:
+        counter: of the model.
+        masks: bool ``[n, h, w]`` of the latents' proportions; any-pooled to the latents' size.
+
+    Raises:
+        ValueError: no mask has an active pixel.
+        MaskError: masks of other proportions.
+    """
+    filled = masks[masks.flatten(1).any(1)]
+    if not len(filled):
+        raise ValueError(f"none of the {len(masks)} masks has an active pixel")
+    reports = [counter.report(mask=mask) for mask in tqdm(filled, desc="masks", leave=False)]
+    empty = len(masks) - len(filled)
+    nothing = torch.zeros(counter.latents, dtype=torch.bool)
+    return MaskCounts(reports, empty, counter.report(mask=nothing).total if empty else 0)
+
+
+def _divided(count: MacCount, n: int) -> MacCount:
+    by = (count.by_op, count.by_resolution, count.by_module)
+    return MacCount(*({key: round(macs / n) for key, macs in each.items()} for each in by))

@@ -1,0 +1,43 @@
+"""Tile shapes of the attention kernel by size: estimates from the registers and the shared memory of a Hopper GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+_LEAST_KEYS = 512  # of a split: fewer are not worth joining
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """A program's queries and the keys of a step; ``splits`` programs share the keys of a block of queries."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    splits: int = 1
+
+
+def head_width(head_dim: int) -> int:
+    """The head dim as the kernel computes it: a power of two, a matrix unit's 16 at least."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def choose_attention_tile(
+    queries: int, keys: int, samples: int, heads: int, head_dim: int, dtype: torch.dtype, multiprocessors: int
+) -> AttentionTile:
+    """A tile by size; ``queries`` and ``keys`` are those of all samples together."""
+    width = head_width(head_dim)
+    if dtype.itemsize == 4:  # without tensor cores (ieee) the operands of a product live in registers
+        block, step, warps, stages = (32, 32, 4, 2) if width <= 64 else (16, 16, 8, 2)
+    else:
+        few = -(-queries // 128) * heads < multiprocessors
+        block = 64 if few or width > 128 else 128
+        step, stages = (64, 3) if width <= 128 else (32, 2)
+        warps = 4 if block == 64 and width <= 128 else 8
+    programs = (-(-queries // block) + samples - 1) * heads
+    # Two programs on a multiprocessor hide each other's softmax.
+    splits = max(1, min(2 * multiprocessors // programs, keys // samples // _LEAST_KEYS, 16))
+    return AttentionTile(block, step, warps, stages, splits)

@@ -1,0 +1,243 @@
+"""Ragged flash attention on the GPU: queries of several samples against their keys, or against all keys of a picture.
+
+A program owns a block of one sample's queries in one head and walks over the sample's keys with a running softmax. Keys
+are rows, or (``attention_cached``) pixels of a base map of which some are replaced by fresh rows: those are chosen by
+address, so that the base map is neither copied nor written. Where the queries are too few to fill the GPU, several
+programs split the keys and a second kernel joins their parts in a fixed order: a result is the same bits in every run.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from fisedit_compile.kernels.attention_tiles import AttentionTile, choose_attention_tile, head_width
+from fisedit_compile.kernels.triton_launch import (
+    aligned,
+    input_precision,
+    launch_on,
+    multiprocessors,
+)
+
+
+@triton.jit(do_not_specialize=["samples", "pixels"])
+def _attention_kernel(
+    q: tl.tensor,  # [M, heads, HD]
+    k: tl.tensor,  # [Mk, heads, HD]
+    v: tl.tensor,
+    base_k: tl.tensor,  # [samples * pixels, heads, HD] or None: keys are the rows k alone
+    base_v: tl.tensor,
+    row_of: tl.tensor,  # int32 [samples * pixels]: the row that replaces a pixel, or -1; None without a base
+    q_offsets: tl.tensor,  # int32 [samples + 1]
+    k_offsets: tl.tensor,  # int32 [samples + 1]; None with a base
+    out: tl.tensor,  # [M, heads, HD]; of splits fp32 [splits, M, heads, HD], not yet divided
+    peaks: tl.tensor,  # fp32 [splits, M, heads] or None: the greatest score, in powers of two
+    sums: tl.tensor,  # fp32 [splits, M, heads] or None: the sum of exp2(score - peak)
+    samples: tl.tensor,
+    pixels: tl.tensor,
+    q_stride: tl.tensor,  # elements from a row or pixel to the next
+    k_stride: tl.tensor,
+    v_stride: tl.tensor,
+    base_k_stride: tl.tensor,
+    base_v_stride: tl.tensor,
+    scale: tl.tensor,  # times log2(e)
+    HD: tl.constexpr,
+    WIDTH: tl.constexpr,  # HD, rounded up to a power of two
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    WHOLE: tl.constexpr,  # BN divides pixels: no key is masked
+    ALIGNED: tl.constexpr,  # the vectors of a head start at multiples of 16 bytes
+    PRECISION: tl.constexpr,
+) -> None:
+    block, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    sample = -1
+    q_begin, q_end, before = 0, 0, 0
+    for b in range(samples):  # which sample the block is of: samples are few, and offsets stay on the device
+        first, last = tl.load(q_offsets + b), tl.load(q_offsets + b + 1)
+        blocks = tl.cdiv(last - first, BM)
+        found = (block >= before) & (block < before + blocks)
+        sample = tl.where(found, b, sample)
+        q_begin = tl.where(found, first + (block - before) * BM, q_begin)
+        q_end = tl.where(found, last, q_end)
+        before += blocks
+    if sample < 0:
+        return
+
+    if base_k is not None:
+        key_begin = tl.cast(sample, tl.int64) * pixels
+        keys = pixels
+    else:
+        first_key = tl.load(k_offsets + sample)
+        key_begin = first_key.to(tl.int64)
+        keys = tl.load(k_offsets + sample + 1) - first_key
+    span = tl.cdiv(tl.cdiv(keys, BN), tl.num_programs(2)) * BN
+    begin = split * span
+    end = tl.minimum(begin + span, keys)
+
+    m = q_begin + tl.arange(0, BM)  # [BM]
+    d = tl.arange(0, WIDTH)
+    real = d < HD
+    inside = m < q_end
+    column = head * HD + d
+    q_at = q + m.to(tl.int64)[:, None] * q_stride + column[None, :]
+    query = tl.load(q_at, mask=inside[:, None] & real[None, :], other=0.0)  # [BM, WIDTH]
+
+    peak = tl.full((BM,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BM,), dtype=tl.float32)
+    result = tl.zeros((BM, WIDTH), dtype=tl.float32)
+    if base_k is not None:
+        # Which rows replace a block of pixels is read a step ahead: keys that wait for it in their own step would need
+        # stages of the software pipeline for both.
+        ahead = begin + tl.arange(0, BN)
+        row = tl.load(row_of + key_begin + ahead, mask=ahead < end, other=-1)
+    for start in range(begin, end, BN):
+        n = start + tl.arange(0, BN)  # [BN]
+        valid = n < end
+        at = key_begin + n
+        if base_k is not None:
+            fresh = row >= 0
+            k_at = tl.where(fresh, k + row.to(tl.int64) * k_stride, base_k + at * base_k_stride)
+            v_at = tl.where(fresh, v + row.to(tl.int64) * v_stride, base_v + at * base_v_stride)
+            row = tl.load(row_of + at + BN, mask=n + BN < end, other=-1)
+            if ALIGNED:  # a choice of two pointers hides it, and unaligned loads are narrow and not pipelined
+                k_at = tl.multiple_of(k_at, [16])
+                v_at = tl.multiple_of(v_at, [16])
+        else:
+            k_at = k + at * k_stride
+            v_at = v + at * v_stride
+        k_at = k_at[None, :] + column[:, None]  # [WIDTH, BN]
+        v_at = v_at[:, None] + column[None, :]  # [BN, WIDTH]
+        if WHOLE and WIDTH == HD:
+            key = tl.load(k_at)
+            value = tl.load(v_at)
+        else:
+            key = tl.load(k_at, mask=valid[None, :] & real[:, None], other=0.0)
+            value = tl.load(v_at, mask=valid[:, None] & real[None, :], other=0.0)
+        score = tl.dot(query, key, input_precision=PRECISION) * scale  # [BM, BN]
+        if not WHOLE:
+            score = tl.where(valid[None, :], score, float("-inf"))
+        # Each block of keys has one inside, so that the new peak is finite.
+        new_peak = tl.maximum(peak, tl.max(score, axis=1))
+        weight = tl.exp2(score - new_peak[:, None])
+        shrink = tl.exp2(peak - new_peak)
+        total = total * shrink + tl.sum(weight, axis=1)
+        result = tl.dot(weight.to(value.dtype), value, result * shrink[:, None], input_precision=PRECISION)
+        peak = new_peak
+
+    stored = inside[:, None] & real[None, :]
+    row_at = m.to(tl.int64) * tl.num_programs(1) + head  # [BM]: of [M, heads]
+    if peaks is not None:
+        row_at += split.to(tl.int64) * tl.load(q_offsets + samples) * tl.num_programs(1)
+        tl.store(peaks + row_at, peak, mask=inside)
+        tl.store(sums + row_at, total, mask=inside)
+    else:
+        result /= tl.where(total == 0.0, 1.0, total)[:, None]  # without keys: zeros
+    tl.store(out + row_at[:, None] * HD + d[None, :], result.to(out.dtype.element_ty), mask=stored)
+
+
+@triton.jit(do_not_specialize=["count", "splits"])
+def _join_splits_kernel(
+    parts: tl.tensor,  # fp32 [splits, count, HD]
+    peaks: tl.tensor,  # fp32 [splits, count]
+    sums: tl.tensor,
+    out: tl.tensor,  # [count, HD], with count = M * heads
+    count: tl.tensor,
+    splits: tl.tensor,
+    SPLITS: tl.constexpr,  # splits, rounded up to a power of two
+    HD: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.arange(0, SPLITS)
+    d = tl.arange(0, WIDTH)
+    there = split < splits
+    at = split.to(tl.int64) * count + row  # [SPLITS]
+    peak = tl.load(peaks + at, mask=there, other=float("-inf"))
+    highest = tl.max(peak, axis=0)
+    highest = tl.where(highest == float("-inf"), 0.0, highest)  # without keys in any split: all weigh nothing
+    factor = tl.exp2(peak - highest)
+    total = tl.sum(factor * tl.load(sums + at, mask=there, other=0.0), axis=0)
+    part = tl.load(parts + at[:, None] * HD + d[None, :], mask=there[:, None] & (d < HD)[None, :], other=0.0)
+    result = tl.sum(part * factor[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(out + row * HD + d, result.to(out.dtype.element_ty), mask=d < HD)
+
+
+def head_last(tensor: torch.Tensor) -> torch.Tensor:
+    """[M, heads, hd] with the heads of a row one after the other; rows may lie apart (a part of a merged q, k, v)."""
+    heads_together = tensor.stride(2) == 1 and tensor.stride(1) == tensor.shape[2]
+    return tensor if heads_together else tensor.contiguous()
+
+
+def launch_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    base: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    q_offsets: torch.Tensor,
+    k_offsets: torch.Tensor | None,
+    scale: float | None,
+    tile: AttentionTile | None,
+) -> torch.Tensor:
+    """Launch the kernel; ``base`` is (base_k, base_v, row_of), and then ``k_offsets`` is None."""
+    q, k, v = head_last(q), head_last(k), head_last(v)
+    (count, heads, head_dim), samples = q.shape, q_offsets.shape[0] - 1
+    base_k, base_v, row_of = base or (None, None, None)
+    keys = k if base_k is None else base_k
+    tile = tile or choose_attention_tile(
+        count, keys.shape[0], samples, heads, head_dim, q.dtype, multiprocessors(q.device)
+    )
+    pixels = 0 if base_k is None else base_k.shape[0] // samples
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    split = tile.splits > 1
+    parts = q.new_empty(tile.splits, *q.shape, dtype=torch.float32) if split else out
+    peaks, sums = (q.new_empty(tile.splits, count, heads, dtype=torch.float32) if split else None for _ in range(2))
+    width = head_width(head_dim)
+    whole = base_k is not None and pixels % tile.keys == 0
+    strides = [0 if t is None else t.stride(0) for t in (q, k, v, base_k, base_v)]
+    vectors = [t for t in (k, v, base_k, base_v) if t is not None]
+    even = aligned(head_dim, *vectors) and all(t.stride(0) * t.element_size() % 16 == 0 for t in vectors)
+    with launch_on(q):
+        # A sample may end in a part of a block: at most one more for each but the last.
+        _attention_kernel[(triton.cdiv(count, tile.queries) + samples - 1, heads, tile.splits)](
+            q,
+            k,
+            v,
+            base_k,
+            base_v,
+            row_of,
+            q_offsets,
+            k_offsets,
+            parts,
+            peaks,
+            sums,
+            samples,
+            pixels,
+            *strides,
+            (head_dim**-0.5 if scale is None else scale) * math.log2(math.e),
+            HD=head_dim,
+            WIDTH=width,
+            BM=tile.queries,
+            BN=tile.keys,
+            WHOLE=whole,
+            ALIGNED=even,
+            PRECISION=input_precision(q.dtype),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+        if split:
+            _join_splits_kernel[(count * heads,)](
+                parts,
+                peaks,
+                sums,
+                out,
+                count * heads,
+                tile.splits,
+                SPLITS=triton.next_power_of_2(tile.splits),
+                HD=head_dim,
+                WIDTH=width,
+                num_warps=1,
+            )
+    return out

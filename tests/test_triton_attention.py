@@ -1,0 +1,92 @@
+"""The attention kernel in Triton's interpreter, ragged and over a base map, against the references in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from interpreter import INTERPRETED_DTYPES, MARKS
+from poison import poisoned
+from random_rows import normal
+
+from fisedit_compile.kernels.attention_rows import attention_cached_reference, attention_rows_reference
+from fisedit_compile.kernels.attention_tiles import AttentionTile
+from fisedit_compile.testing import assert_close
+
+rows_kernel = pytest.importorskip("fisedit_compile.kernels.attention_rows_triton", reason="Triton is not installed")
+cached_kernel = pytest.importorskip("fisedit_compile.kernels.attention_cached_triton", reason="Triton is not installed")
+kernel = pytest.importorskip("fisedit_compile.kernels.attention_triton", reason="Triton is not installed")
+pytestmark = MARKS
+
+WHOLE, SPLIT = (AttentionTile(16, 16, 4, 2, splits) for splits in (1, 3))
+HEADS = 2
+
+
+def rows(count: int, head_dim: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    return normal(count, HEADS, head_dim, dtype=dtype, seed=seed)
+
+
+def offsets(*counts: int) -> torch.Tensor:
+    return torch.tensor([0, *counts]).cumsum(0).int()
+
+
+@pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
+@pytest.mark.parametrize("tile", [WHOLE, SPLIT], ids=["whole", "split"])
+@pytest.mark.parametrize("head_dim", [16, 40])
+def test_ragged_equals_the_reference(dtype: torch.dtype, tile: AttentionTile, head_dim: int) -> None:
+    q_offsets, k_offsets = offsets(19, 0, 5, 2), offsets(5, 3, 34, 1)  # the second sample has no queries
+    q, k, v = (rows(count, head_dim, dtype, seed) for seed, count in enumerate((26, 43, 43)))
+    with poisoned():
+        out = rows_kernel.attention_rows_triton(q, k, v, q_offsets, k_offsets, 0.3, tile)
+    expected = attention_rows_reference(q.double(), k.double(), v.double(), q_offsets, k_offsets, 0.3)
+    assert out.dtype == dtype
+    assert_close(out, expected)
+
+
+@pytest.mark.parametrize("tile", [WHOLE, SPLIT], ids=["whole", "split"])
+def test_queries_of_a_sample_without_keys_give_zeros(tile: AttentionTile) -> None:
+    q, k = rows(5, 16, torch.float32, 0), rows(4, 16, torch.float32, 1)
+    out = rows_kernel.attention_rows_triton(q, k, k, offsets(2, 3), offsets(0, 4), None, tile)
+    assert torch.equal(out[:2], torch.zeros(2, HEADS, 16))
+    assert_close(out[2:], attention_rows_reference(q[2:], k, k, offsets(3), offsets(4), None).double())
+
+
+@pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
+@pytest.mark.parametrize("tile", [WHOLE, SPLIT], ids=["whole", "split"])
+@pytest.mark.parametrize(("head_dim", "pixels"), [(16, 32), (40, 35)])
+def test_cached_equals_the_reference(dtype: torch.dtype, tile: AttentionTile, head_dim: int, pixels: int) -> None:
+    counts = (19, 0, 3)
+    index = torch.cat([b * pixels + torch.randperm(pixels)[:n].sort().values for b, n in enumerate(counts)])
+    q, k, v = (rows(sum(counts), head_dim, dtype, seed) for seed in range(3))
+    base_k, base_v = (rows(3 * pixels, head_dim, dtype, seed) for seed in (3, 4))
+    before = base_k.clone(), base_v.clone()
+    arguments = (index, offsets(*counts), None)
+    with poisoned():
+        out = cached_kernel.attention_cached_triton(q, k, v, base_k, base_v, *arguments, tile)
+    assert torch.equal(base_k, before[0])
+    assert torch.equal(base_v, before[1])
+    assert_close(out, attention_cached_reference(*(t.double() for t in (q, k, v, base_k, base_v)), *arguments))
+
+
+def test_parts_of_merged_projections_are_read_where_they_are() -> None:
+    merged = rows(12, 3 * 16, torch.float32, 0).view(12, 3, HEADS, 16)
+    q, k, v = merged.unbind(1)
+    assert kernel.head_last(q) is q
+    out = rows_kernel.attention_rows_triton(q, k, v, offsets(5, 7), offsets(5, 7), None)
+    assert_close(out, attention_rows_reference(q, k, v, offsets(5, 7), offsets(5, 7), None).double())
+
+
+def test_no_queries() -> None:
+    empty, base = rows(0, 16, torch.float32, 0), rows(8, 16, torch.float32, 1)
+    nowhere = torch.empty(0, dtype=torch.int64)
+    out = cached_kernel.attention_cached_triton(empty, empty, empty, base, base, nowhere, offsets(0, 0), None)
+    assert out.shape == (0, HEADS, 16)
+    assert rows_kernel.attention_rows_triton(empty, base, base, offsets(0), offsets(8), None).shape == (0, HEADS, 16)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 64, 300])
+def test_every_pixel_finds_its_row(count: int) -> None:
+    index = torch.randperm(300)[:count].sort().values
+    expected = torch.full((300,), -1, dtype=torch.int32)
+    expected[index] = torch.arange(count, dtype=torch.int32)
+    with poisoned():
+        assert torch.equal(cached_kernel.row_of_pixels(index, 300), expected)
