@@ -72,7 +72,8 @@ class Layout:
         groups = [(kind, list(members)) for kind, members in groupby(range(len(old)), key=lambda i: kinds[i])]
         roles, dims = "", list(new)
         for kind, members in groups:
-            total, taken = math.prod(old[i] for i in members), []
+            total = math.prod(old[i] for i in members)
+            taken: list[int] = []
             while dims and (math.prod(taken) < total or not taken):
                 taken.append(dims.pop(0))
             if math.prod(taken) != total:

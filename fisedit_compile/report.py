@@ -101,7 +101,7 @@ class _Explanation:
             if not runs and (not path or not dense):
                 continue  # views between modules, and numbers such as the frequencies of the time embedding
             if not runs and not any(other.startswith(f"{path}.") for other in paths):
-                runs.append("dense: it has no pixels")
+                runs.append("dense: it has no pixels" if sparse else "once an edit")
             name = (path if path == outer else "  " + path.removeprefix(f"{outer}.")) or "(U-Net)"
             numbers = self._macs(dense, sparse) if path else ("", "", "")
             table.append((name, *numbers, ", ".join(sizes[path]), runs[0] if runs else ""))
@@ -111,7 +111,7 @@ class _Explanation:
         yield f"{self.unit} of a dense call and of a sparse step with {share:.1%} of the latents edited"
         yield text_table(table, left={0, 4, 5})
         prompt = self.prompt.total / _UNITS[self.unit]
-        yield f"Keys and values of the text, {prompt:,.2f} {self.unit}, are in every dense call; an edit has them once."
+        yield f"What the prompt alone decides, {prompt:,.2f} {self.unit}, is in every dense call; an edit has it once."
 
     def _reasons(self) -> dict[str, dict[str, None]]:
         """Why operations of a line of the table run dense, each reason once."""

@@ -62,7 +62,7 @@ def _all_pixels(graph_module: GraphModule, build: RowBuilder, conv: Node) -> Nod
     assert isinstance(weight, Node)
     size, batch = conv.meta["layout"].size, conv.meta["val"].shape[0]
     kernel = tuple(weight.meta["val"].shape[2:])
-    taps = Taps(source.meta["layout"].size, size, kernel=kernel, **geometry_of(conv), dense=True)  # type: ignore[arg-type]
+    taps = Taps(source.meta["layout"].size, size, kernel=kernel, **geometry_of(conv), dense=True)
     name = "dense_table_" + "_".join(map(str, (*taps.source, *size, *kernel, *taps.stride)))
     if not hasattr(graph_module, name):
         table, _ = neighbour_table(taps, torch.arange(batch * math.prod(size)), None, batch)

@@ -79,9 +79,9 @@ def test_refuses_a_call_that_was_not_recorded(compiled, base):
 
 def test_refuses_a_mask_of_another_resolution(compiled, base):
     args, _, recorded = base
-    with editing(recorded, torch.ones(1, 8, 8, dtype=torch.bool)), torch.no_grad():
-        with pytest.raises(MaskError, match="resize"):
-            compiled(*args)
+    small = torch.ones(1, 8, 8, dtype=torch.bool)
+    with editing(recorded, small), torch.no_grad(), pytest.raises(MaskError, match="resize"):
+        compiled(*args)
 
 
 def test_refuses_a_part_of_a_unet(monkeypatch_module, compiled):

@@ -43,6 +43,7 @@ def test_figures_are_those_of_the_counts(unets: UNets) -> None:
         assert line(text, block)[1:4] == cells(dense.of_module(block), step.of_module(block))
     assert line(text, "conv_in")[4:] == ["16x24", "on", "rows:", "1", "conv"]
     assert line(text, "time_embedding")[4:] == ["dense:", "it", "has", "no", "pixels"]
+    assert line(text, "add_embedding")[4:] == ["once", "an", "edit"]
     (middle,) = re.findall(r"\nmid_block .*\n  resnets.0 (.*)\n", text)
     assert middle.split()[3:] == ["4x6", "dense:", "4x6", "is", "below", "dense_below=8"]
     (down,) = re.findall(r"\ndown_blocks.0 .*\n  resnets.0 (.*)\n", text)
