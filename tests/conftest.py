@@ -109,10 +109,13 @@ def unets() -> UNets:
     return UNets()
 
 
-@pytest.fixture(autouse=True)
-def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """One thread for the U-Nets of :class:`UNets`: two took 1.8 times as long where other work shares the cores."""
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For modules of tiny inputs: with two threads they took 254 s, with one 130 s, on two cores with other work.
+
+    Of module scope, because Dynamo guards on the number of threads: what a class compiled would compile again.
+    """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1 if "unets" in request.fixturenames else threads)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)

@@ -19,6 +19,8 @@ from fisedit_compile.errors import BaseMismatchError, CaptureError, FiseditError
 if TYPE_CHECKING:
     from conftest import UNets
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BATCH, SIZE = 2, (16, 16)
 
 

@@ -27,6 +27,8 @@ from fisedit_compile.testing import assert_close
 if TYPE_CHECKING:
     from conftest import UNets
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 #: (U-Net batch, samples with a mask of their own, latent size): guidance (n < B), odd and non-square sizes.
 CASES = [(2, 1, (16, 16)), (1, 1, (13, 10)), (4, 2, (13, 10)), (3, 3, (17, 24))]
 #: (attention, dense_below): everything sparse, or the lower resolution dense within.

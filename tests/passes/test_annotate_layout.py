@@ -30,6 +30,8 @@ from fisedit_compile.passes import ops
 from fisedit_compile.passes.annotate_layout import annotate_layout
 from fisedit_compile.testing import assert_close
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Build = Callable[[HandBuilt, Node], Node]
 ATTENTION = aten.scaled_dot_product_attention.default
 

@@ -28,6 +28,8 @@ from fisedit_compile.passes.requests import CacheEntry, Hoisted, requests_of
 from fisedit_compile.plan import PlanTensor, plan_edit
 from fisedit_compile.testing import assert_close
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class TestCancel:
     def test_a_chain_is_rows_from_end_to_end(self) -> None:

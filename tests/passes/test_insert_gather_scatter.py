@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hand_built import BATCH, CHANNELS, MASKS, SIZE, HandBuilt, aten, inputs, only, snapshots
 
@@ -10,6 +11,8 @@ from fisedit_compile.passes.insert_gather_scatter import insert_gather_scatter
 from fisedit_compile.passes.requests import CacheEntry, requests_of
 from fisedit_compile.plan import PlanTensor
 from fisedit_compile.testing import assert_close
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_exact_rewriting_of_one_value() -> None:

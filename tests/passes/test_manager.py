@@ -33,6 +33,8 @@ from fisedit_compile.testing import assert_close
 if TYPE_CHECKING:
     from conftest import UNets
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def everything(*, norms: bool = True) -> GraphModule:
     """A U-Net in small: time embedding, convolutions down and up, a skip, self- and cross-attention, GEGLU."""

@@ -27,6 +27,8 @@ from fisedit_compile.passes.record_activations import group_norm_statistics, rec
 from fisedit_compile.passes.requests import CacheEntry, ControlTensor, requests_of
 from fisedit_compile.testing import assert_close
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ATTENTION = aten.scaled_dot_product_attention.default
 
 

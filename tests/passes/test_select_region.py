@@ -12,6 +12,8 @@ from fisedit_compile.passes import ops
 from fisedit_compile.passes.select_region import select_region
 from fisedit_compile.testing import assert_close
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def down_and_up() -> GraphModule:
     """6x5 -> 3x3 -> 6x5, as a U-Net goes."""

@@ -30,6 +30,8 @@ from fisedit_compile.passes.sparsify_attention import sparsify_attention
 from fisedit_compile.plan import PlanTensor
 from fisedit_compile.testing import assert_close
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ATTENTION = aten.scaled_dot_product_attention.default
 
 

@@ -25,6 +25,8 @@ from fisedit_compile.passes.requests import CacheEntry, requests_of
 from fisedit_compile.passes.sparsify_conv import sparsify_conv
 from fisedit_compile.plan import PlanTensor, Taps, plan_edit
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ONE, THREE = (1, 1), (3, 3)
 
 

@@ -26,6 +26,8 @@ from fisedit_compile.passes.sparsify_norm import sparsify_norm
 from fisedit_compile.plan import PlanTensor
 from fisedit_compile.testing import assert_close
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.mark.parametrize("affine", ["both", "weight", "bias", "none"])
 @pytest.mark.parametrize(("groups", "eps"), [(1, 1e-5), (2, 1e-6), (CHANNELS, 0.1)])

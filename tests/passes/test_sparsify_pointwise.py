@@ -26,6 +26,8 @@ from fisedit_compile.passes import ops
 from fisedit_compile.passes.sparsify_pointwise import sparsify_pointwise
 from fisedit_compile.plan import PlanTensor
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Build = Callable[[HandBuilt, Node], Node]
 
 
