@@ -40,13 +40,15 @@ class SparsityConfig:
             raise ValueError(f"attention={self.attention!r}: choose 'full' or 'masked'")
         if self.blocks not in ("pixel", "paper"):
             raise ValueError(f"blocks={self.blocks!r}: choose 'pixel' or 'paper'")
-        if not isinstance(self.dense_below, int) or self.dense_below < 1:
+        if not isinstance(self.compile, bool):
+            raise ValueError(f"compile={self.compile!r}: True or False")
+        if not _is_number(self.dense_below, int) or self.dense_below < 1:
             raise ValueError(f"dense_below={self.dense_below!r}: give a number of latent cells, at least 1")
-        if isinstance(self.dense_steps, bool) or not isinstance(self.dense_steps, int | float):
+        if not _is_number(self.dense_steps, int | float):
             raise ValueError(f"dense_steps={self.dense_steps!r}: give a count (int) or a share of the steps (float)")
         if self.dense_steps < 0 or (isinstance(self.dense_steps, float) and not self.dense_steps < 1):
             raise ValueError(f"dense_steps={self.dense_steps!r}: an int >= 0, or a float in [0, 1)")
-        if not 0 <= self.cross_replace <= 1:
+        if not _is_number(self.cross_replace, int | float) or not 0 <= self.cross_replace <= 1:
             raise ValueError(f"cross_replace={self.cross_replace!r}: a share of the steps in [0, 1]")
 
     @classmethod
@@ -72,3 +74,8 @@ class SparsityConfig:
         if isinstance(self.dense_steps, int):
             return min(self.dense_steps, steps)
         return min(-int(-self.dense_steps * steps // 1), steps)
+
+
+def _is_number(value: object, kind: Any) -> bool:
+    """Whether ``value`` is of ``kind``; True and False are no numbers here."""
+    return isinstance(value, kind) and not isinstance(value, bool)

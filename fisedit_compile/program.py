@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,8 @@ from torch.fx import Graph, GraphModule
 
 from fisedit_compile.capture import Call, Signature, capture
 from fisedit_compile.config import SparsityConfig
-from fisedit_compile.errors import MaskError
+from fisedit_compile.errors import BaseMismatchError, MaskError
+from fisedit_compile.fingerprint import fingerprint
 from fisedit_compile.passes.annotate_layout import annotate_layout
 from fisedit_compile.passes.control_cross_attention import control_cross_attention, cross_attentions
 from fisedit_compile.passes.hoist_invariants import split_stages
@@ -28,11 +29,23 @@ from fisedit_compile.plan import EditPlan, PlanTensor, plan_edit
 #: What the base keeps of one U-Net call.
 StepCache = Mapping[CacheEntry, Tensor]
 
+#: Dynamo compiles sizes of 0 and 1 apart from all others.
+_FEWEST = 2
+
+
+class Recorded(dict[CacheEntry, Tensor]):
+    """The cache of one recorded call, and the signature of that call."""
+
+    def __init__(self, signature: Signature, kept: Iterable[tuple[CacheEntry, Tensor]]) -> None:
+        super().__init__(kept)
+        self.signature = signature
+
 
 @dataclass
 class Prepared:
     """What the steps of one edit share: the plan's tensors, and the values that depend on the prompt alone."""
 
+    program: Program
     plan: EditPlan
     values: dict[Any, Tensor]
     prompt: dict[Any, Tensor] = field(default_factory=dict)
@@ -64,7 +77,7 @@ class Program:
         self.reports: list[PassReport] = run_passes(self.sparse, config, SPARSE_PASSES)
         self._stages = {stage: Stage(graph, config) for stage, graph in split_stages(self.sparse).items()}
         self._constants: dict[Any, Tensor] = {}
-        self._constants_versions: tuple[Any, ...] = ()
+        self._constants_of = ""
         self._dense_graphs: dict[object, Stage] = {}
         self.build_seconds = time.perf_counter() - start
 
@@ -100,7 +113,7 @@ class Program:
 
         graph = self._dense_graph(("record", samples, activations, attention), build)
         out, kept = graph(self._user_values(call))
-        return out, dict(zip(entries, kept, strict=True))
+        return out, Recorded(self.signature, zip(entries, kept, strict=True))
 
     def controlled(self, call: Call, cache: StepCache, mapper: Tensor, keep: Tensor) -> Tensor:
         """The dense U-Net's output with the base's cross-attention maps of unchanged words.
@@ -126,6 +139,8 @@ class Program:
         Raises:
             MaskError: not bool, not ``[n, h, w]``, another resolution than the latents, or n does not divide the batch.
         """
+        if not isinstance(mask, Tensor):
+            raise MaskError(f"the mask is a {type(mask).__name__}; give a bool tensor [n, h, w] at latent resolution")
         batch, _, *size = self.signature.sample_shape
         if mask.ndim == 3 and list(mask.shape[1:]) != size:
             raise MaskError(f"a mask of {tuple(mask.shape[1:])} for latents of {tuple(size)}: resize it first")
@@ -133,7 +148,11 @@ class Program:
         plan = plan_edit(mask.cpu(), self.plan_requests, batch=batch, blocks=self.config.blocks)
         plan = plan.to(next(iter(self.dense.parameters())).device)
         self._refresh_constants()
-        return Prepared(plan, {request: plan.tensor(request) for request in self.plan_requests})
+        values: dict[Any, Tensor] = {request: plan.tensor(request) for request in self.plan_requests}
+        for request, halo in values.items():
+            if request.kind == "halo" and len(halo) < _FEWEST:  # rows that no table refers to
+                values[request] = torch.nn.functional.pad(halo, (0, _FEWEST - len(halo)))
+        return Prepared(self, plan, values)
 
     def step(self, call: Call, cache: StepCache, prepared: Prepared) -> Tensor:
         """One sparse step: the base's output with the active pixels computed anew, ``[B, C, H, W]``."""
@@ -142,8 +161,9 @@ class Program:
         values.update(prepared.prompt)
         values.update(prepared.values)
         values.update(cache)
-        values.update(self._stages["fetch"].values(values))
-        return self._stages["step"](values)
+        few = min(prepared.plan.counts.values()) < _FEWEST
+        values.update(self._stages["fetch"].values(values, eagerly=few))
+        return self._stages["step"](values, eagerly=few)
 
     def stage(self, name: str) -> Stage:
         """One of the stages ``constant``, ``prompt``, ``fetch`` and ``step`` of the sparse graph."""
@@ -160,11 +180,50 @@ class Program:
             prepared.prompt_inputs, prepared.prompt_versions = inputs, versions
 
     def _refresh_constants(self) -> None:
-        """Fold what depends on the weights alone; again when a weight was replaced or written to (a LoRA, say)."""
-        versions = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.dense.parameters())
-        if versions != self._constants_versions:
+        """Fold what depends on the weights alone; again when a weight was written to.
+
+        By values, not by version counters: a LoRA is fused by ``weight.data += ...``, which leaves those as they are.
+        """
+        weights = fingerprint(self.dense)
+        if weights != self._constants_of:
             self._constants = self._stages["constant"].values({})
-            self._constants_versions = versions
+            self._constants_of = weights
+
+    def check_cache(self, cache: StepCache) -> None:
+        """Hold the cache of a call to what the sparse graph reads.
+
+        Raises:
+            BaseMismatchError: an entry is missing, or is of another shape or dtype.
+        """
+        if missing := [entry for entry in self.cache_entries if entry not in cache]:
+            raise BaseMismatchError(
+                f"the cache holds nothing for {missing[0].node} and {len(missing) - 1} more: record the call with "
+                "this U-Net and this config first"
+            )
+        recorded = getattr(cache, "signature", self.signature).sample_shape
+        if recorded != self.signature.sample_shape:
+            wanted = self.signature.sample_shape
+            raise BaseMismatchError(f"the cache is of a call with latents {recorded}, not {wanted}: record this one")
+        for entry, (shape, dtype) in self._cache_shapes.items():
+            kept = cache[entry]
+            if kept.shape != shape or (entry.kind == "map" and kept.dtype is not dtype):
+                raise BaseMismatchError(
+                    f"the cache holds {entry.node} as {tuple(kept.shape)} {kept.dtype}, this call reads {tuple(shape)} "
+                    f"{dtype}: record the base with inputs of this batch, size and dtype"
+                )
+
+    @cached_property
+    def _cache_shapes(self) -> dict[CacheEntry, tuple[torch.Size, torch.dtype]]:
+        nodes = {node.name: node for node in self.dense.graph.nodes}
+        shapes = {}
+        for entry in self.cache_entries:
+            val, layout = nodes[entry.node].meta["val"], nodes[entry.node].meta["layout"]
+            if entry.kind == "map":
+                kept = val.permute(layout.order).flatten(0, layout.pixel_dims - 1).shape
+            else:
+                kept = torch.Size((val.shape[0], nodes[entry.node].args[1]))
+            shapes[entry] = (kept, val.dtype)
+        return shapes
 
     def _user_values(self, call: Call) -> dict[Any, Tensor]:
         return dict(zip(self.inputs, call.tensors, strict=True))
@@ -186,13 +245,15 @@ class Stage:
         self.outputs = [Hoisted(stage, name) for name in graph.output_node().meta.get("values", ())] if stage else []
         self._run: Callable[..., Any] = torch.compile(graph_module) if config.compile else graph_module
 
-    def __call__(self, values: Mapping[Any, Tensor]) -> Any:
+    def __call__(self, values: Mapping[Any, Tensor], *, eagerly: bool = False) -> Any:
+        """Run the graph; ``eagerly`` where its compiled form would be compiled again for one mask alone."""
+        run = self.graph_module if eagerly else self._run
         with torch.no_grad():
-            return self._run(*(values[name] for name in self.names))
+            return run(*(values[name] for name in self.names))
 
-    def values(self, values: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
+    def values(self, values: Mapping[Any, Tensor], *, eagerly: bool = False) -> dict[Any, Tensor]:
         """The outputs of a hoisted stage, by the requests of the stages that read them."""
-        return dict(zip(self.outputs, self(values), strict=True)) if self.outputs else {}
+        return dict(zip(self.outputs, self(values, eagerly=eagerly), strict=True)) if self.outputs else {}
 
 
 def _copy(graph_module: GraphModule) -> GraphModule:

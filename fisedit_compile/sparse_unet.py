@@ -56,6 +56,7 @@ class SparseUNet(torch.nn.Module):
         self.sparsity = config
         self._original = (original,)  # in a tuple: not a second submodule
         self._programs: dict[Signature, Program] = {}
+        self._weights = [id(parameter) for parameter in original.parameters()]
         self._handler: Callable[..., Any] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -109,7 +110,11 @@ class SparseUNet(torch.nn.Module):
         Returns:
             The noise prediction ``[B, C, H, W]`` and the cache of this call.
         """
-        count = samples or call.signature.sample_shape[0]
+        batch = call.signature.sample_shape[0]
+        count = batch if samples is None else samples
+        if not 1 <= count <= batch or batch % count:
+            raise ValueError(f"samples={samples} of a batch of {batch}: give the number of pictures in it")
+        self._drop_stale_programs()
         return self.program(call).record(call, samples=count, activations=activations, attention=attention)
 
     def controlled(self, call: Call, cache: StepCache, mapper: Tensor, keep: Tensor) -> Tensor:
@@ -125,7 +130,15 @@ class SparseUNet(torch.nn.Module):
         Raises:
             MaskError: not bool, not ``[n, h, w]``, another resolution than the latents, n not a divisor of the batch.
         """
+        self._drop_stale_programs()
         return self.program(call).prepare(mask)
+
+    def _drop_stale_programs(self) -> None:
+        """Capture anew after a weight or layer was replaced, as loading a LoRA or a state dict may do."""
+        weights = [id(parameter) for parameter in self._original[0].parameters()]
+        if weights != self._weights:  # the graphs hold the old ones, so that no id can have been given twice
+            self._programs.clear()
+            self._weights = weights
 
     def step(self, call: Call, cache: StepCache, prepared: Prepared) -> Tensor:
         """One sparse step: active pixels anew, the rest from the base's ``cache`` of the same call.
@@ -134,11 +147,9 @@ class SparseUNet(torch.nn.Module):
             BaseMismatchError: the cache was recorded by another model, or for other activations.
         """
         program = self.program(call)
-        if missing := [entry for entry in program.cache_entries if entry not in cache]:
-            raise BaseMismatchError(
-                f"the cache holds nothing for {missing[0].node} and {len(missing) - 1} more: record the call with "
-                "this U-Net and this config first"
-            )
+        if not isinstance(prepared, Prepared) or prepared.program is not program:
+            raise BaseMismatchError("the plan is not of this call's graphs: pass what plan(call, mask) returned for it")
+        program.check_cache(cache)
         return program.step(call, cache, prepared)
 
     def explain(self, *args: Any, **kwargs: Any) -> str:

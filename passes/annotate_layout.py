@@ -27,16 +27,24 @@ from fisedit_compile.passes.report import PassReport
 def annotate_layout(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
     """Set ``meta["layout"]`` on every spatial value; ``meta["dense"]`` says why an operation cannot run on rows."""
     report = PassReport("annotate_layout")
+    sample: Layout | None = None
     for node in graph_module.graph.nodes:
         if node.op == "placeholder":
-            layout = _map_layout(node)
+            layout = _input_layout(node, sample)
+            sample = sample or layout
+        elif node.target is ops.CONV and "layout" not in node.args[0].meta and node.args[0].meta["val"].ndim == 4:
+            # What a convolution reads is a map, whatever it was computed from: a region starts anew here.
+            source = node.args[0]
+            source.meta.update(layout=_map_layout(source), dense="computed from a value whose layout is not known")
+            report.skip(source, source.meta["dense"])
+            layout = _rule(node) if _has_rows(node) else _map_layout(node)
         elif node.op == "call_function" and any("layout" in arg.meta for arg in node.all_input_nodes):
             try:
                 layout = _rule(node)
             except ValueError as reason:
                 node.meta["dense"] = str(reason)
                 report.skip(node, str(reason))
-                layout = _map_layout(node)
+                layout = _map_layout(node) if _reads_a_map(node) else None
         else:
             continue
         if layout is not None:
@@ -52,8 +60,31 @@ def _rule(node: Node) -> Layout | None:
     return rule(node)
 
 
+def _has_rows(conv: Node) -> bool:
+    try:
+        _conv(conv)
+    except ValueError as reason:
+        conv.meta["dense"] = str(reason)
+        return False
+    return True
+
+
+def _input_layout(node: Node, sample: Layout | None) -> Layout | None:
+    """The sample is a map; another input is one if it has the sample's resolution or a halving of it (ControlNet)."""
+    layout = _map_layout(node)
+    if layout is None or sample is None:
+        return layout
+    sizes = [tuple(-(-side // 2**level) for side in sample.size) for level in range(8)]
+    return layout if layout.size in sizes and layout.size != (1, 1) else None
+
+
+def _reads_a_map(node: Node) -> bool:
+    """Whether a dense operation's result may be a map again: heads ``[B, heads, H*W, d]`` have four dimensions too."""
+    return any(layout is not None and layout.roles == "bchw" for layout in map(layout_of, node.all_input_nodes))
+
+
 def _map_layout(node: Node) -> Layout | None:
-    """A 4-dimensional value at an edge of the region is taken for a map, ``[B, C, H, W]``."""
+    """A 4-dimensional value at an edge of the region as a map, ``[B, C, H, W]``."""
     val = node.meta.get("val")
     if isinstance(val, torch.Tensor) and val.ndim == 4 and val.is_floating_point():
         return Layout("bchw", (val.shape[2], val.shape[3]))
@@ -80,6 +111,8 @@ def _binary(node: Node) -> Layout | None:
         raise ValueError("its operands lie differently in space")
     (layout,) = layouts
     out = _shape(node)
+    if len(out) != len(layout.roles):
+        raise ValueError("its operands broadcast to more dimensions")
     for operand in operands:
         shape = (1,) * (len(out) - operand.meta["val"].ndim) + _shape(operand)
         if layout_of(operand) is not None and shape != out:
@@ -98,6 +131,8 @@ def _map_in(node: Node, what: str) -> Layout:
 
 def _conv(node: Node) -> Layout | None:
     _map_in(node, "a convolution")
+    if node.kwargs:
+        raise ValueError("a convolution with keyword arguments has no row kernel")
     groups = node.args[6] if len(node.args) > 6 else 1
     if groups != 1:
         raise ValueError(f"a grouped convolution (groups={groups}) has no row kernel")
@@ -105,11 +140,16 @@ def _conv(node: Node) -> Layout | None:
 
 
 def _upsample(node: Node) -> Layout | None:
-    _map_in(node, "upsampling")
+    source = _map_in(node, "upsampling").size
+    scales = node.args[2] if len(node.args) > 2 else None
+    if scales and any(side * scale != out for side, scale, out in zip(source, scales, _shape(node)[2:], strict=True)):  # type: ignore[arg-type]
+        raise ValueError(f"upsampling by {scales}, which is no ratio of whole sizes")
     return Layout("bchw", _shape(node)[2:])  # type: ignore[arg-type]
 
 
 def _group_norm(node: Node) -> Layout | None:
+    if node.kwargs:
+        raise ValueError("a group norm with keyword arguments has no row kernel")
     return _map_in(node, "a group norm")
 
 
@@ -178,8 +218,8 @@ def _attention(node: Node) -> Layout | None:
         raise ValueError("attention with a mask has no row kernel")
     if any(node.kwargs.get(option) for option in ("is_causal", "dropout_p", "enable_gqa")) or len(node.args) > 4:
         raise ValueError("causal, grouped-query or dropped-out attention has no row kernel")
-    if key is None and node.args[1].meta["val"].ndim != 4:  # type: ignore[union-attr]
-        raise ValueError("cross-attention whose keys are not [B, heads, tokens, channels]")
+    if key is None and _shape(node.args[1])[:2] != _shape(node)[:2]:  # type: ignore[arg-type]
+        raise ValueError("cross-attention whose keys are not [B, heads, tokens, channels] of the queries' batch")
     return query
 
 

@@ -12,6 +12,7 @@ both are equal. cuDNN has no such cost, so on CUDA nothing changes.
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 from torch.fx import GraphModule, Node
@@ -63,7 +64,7 @@ def _all_pixels(graph_module: GraphModule, build: RowBuilder, conv: Node) -> Nod
     size, batch = conv.meta["layout"].size, conv.meta["val"].shape[0]
     kernel = tuple(weight.meta["val"].shape[2:])
     taps = Taps(source.meta["layout"].size, size, kernel=kernel, **geometry_of(conv), dense=True)
-    name = "dense_table_" + "_".join(map(str, (*taps.source, *size, *kernel, *taps.stride)))
+    name = "_".join(("dense_table", *re.findall(r"\d+", repr(taps))))
     if not hasattr(graph_module, name):
         table, _ = neighbour_table(taps, torch.arange(batch * math.prod(size)), None, batch)
         graph_module.register_buffer(name, table, persistent=False)

@@ -35,7 +35,10 @@ def record_activations(graph_module: GraphModule, entries: Sequence[CacheEntry],
         build = RowBuilder(graph, inputs, node.meta["module_path"])
         with graph.inserting_before(output):
             if entry.kind == "map":
-                recorded.append(build.call(aten.contiguous.default, build.pixels(node)))
+                # A copy even where the map lies pixel-major already: it may be a view of an input or of the output,
+                # which belong to the caller.
+                contiguous = {"memory_format": torch.contiguous_format}
+                recorded.append(build.call(aten.clone.default, build.pixels(node), **contiguous))
             elif entry.kind == "attention":
                 scale = node.kwargs.get("scale")
                 recorded.append(build.call(attention_probabilities, *node.args[:2], samples=samples, scale=scale))

@@ -40,7 +40,7 @@ def _conv_rows(build: RowBuilder, conv: Node) -> Node:
     assert isinstance(weight, Node)
     geometry = geometry_of(conv)
     upsampled = None
-    if source.target is ops.UPSAMPLE:
+    if source.target is ops.UPSAMPLE and "dense" not in source.meta:
         upsampled = source.meta["layout"].size
         source = source.args[0]
         assert isinstance(source, Node)

@@ -44,6 +44,8 @@ def sparsify_pointwise(graph_module: GraphModule, config: SparsityConfig) -> Pas
 
 
 def _first_operand(build: RowBuilder, op: Node) -> Node:
+    if "memory_format" in op.kwargs:  # of a map; rows have one order only
+        return build.rows(op.args[0])  # type: ignore[arg-type]
     return build.call(op.target, build.rows(op.args[0]), *op.args[1:], **op.kwargs)  # type: ignore[arg-type]
 
 

@@ -101,7 +101,7 @@ class UNets:
     def _recorded(self, sparse: Any, arch: str, batch: int, size: tuple[int, int], seed: int = 0) -> Recorded:
         call = self.call(sparse, arch, batch, size, seed)
         out, kept = sparse.record(call)
-        return Recorded(call, out, dict(kept))
+        return Recorded(call, out, kept)
 
 
 @pytest.fixture(scope="session")

@@ -362,7 +362,6 @@ class TestCompiled:
             assert_close(step(mask), eager(mask))
         assert counter.frame_count == graphs
 
-    @pytest.mark.xfail(strict=True, reason="sizes 0 and 1 are specialised: no row, one row or no halo compiles again")
     def test_7_nor_do_masks_without_rows_or_without_a_halo(self, compiled: Any) -> None:
         step, eager, counter = compiled
         graphs = counter.frame_count
@@ -406,10 +405,7 @@ def _new_data(weight: torch.nn.Parameter) -> None:
     weight.data = weight.data * 1.5
 
 
-STALE = pytest.mark.xfail(strict=True, reason="packed weights are refreshed by data_ptr and _version, which stay here")
-
-
-@pytest.mark.parametrize("change", [_scale, pytest.param(_scale_data, marks=STALE), _new_data])
+@pytest.mark.parametrize("change", [_scale, _scale_data, _new_data])
 def test_a_weight_that_is_written_to_counts_from_the_next_plan_on(
     unets: UNets, change: Callable[[torch.nn.Parameter], None]
 ) -> None:
@@ -425,7 +421,6 @@ def test_a_weight_that_is_written_to_counts_from_the_next_plan_on(
     assert_close(sparse.step(call, kept, sparse.plan(call, everything)), out)
 
 
-@pytest.mark.xfail(strict=True, reason="graphs hold the parameters of the capture: record and step run the old model")
 @pytest.mark.parametrize("what", ["parameter", "module", "load_state_dict"])
 def test_a_weight_that_is_replaced_counts_too(unets: UNets, what: str) -> None:
     """``load_lora_weights`` wraps layers, ``load_state_dict(assign=True)`` gives new parameters."""
@@ -447,10 +442,7 @@ def test_a_weight_that_is_replaced_counts_too(unets: UNets, what: str) -> None:
     "memory_format",
     [
         torch.contiguous_format,
-        pytest.param(
-            torch.channels_last,
-            marks=pytest.mark.xfail(strict=True, reason="the map of conv_out is kept without a copy of the output"),
-        ),
+        torch.channels_last,
     ],
     ids=str,
 )
@@ -465,7 +457,6 @@ def test_what_record_returns_belongs_to_the_caller(unets: UNets, memory_format: 
     assert all(same_bits(kept[entry], clone) for entry, clone in clones.items())
 
 
-@pytest.mark.xfail(strict=True, reason="behind attention with a mask, heads [B, heads, H*W, d] are taken for a map")
 def test_a_mask_of_text_tokens_that_hides_nothing_changes_nothing(unets: UNets) -> None:
     """``encoder_attention_mask`` keeps cross-attention dense. It costs time, never correctness."""
     sparse, batch, size = unets.sparse("micro", torch.float64, "full", 4), 2, (16, 16)

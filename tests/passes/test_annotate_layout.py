@@ -240,10 +240,6 @@ def _masked_heads(build: HandBuilt, x: Node) -> Node:
     return build.op(aten.add.Tensor, _masked(build, x), x)
 
 
-HEADS_AS_MAP = "a 4-dimensional value behind a dense operation is always taken for a map, heads too"
-
-
-@pytest.mark.xfail(strict=True, reason=HEADS_AS_MAP)
 @pytest.mark.parametrize("middle", [_turned_heads, _masked_heads])
 def test_heads_behind_a_dense_operation_are_not_taken_for_a_map(middle: Build) -> None:
     """[B, heads, H*W, d] is 4-dimensional too; a region of H*W x d cells would be cut along rows and columns."""
@@ -251,7 +247,6 @@ def test_heads_behind_a_dense_operation_are_not_taken_for_a_map(middle: Build) -
     assert {node.meta["layout"].size for node in dense.graph.nodes if "layout" in node.meta} == {SIZE}
 
 
-@pytest.mark.xfail(strict=True, reason=HEADS_AS_MAP)
 def test_active_pixels_are_exact_behind_a_dense_operation_on_heads() -> None:
     """Every value here depends on its own pixel of the convolution alone, so active pixels are those of a dense run."""
     done = snapshots(around(_turned_heads))
@@ -260,7 +255,6 @@ def test_active_pixels_are_exact_behind_a_dense_operation_on_heads() -> None:
     assert_close(done.run_final(0, 1, mask), torch.where(mask[:, None], edit, base))
 
 
-@pytest.mark.xfail(strict=True, reason="every 4-dimensional floating-point input is taken for a map")
 def test_an_image_prompt_is_not_taken_for_a_map() -> None:
     """IP-Adapter's embeddings are an input [B, images, tokens, C]: 4-dimensional, and of no resolution at all."""
     build = HandBuilt()
@@ -274,7 +268,6 @@ def test_an_image_prompt_is_not_taken_for_a_map() -> None:
     assert_every_step_means_the_same(done)
 
 
-@pytest.mark.xfail(strict=True, reason="operations on values whose layout was lost are dense and in no report")
 def test_what_lies_behind_a_lost_layout_is_reported_too() -> None:
     """Never silent: a convolution that runs dense because its input's layout is unknown has to be named."""
 
@@ -289,7 +282,6 @@ def test_what_lies_behind_a_lost_layout_is_reported_too() -> None:
     assert_every_step_means_the_same(done)
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="more dimensions out than in get the roles of those in")
 def test_a_broadcast_to_five_dimensions_is_skipped() -> None:
     def middle(build: HandBuilt, x: Node) -> Node:
         five = build.op(aten.mul.Tensor, x, build.weight(1, 1, 1, 1, 1), path="odd")

@@ -62,7 +62,6 @@ def test_maps_are_kept_pixel_major_whatever_their_form() -> None:
     assert all(kept.is_contiguous() for kept in (norm, tokens, heads))
 
 
-@pytest.mark.xfail(strict=True, reason="a map that lies pixel-major already is kept without a copy")
 def test_what_is_kept_is_no_view_of_an_input() -> None:
     """A caller may write to its latents afterwards."""
     build = HandBuilt()

@@ -88,7 +88,6 @@ def test_an_upsampled_map_that_is_upsampled_again() -> None:
     assert_every_step_means_the_same(done)
 
 
-@pytest.mark.xfail(strict=True, reason="the table takes in/out for the scale; torch takes the scale that was given")
 def test_a_scale_that_is_no_whole_number_reads_what_torch_reads() -> None:
     build = HandBuilt()
     x = build.conv(build.latents())

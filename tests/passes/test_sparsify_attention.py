@@ -144,7 +144,6 @@ def test_rows_stay_gathered_through_both_attentions() -> None:
     assert_every_step_means_the_same(done)
 
 
-@pytest.mark.xfail(strict=True, raises=(ValueError, RuntimeError), reason="text of batch 1 is taken for one of batch B")
 def test_text_shared_by_the_batch() -> None:
     build = HandBuilt()
     sample, text = build.latents(), build.input("text", 1, TOKENS, CHANNELS)

@@ -178,7 +178,6 @@ class TestLowerDenseConvs:
         assert ops.CONV not in targets(done.final)
         assert_every_step_means_the_same(done)
 
-    @pytest.mark.xfail(strict=True, reason="the name of the table's buffer has neither padding nor dilation")
     def test_two_of_one_size_and_another_dilation_do_not_share_a_table(self) -> None:
         assert_every_step_means_the_same(self.bottleneck({}, {"dilation": [2, 2], "padding": [2, 2]}))
 

@@ -69,7 +69,6 @@ def test_activations(then: Build) -> None:
     assert_every_step_means_the_same(done)
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="a memory format of 4 dimensions is passed on to rows")
 @pytest.mark.parametrize("op", [aten.clone.default, aten.contiguous.default])
 def test_a_copy_to_channels_last(op: object) -> None:
     done = snapshots(behind_a_convolution(unary(op, memory_format=torch.channels_last)))
