@@ -75,7 +75,11 @@ class Program:
         self.inputs: list[str] = [str(node.target) for node in self.dense.graph.find_nodes(op="placeholder")]
         self.sparse: GraphModule = _copy(self.dense)
         self.reports: list[PassReport] = run_passes(self.sparse, config, SPARSE_PASSES)
-        self._stages = {stage: Stage(graph, config) for stage, graph in split_stages(self.sparse).items()}
+        self._stages = {
+            # The fetch is a list of gathers, with nothing to fuse and sizes that each mask has its own of.
+            stage: Stage(graph, compiled=config.compile and stage != "fetch")
+            for stage, graph in split_stages(self.sparse).items()
+        }
         self._constants: dict[Any, Tensor] = {}
         self._constants_of = ""
         self._dense_graphs: dict[object, Stage] = {}
@@ -162,7 +166,7 @@ class Program:
         values.update(prepared.values)
         values.update(cache)
         few = min(prepared.plan.counts.values()) < _FEWEST
-        values.update(self._stages["fetch"].values(values, eagerly=few))
+        values.update(self._stages["fetch"].values(values))
         return self._stages["step"](values, eagerly=few)
 
     def stage(self, name: str) -> Stage:
@@ -230,20 +234,20 @@ class Program:
 
     def _dense_graph(self, key: object, build: Callable[[], GraphModule]) -> Stage:
         if key not in self._dense_graphs:
-            self._dense_graphs[key] = Stage(build(), self.config)
+            self._dense_graphs[key] = Stage(build(), compiled=self.config.compile)
         return self._dense_graphs[key]
 
 
 class Stage:
     """A graph that takes its placeholders by name or request, from a dict of values."""
 
-    def __init__(self, graph_module: GraphModule, config: SparsityConfig) -> None:
+    def __init__(self, graph_module: GraphModule, *, compiled: bool) -> None:
         graph = graph_module.graph
         self.graph_module = graph_module
         self.names: list[Any] = [n.meta.get("request", n.target) for n in graph.find_nodes(op="placeholder")]
         stage = graph.output_node().meta.get("stage")
         self.outputs = [Hoisted(stage, name) for name in graph.output_node().meta.get("values", ())] if stage else []
-        self._run: Callable[..., Any] = torch.compile(graph_module) if config.compile else graph_module
+        self._run: Callable[..., Any] = torch.compile(graph_module) if compiled else graph_module
 
     def __call__(self, values: Mapping[Any, Tensor], *, eagerly: bool = False) -> Any:
         """Run the graph; ``eagerly`` where its compiled form would be compiled again for one mask alone."""
@@ -251,9 +255,9 @@ class Stage:
         with torch.no_grad():
             return run(*(values[name] for name in self.names))
 
-    def values(self, values: Mapping[Any, Tensor], *, eagerly: bool = False) -> dict[Any, Tensor]:
+    def values(self, values: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
         """The outputs of a hoisted stage, by the requests of the stages that read them."""
-        return dict(zip(self.outputs, self(values, eagerly=eagerly), strict=True)) if self.outputs else {}
+        return dict(zip(self.outputs, self(values), strict=True)) if self.outputs else {}
 
 
 def _copy(graph_module: GraphModule) -> GraphModule:

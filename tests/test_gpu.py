@@ -20,6 +20,13 @@ SHAPES = {"tiny": 512, "sd2": 768, "sdxl": 1024}
 CASES = [("tiny", torch.float32), ("tiny", torch.float16), ("tiny", torch.bfloat16), ("sd2", torch.bfloat16),
          ("sd2", torch.float16), ("sdxl", torch.bfloat16)]  # fmt: skip
 
+
+@pytest.fixture(autouse=True)
+def _ieee_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN runs fp32 convolutions in TF32 by default; the row kernels follow the flag of matrix products."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 shapes = pytest.mark.parametrize(("arch", "dtype"), CASES, ids=lambda value: str(value).removeprefix("torch."))
 
 

@@ -60,7 +60,7 @@ def run_kernels(args: argparse.Namespace) -> None:
     from fisedit_compile.text_table import text_table
 
     # cuDNN tries its kernels before it is timed: the strongest dense counterpart
-    with torch.no_grad(), torch.cuda.device(device), torch.backends.cudnn.flags(benchmark=True):
+    with torch.no_grad(), torch.cuda.device(device), torch.backends.cudnn.flags(enabled=True, benchmark=True):
         conditions = {"command": args.command_line, **describe(device, dtype)}
         rows: list[dict[str, Any]]
         if args.sweep:
