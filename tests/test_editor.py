@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ def base(editor: Editor) -> Any:
 
 
 @pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[EditRun]]:
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[EditRun]:
     """The runs of the edits of a test: they know the latents of every step."""
     made: list[EditRun] = []
 
@@ -69,7 +68,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[EditRun]]:
             made.append(self)
 
     monkeypatch.setattr(editor_module, "EditRun", Noted)
-    yield made
+    return made
 
 
 def test_a_base_is_what_the_pipeline_generates(editor: Editor, base: Any) -> None:
@@ -139,9 +138,17 @@ def test_a_mask_of_ones_own(editor: Editor, base: Any) -> None:
     wanted[:, 8:24, :16] = True
     assert torch.equal(edit.mask, wanted)
     assert edit.report.mask_source == "given"
+
+
+def test_a_mask_of_ones_own_with_the_one_that_is_found(editor: Editor, base: Any) -> None:
     found = editor.edit(base, DOG).mask
-    assert torch.equal(editor.edit(base, DOG, mask, combine="and").mask, found & wanted)
-    assert torch.equal(editor.edit(base, DOG, mask, combine="or").mask, found | wanted)
+    mine = torch.roll(found, 1, dims=1)
+    assert torch.equal(editor.edit(base, DOG, mine, combine="and").mask, found & mine)
+    assert torch.equal(editor.edit(base, DOG, mine, combine="or").mask, found | mine)
+    elsewhere = torch.zeros_like(found)
+    elsewhere[(~found).nonzero()[0].unbind()] = True
+    with pytest.raises(MaskError, match="do not meet"):
+        editor.edit(base, DOG, elsewhere, combine="and")
 
 
 def test_no_dense_step_with_a_mask(runs: list[EditRun]) -> None:
@@ -176,9 +183,9 @@ def test_bad_input_is_refused_and_the_base_stays_usable(editor: Editor, base: An
         (ValueError, "the base's own", (base, CAT)),
         (ValueError, r"2 prompt\(s\)", (base, [DOG, DOG])),
         (ValueError, "pass what editor.generate", ("base", DOG)),
-        (MaskError, "", (base, DOG, torch.zeros(32, 32, dtype=torch.bool))),
-        (MaskError, "", (base, DOG, torch.full((32, 32), torch.nan))),
-        (MaskError, "", (base, DOG, torch.ones(3, 32, 32, dtype=torch.bool))),
+        (MaskError, "mask", (base, DOG, torch.zeros(32, 32, dtype=torch.bool))),
+        (MaskError, "mask", (base, DOG, torch.full((32, 32), torch.nan))),
+        (MaskError, "mask", (base, DOG, torch.ones(3, 32, 32, dtype=torch.bool))),
     ]:
         with pytest.raises(error, match=message):
             editor.edit(*arguments)
