@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -17,8 +13,6 @@ from fisedit_compile.errors import MaskError
 from fisedit_compile.passes.choose_blocks import expand_to_tiles
 from fisedit_compile.plan import EditPlan, PlanTensor, Size, Taps, plan_edit
 from fisedit_compile.testing import assert_close
-
-REAL_MASKS = Path(__file__).parents[2] / "shared" / "data" / "fisedit_masks_96.npz"
 
 
 def output_size(read: Size, kernel: Size, stride: Size, padding: Size, dilation: Size) -> Size:
