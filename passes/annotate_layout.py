@@ -29,15 +29,11 @@ def annotate_layout(graph_module: GraphModule, config: SparsityConfig) -> PassRe
     report = PassReport("annotate_layout")
     sample: Layout | None = None
     for node in graph_module.graph.nodes:
+        if node.target is ops.CONV:
+            _restart_at(node.args[0], report)
         if node.op == "placeholder":
             layout = _input_layout(node, sample)
             sample = sample or layout
-        elif node.target is ops.CONV and "layout" not in node.args[0].meta and node.args[0].meta["val"].ndim == 4:
-            # What a convolution reads is a map, whatever it was computed from: a region starts anew here.
-            source = node.args[0]
-            source.meta.update(layout=_map_layout(source), dense="computed from a value whose layout is not known")
-            report.skip(source, source.meta["dense"])
-            layout = _rule(node) if _has_rows(node) else _map_layout(node)
         elif node.op == "call_function" and any("layout" in arg.meta for arg in node.all_input_nodes):
             try:
                 layout = _rule(node)
@@ -60,13 +56,12 @@ def _rule(node: Node) -> Layout | None:
     return rule(node)
 
 
-def _has_rows(conv: Node) -> bool:
-    try:
-        _conv(conv)
-    except ValueError as reason:
-        conv.meta["dense"] = str(reason)
-        return False
-    return True
+def _restart_at(source: Node, report: PassReport) -> None:
+    """What a convolution reads is a map, whatever it was computed from: a region may start anew there."""
+    layout = _map_layout(source)
+    if "layout" not in source.meta and layout is not None:
+        source.meta.update(layout=layout, dense="computed from a value whose layout is not known")
+        report.skip(source, source.meta["dense"])
 
 
 def _input_layout(node: Node, sample: Layout | None) -> Layout | None:
