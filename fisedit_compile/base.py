@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.errors import BaseMismatchError
-from fisedit_compile.program import StepCache
+from fisedit_compile.step_cache import StepCache
 
 
 @dataclass(frozen=True)

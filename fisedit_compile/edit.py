@@ -24,6 +24,7 @@ class EditReport:
         unet_ms: median wall time of a dense (controlled) and a sparse U-Net call, and their ratio.
         plan_ms: from the mask to the first sparse step.
         seconds: wall time of the whole edit.
+        ran_dense: whether the mask was larger than ``dense_above``, so that the steps behind the mask ran dense, too.
         background_identical: whether the final latents outside the mask have the base's bits.
     """
 
@@ -36,6 +37,7 @@ class EditReport:
     unet_ms: dict[str, float | None]
     plan_ms: float
     seconds: float
+    ran_dense: bool
     background_identical: bool
     count_macs: Callable[[], dict[str, float]] = field(repr=False, compare=False)
 
@@ -56,6 +58,7 @@ class EditReport:
             f"{self.dense_steps} dense and {self.sparse_steps} sparse steps; a sparse step takes "
             f"1/{self.macs['ratio']:.1f} of the MACs"
             + (f" and 1/{speedup:.1f} of the time" if speedup else "")
+            + (" (the mask is so large that they ran the dense U-Net)" if self.ran_dense else "")
             + f"; {self.seconds:.1f} s; background "
             + ("identical" if self.background_identical else "CHANGED")
         )

@@ -158,6 +158,7 @@ class Editor:
             unet_ms=summarise_times(times["dense"], times["sparse"]),
             plan_ms=run.plan_ms,
             seconds=seconds,
+            ran_dense=run.ran_dense,
             background_identical=torch.equal(final[~edited], base.latents[~edited]),
             count_macs=run.macs,
         )

@@ -73,13 +73,20 @@ def attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) 
     return prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1])
 
 
-def conv2d_rows(out: Tensor, rows: Tensor, halo: Tensor | None, weight: Tensor, bias: Any, table: Tensor) -> int:
+def conv2d_rows(
+    out: Any, rows: Tensor, halo: Tensor | None, weight: Tensor, bias: Any, table: Tensor, *_: Any, **__: Any
+) -> int:
     """table [M, K], rows [R, Cin], weight [Cout, K * Cin]: M * K * Cin * Cout.
 
     Every tap counts, one outside the picture (entry -1) too: the dense convolution's padding is counted as well, so
     that the ratio of the two is that of their active pixels.
     """
-    return prod(out.shape) * weight.shape[1]
+    return table.shape[0] * prod(weight.shape)
+
+
+def linear_rows(out: Any, rows: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    """rows [M, Cin], weight [Cout, Cin]: M * Cin * Cout, whatever the epilogue makes of the product."""
+    return rows.shape[0] * prod(weight.shape)
 
 
 def attention_rows(out: Tensor, q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, *_: Any) -> int:
@@ -128,6 +135,9 @@ FORMULAS: dict[str, OpFormula] = {
     "aten::baddbmm": OpFormula("attention", addmm),
     "aten::scaled_dot_product_attention": OpFormula("attention", attention),
     "fisedit::conv2d_rows": OpFormula("convolution", conv2d_rows),
+    "fisedit::conv2d_rows_and_norm": OpFormula("convolution", conv2d_rows),
+    "fisedit::linear_rows": OpFormula("linear", linear_rows),
+    "fisedit::linear_rows_and_norm": OpFormula("linear", linear_rows),
     "fisedit::attention_rows": OpFormula("attention", attention_rows),
     "fisedit::attention_cached": OpFormula("attention", attention_cached),
 }
@@ -144,7 +154,10 @@ REFUSED = (
 
 
 #: Our operators that multiply and accumulate nothing, or only what a norm does.
-UNCOUNTED = {"fisedit::gather_rows", "fisedit::scatter_rows", "fisedit::group_norm_rows"}
+UNCOUNTED = {
+    "fisedit::gather_rows", "fisedit::scatter_rows", "fisedit::cat_norm_rows",
+    "fisedit::group_norm_rows", "fisedit::group_norm_whole", "fisedit::layer_norm_rows",
+}  # fmt: skip
 
 
 def is_refused(name: str) -> bool:
@@ -156,6 +169,9 @@ def _register_with_torch() -> None:
     """Teach ``FlopCounterMode`` our operators, and the attention operator of the CPU that torch counts as 0."""
     packets: dict[Any, Callable[..., int]] = {
         torch.ops.fisedit.conv2d_rows: conv2d_rows,
+        torch.ops.fisedit.conv2d_rows_and_norm: conv2d_rows,
+        torch.ops.fisedit.linear_rows: linear_rows,
+        torch.ops.fisedit.linear_rows_and_norm: linear_rows,
         torch.ops.fisedit.attention_rows: attention_rows,
         torch.ops.fisedit.attention_cached: attention_cached,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,

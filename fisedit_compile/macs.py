@@ -16,11 +16,13 @@ from torch import Tensor
 from fisedit_compile.architectures import VAE_SCALE_FACTOR, build_unet, latent_size, unet_inputs
 from fisedit_compile.capture import Call, bind, capture
 from fisedit_compile.config import AttentionMode, SparsityConfig
+from fisedit_compile.dense_graphs import copy_graph
 from fisedit_compile.mac_report import MacCount, MacReport
 from fisedit_compile.mac_walk import GraphCounter, count_graph
 from fisedit_compile.passes.annotate_layout import annotate_layout
 from fisedit_compile.passes.hoist_invariants import HOISTED_STAGES
-from fisedit_compile.plan import EditPlan, plan_edit
+from fisedit_compile.passes.rewriting import prune
+from fisedit_compile.plan import EditPlan
 from fisedit_compile.program import Program
 from fisedit_compile.sample_masks import latent_mask, square_mask
 from fisedit_compile.step_shapes import step_shapes
@@ -144,6 +146,17 @@ class MacCounter:
         """What the new prompt costs once an edit."""
         return self._once_an_edit[0]
 
+    @cached_property
+    def timestep(self) -> MacCount:
+        """What depends on the timestep alone: a base does it once for the steps of all its edits."""
+        names = {entry.node for entry in self.program.cache_entries if entry.kind == "value"}
+        graph_module = copy_graph(self.program.dense)
+        graph = graph_module.graph
+        graph.output_node().args = (tuple(node for node in graph.nodes if node.name in names),)
+        prune(graph)
+        inputs = [self.shapes[node.target] for node in graph.find_nodes(op="placeholder")]
+        return count_graph(graph_module, inputs, check=self._check and bool(names))
+
     def step(self, plan: EditPlan) -> MacCount:
         """One sparse step: reading the base's cache (stage ``fetch``) and the step itself."""
         values = {**self.shapes, **self._once_an_edit[1]}
@@ -153,8 +166,7 @@ class MacCounter:
 
     def plan(self, mask: MaskLike) -> EditPlan:
         """The plan of a mask, see :meth:`report`."""
-        requests, blocks = self.program.plan_requests, self.program.config.blocks
-        return plan_edit(latent_mask(mask, self.latents), requests, batch=self.batch, blocks=blocks)
+        return self.program.plan(latent_mask(mask, self.latents))
 
     def report(self, *, mask: MaskLike | None = None, edit_size: float | None = None) -> MacReport:
         """Dense call and sparse step of an edit side by side.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -113,6 +114,7 @@ def neighbour_table(
     return entry[reads], halo
 
 
+@lru_cache(maxsize=64)  # the geometry of a U-Net's convolutions is that of all its edits
 def _reads(taps: Taps, device: torch.device) -> Tensor:
     """int64 ``[target_h * target_w, kernel_h * kernel_w]``: pixel of one sample's source, negative outside."""
     height, width = taps.source

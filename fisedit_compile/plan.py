@@ -6,21 +6,29 @@ batch, sorted by (sample, y, x). The pixel id of (sample b, y, x) at a resolutio
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fisedit_compile.config import BlockMode
 from fisedit_compile.errors import MaskError
 from fisedit_compile.neighbour_table import Size, Taps, neighbour_table
-from fisedit_compile.passes.choose_blocks import BlockChoice, choose_block, expand_to_tiles
+from fisedit_compile.passes.choose_blocks import (
+    BlockChoice,
+    RowChoice,
+    choose_block,
+    choose_rows,
+    expand_to_tiles,
+)
 
 __all__ = ["EditPlan", "PlanTensor", "Size", "Taps", "plan_edit"]
 
-_OF_SIZE = ("index", "sample", "offsets")
+_OF_SIZE = ("index", "sample", "offsets", "count")
 _OF_TAPS = ("table", "halo")
 
 
@@ -30,8 +38,8 @@ class PlanTensor:
 
     Attributes:
         kind: of a resolution: ``index`` int64 ``[M]`` pixel ids of the rows, ``sample`` int64 ``[M]`` their
-            sample, ``offsets`` int32 ``[B + 1]`` cumulative row counts of the samples. Of a convolution: ``table``
-            int32 ``[M_target, K]`` and ``halo`` int64 ``[Hh]``, see
+            sample, ``offsets`` int32 ``[B + 1]`` cumulative row counts of the samples, ``count`` int32 ``[1]`` their
+            sum. Of a convolution: ``table`` int32 ``[M_target, K]`` and ``halo`` int64 ``[Hh]``, see
             :func:`~fisedit_compile.neighbour_table.neighbour_table`.
         where: the resolution (height, width), or the convolution's :class:`Taps`.
 
@@ -39,7 +47,7 @@ class PlanTensor:
         ValueError: ``where`` is not what ``kind`` needs, or a halo is asked of a dense source.
     """
 
-    kind: Literal["index", "sample", "offsets", "table", "halo"]
+    kind: Literal["index", "sample", "offsets", "count", "table", "halo"]
     where: Size | Taps
 
     def __post_init__(self) -> None:
@@ -61,7 +69,9 @@ class EditPlan:
         batch: U-Net batch B; sample b is edited by ``mask[b % n]``.
         counts: rows M of each resolution, all samples together.
         pixel_counts: the rows that pixel-exact planning would have.
-        choices: with ``blocks="paper"``, the block chosen at each resolution and its candidates.
+        choices: the block that the paper's objective chooses at each resolution, and its candidates. Only with
+            ``blocks="paper"`` or with costs.
+        measured: the rows that a predicted time chooses at each resolution, and their candidates. Only with costs.
     """
 
     mask: Tensor
@@ -69,6 +79,7 @@ class EditPlan:
     counts: Mapping[Size, int]
     pixel_counts: Mapping[Size, int]
     choices: Mapping[Size, BlockChoice]
+    measured: Mapping[Size, RowChoice]
     _active: Mapping[Size, Tensor]
     _tensors: Mapping[PlanTensor, Tensor]
 
@@ -102,15 +113,24 @@ class EditPlan:
             _tensors={request: tensor.to(device) for request, tensor in self._tensors.items()},
         )
 
+    def with_tensors(self, tensors: Mapping[PlanTensor, Tensor]) -> EditPlan:
+        """The same plan with other tensors in place of its own, such as padded ones."""
+        return replace(self, _tensors=tensors)
+
     def report(self) -> str:
         """Rows of each resolution and halo rows of each convolution, as text for people.
 
         With ``blocks="paper"`` also the block chosen at each resolution and the rows that it adds to pixel-exact ones.
+        With costs, what the mask itself, the paper's block, the whole map and the best of all candidates are predicted
+        to take.
         """
         lines = [f"{self.batch} samples, {len(self.mask)} masks of {self.mask.shape[1]}x{self.mask.shape[2]}"]
         for size in sorted(self.counts, reverse=True):
             rows, exact, total = self.counts[size], self.pixel_counts[size], self.batch * size[0] * size[1]
             line = f"{size[0]}x{size[1]}: {rows} of {total} rows ({rows / total:.1%})"
+            if size in self.measured:
+                lines += [line, *self._compared(size)]
+                continue
             if size in self.choices:
                 chosen = self.choices[size].chosen
                 line += f", block {chosen.block[0]}x{chosen.block[1]} (tile {chosen.tile[0]}x{chosen.tile[1]})"
@@ -122,19 +142,42 @@ class EditPlan:
                 lines.append(f"{request.where}: {len(halo)} halo rows")
         return "\n".join(lines)
 
+    def _compared(self, size: Size) -> Iterator[str]:
+        choice, paper = self.measured[size], self.choices[size].chosen
+        named = {
+            "pixel": choice.of_tile((1, 1)),
+            "paper": choice.of_tile(paper.tile),
+            "whole": choice.candidates[-1],
+            "measured": choice.chosen,
+        }
+        for name, each in named.items():
+            block = f"block {paper.block[0]}x{paper.block[1]}" if name == "paper" else ""
+            block = each.name if name == "measured" else block
+            yield f"  {name:<8} {block:<12} {each.rows:>7} rows {each.microseconds:>10.1f} us predicted"
+
 
 def plan_edit(
-    mask: Tensor, requests: Collection[PlanTensor], *, batch: int, blocks: Literal["pixel", "paper"] = "pixel"
+    mask: Tensor,
+    requests: Collection[PlanTensor],
+    *,
+    batch: int,
+    blocks: BlockMode = "pixel",
+    dense_below: int = 1,
+    costs: Callable[[Size, int, int], float] | None = None,
 ) -> EditPlan:
     """Plan an edit: every tensor that the sparse graph asks for, on the mask's device.
 
-    A resolution's active pixels are the mask any-pooled to it: a pixel is active if anything under it is. A sample
-    whose mask is empty has no rows; a mask of no active pixel at all gives a valid plan of zero rows.
+    A resolution's active pixels are the mask any-pooled to it: a pixel is active if anything under it is; below
+    ``dense_below`` cells on the shorter side all are. A sample whose mask is empty has no rows; a mask of no active
+    pixel at all gives a valid plan of zero rows.
 
     With ``blocks="paper"`` (APSC, paper A.1) they grow to the union of the tiles chosen for a 3x3 kernel at that
     resolution, all samples together. One row set is kept a resolution, not one a layer: rows pass from convolution to
     norm, residual sum and attention with no gather between, which only holds while they are the same pixels. Nothing
     is lost by it: the objective depends on mask and kernel alone, and a U-Net's spatial kernels are all 3x3.
+
+    With ``blocks="measured"`` they grow to the candidate of the least cost, see
+    :func:`~fisedit_compile.passes.choose_blocks.choose_rows`.
 
     Args:
         mask: what to recompute, bool ``[n, h, w]``.
@@ -142,20 +185,34 @@ def plan_edit(
             target and (unless dense) source of its taps.
         batch: U-Net batch, a multiple of n: sample b uses ``mask[b % n]`` (classifier-free guidance: 2 n, all
             unconditional samples first).
-        blocks: ``"pixel"`` for pixel-exact rows, or ``"paper"``.
+        blocks: ``"pixel"`` for pixel-exact rows, ``"paper"`` or ``"measured"``.
+        dense_below: see :class:`~fisedit_compile.SparsityConfig`.
+        costs: predicted microseconds of (resolution, rows, halo rows), such as
+            :class:`~fisedit_compile.row_costs.RowCosts`. With other ``blocks`` they are for the report alone.
 
     Raises:
         MaskError: the mask is not bool ``[n, h, w]`` with n, h, w at least 1, or ``batch`` is not a multiple of n.
-        ValueError: ``blocks`` is neither of the two.
+        ValueError: ``blocks`` is none of the three, or ``"measured"`` without costs.
     """
     _check_mask(mask, batch)
-    if blocks not in ("pixel", "paper"):
-        raise ValueError(f"blocks is {blocks!r}; give 'pixel' or 'paper'")
+    if blocks not in ("pixel", "paper", "measured"):
+        raise ValueError(f"blocks is {blocks!r}; give 'pixel', 'paper' or 'measured'")
+    if blocks == "measured" and costs is None:
+        raise ValueError("blocks='measured' chooses by costs; give them, for example RowCosts.of(program)")
 
-    pooled = {size: _any_pool(mask, size) for size in _resolutions(requests)}
-    choices = {size: choose_block(m, (3, 3)) for size, m in pooled.items()} if blocks == "paper" else {}
-    grown = {s: expand_to_tiles(m, choices[s].chosen.tile) if s in choices else m for s, m in pooled.items()}
+    pooled = {
+        size: _any_pool(mask, size) if min(size) >= dense_below else mask.new_ones(len(mask), *size)
+        for size in _resolutions(requests)
+    }
     copies = batch // len(mask)
+    sparse = [size for size in pooled if min(size) >= dense_below]
+    choices = {size: choose_block(pooled[size], (3, 3)) for size in sparse if blocks == "paper" or costs}
+    measured = {size: choose_rows(pooled[size], partial(costs, size), copies=copies) for size in sparse if costs}
+    if blocks == "paper":
+        tiles = {size: choice.chosen.tile for size, choice in choices.items()}
+    else:
+        tiles = {size: choice.chosen.tile for size, choice in measured.items() if blocks == "measured"}
+    grown = {size: expand_to_tiles(m, tiles[size]) if size in tiles else m for size, m in pooled.items()}
     active = {size: m.repeat(copies, 1, 1) for size, m in grown.items()}
     index = {size: a.view(-1).nonzero().squeeze(1) for size, a in active.items()}
 
@@ -169,12 +226,12 @@ def plan_edit(
         else:
             tensors[PlanTensor("index", where)] = index[where]
             tensors[PlanTensor("sample", where)] = index[where] // (where[0] * where[1])
-            rows = active[where].sum((1, 2)).cumsum(0)
-            tensors[PlanTensor("offsets", where)] = F.pad(rows, (1, 0)).int()
+            offsets = F.pad(active[where].sum((1, 2)).cumsum(0), (1, 0)).int()
+            tensors[PlanTensor("offsets", where)], tensors[PlanTensor("count", where)] = offsets, offsets[-1:]
 
     counts = {size: len(i) for size, i in index.items()}
-    pixel_counts = {s: copies * int(m.sum()) for s, m in pooled.items()} if choices else counts
-    return EditPlan(mask, batch, counts, pixel_counts, choices, active, tensors)
+    pixel_counts = {s: copies * int(m.sum()) for s, m in pooled.items()} if tiles else counts
+    return EditPlan(mask, batch, counts, pixel_counts, choices, measured, active, tensors)
 
 
 def _resolutions(requests: Collection[PlanTensor]) -> list[Size]:

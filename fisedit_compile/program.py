@@ -2,52 +2,61 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 import time
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule, Node
 
+from fisedit_compile.buckets import Bucket, Buckets
 from fisedit_compile.capture import Call, Signature, capture
 from fisedit_compile.config import SparsityConfig
-from fisedit_compile.errors import BaseMismatchError, MaskError
-from fisedit_compile.fingerprint import fingerprint
+from fisedit_compile.dense_graphs import DenseGraphs, copy_graph
+from fisedit_compile.errors import MaskError
+from fisedit_compile.fingerprint import Weights, WeightWatch
+from fisedit_compile.kernels.gather_scatter import inverse_permutation
+from fisedit_compile.passes import ops
 from fisedit_compile.passes.annotate_layout import annotate_layout
-from fisedit_compile.passes.control_cross_attention import control_cross_attention, cross_attentions
-from fisedit_compile.passes.hoist_invariants import split_stages
+from fisedit_compile.passes.hoist_invariants import fetched_rows, split_stages
 from fisedit_compile.passes.manager import SPARSE_PASSES, run_passes
-from fisedit_compile.passes.record_activations import record_activations
 from fisedit_compile.passes.report import PassReport
-from fisedit_compile.passes.requests import CacheEntry, ControlTensor, Hoisted, requests_of
+from fisedit_compile.passes.requests import CacheEntry, requests_of
+from fisedit_compile.passes.reuse_timestep import is_timestep
 from fisedit_compile.plan import EditPlan, PlanTensor, plan_edit
+from fisedit_compile.stage import Stage
+from fisedit_compile.step_cache import CacheDescription, Recorded, StepCache
 
-#: What the base keeps of one U-Net call.
-StepCache = Mapping[CacheEntry, Tensor]
+if TYPE_CHECKING:
+    from fisedit_compile.row_costs import RowCosts
+    from fisedit_compile.static_step import Packed, Shared, StaticStep
+
+logger = logging.getLogger(__name__)
 
 #: Dynamo compiles sizes of 0 and 1 apart from all others.
 _FEWEST = 2
 
 
-class Recorded(dict[CacheEntry, Tensor]):
-    """The cache of one recorded call, and the signature of that call."""
-
-    def __init__(self, signature: Signature, kept: Iterable[tuple[CacheEntry, Tensor]]) -> None:
-        super().__init__(kept)
-        self.signature = signature
-
-
 @dataclass
 class Prepared:
-    """What the steps of one edit share: the plan's tensors, and the values that depend on the prompt alone."""
+    """What the steps of one edit share: the plan's tensors, and the values that depend on the prompt alone.
+
+    Attributes:
+        values: the plan's tensors, where steps have the mask's own sizes.
+        bucket, packed: the bucket of the mask and the padded tensors, where steps run at fixed sizes.
+        dense: the mask is larger than ``config.dense_above``: steps run the dense U-Net.
+    """
 
     program: Program
     plan: EditPlan
-    values: dict[Any, Tensor]
+    values: dict[Any, Tensor] = field(default_factory=dict)
+    bucket: Bucket | None = None
+    packed: Packed | None = None
+    dense: bool = False
     prompt: dict[Any, Tensor] = field(default_factory=dict)
     prompt_inputs: tuple[Tensor, ...] = ()
     prompt_versions: tuple[int, ...] = ()
@@ -55,6 +64,9 @@ class Prepared:
 
 class Program:
     """Record, control and sparse graphs of a U-Net for one signature.
+
+    On a CPU a sparse step has the sizes of its mask. On a GPU it has those of a bucket and is one CUDA graph, see
+    :mod:`fisedit_compile.static_step`; in fp64, which Triton does not take, it runs as on a CPU.
 
     Args:
         unet: the dense U-Net; its parameters are read where they are.
@@ -72,17 +84,22 @@ class Program:
         self.config = config
         self.dense: GraphModule = capture(unet, call)
         annotate_layout(self.dense, config)
-        self.inputs: list[str] = [str(node.target) for node in self.dense.graph.find_nodes(op="placeholder")]
-        self.sparse: GraphModule = _copy(self.dense)
+        self.dense_graphs = DenseGraphs(self.dense, config)
+        placeholders = self.dense.graph.find_nodes(op="placeholder")
+        self.inputs: list[str] = [str(node.target) for node in placeholders]
+        self._timesteps = [i for i, node in enumerate(placeholders) if is_timestep(node)]
+        self.sparse: GraphModule = copy_graph(self.dense)
         self.reports: list[PassReport] = run_passes(self.sparse, config, SPARSE_PASSES)
         self._stages = {
             # The fetch is a list of gathers, with nothing to fuse and sizes that each mask has its own of.
             stage: Stage(graph, compiled=config.compile and stage != "fetch")
             for stage, graph in split_stages(self.sparse).items()
         }
+        self._device = call.tensors[0].device
+        self.fixed_sizes = self._device.type == "cuda" and call.tensors[0].dtype is not torch.float64
+        self._weights = WeightWatch(self.dense)
         self._constants: dict[Any, Tensor] = {}
-        self._constants_of = ""
-        self._dense_graphs: dict[object, Stage] = {}
+        self._static: dict[Bucket, StaticStep] = {}
         self.build_seconds = time.perf_counter() - start
 
     @cached_property
@@ -96,9 +113,37 @@ class Program:
         return [request for request in requests_of(self.sparse.graph) if isinstance(request, CacheEntry)]
 
     @cached_property
-    def attention_entries(self) -> list[CacheEntry]:
-        """The cross-attention maps that the base has to keep of a call for a controlled dense step."""
-        return [CacheEntry(node.name, "attention") for node in cross_attentions(self.dense)]
+    def cache(self) -> CacheDescription:
+        """The shape and dtype of each of them."""
+        return CacheDescription(self.dense.graph, self.cache_entries)
+
+    @cached_property
+    def buckets(self) -> Buckets:
+        """The sizes that masks are padded to."""
+        batch, _, *latents = self.signature.sample_shape
+        return Buckets(
+            self.plan_requests, batch=batch, latents=(latents[0], latents[1]), dense_below=self.config.dense_below
+        )
+
+    @cached_property
+    def row_costs(self) -> RowCosts:
+        """What rows are predicted to take on this device; measured on first use, once a process.
+
+        Raises:
+            ValueError: the U-Net is on the meta device.
+        """
+        from fisedit_compile.row_costs import RowCosts
+
+        return RowCosts.of(self)
+
+    @property
+    def captures(self) -> int:
+        """How many CUDA graphs were recorded: one for each bucket that a mask has met."""
+        return self._shared.captures
+
+    def stage(self, name: str) -> Stage:
+        """One of the stages ``constant``, ``prompt``, ``fetch`` and ``step`` of the sparse graph."""
+        return self._stages[name]
 
     def record(self, call: Call, *, samples: int, activations: bool, attention: bool) -> tuple[Tensor, StepCache]:
         """The dense U-Net's output, and what a base keeps of the call.
@@ -108,31 +153,33 @@ class Program:
             activations: keep what sparse steps read.
             attention: keep the cross-attention maps.
         """
-        entries = (self.cache_entries if activations else []) + (self.attention_entries if attention else [])
-
-        def build() -> GraphModule:
-            graph_module = _copy(self.dense)
-            record_activations(graph_module, entries, samples)
-            return graph_module
-
-        graph = self._dense_graph(("record", samples, activations, attention), build)
-        out, kept = graph(self._user_values(call))
-        return out, Recorded(self.signature, zip(entries, kept, strict=True))
+        entries = (self.cache_entries if activations else []) + (
+            self.dense_graphs.attention_entries if attention else []
+        )
+        out, kept = self.dense_graphs.record(self._user_values(call), entries, samples)
+        timesteps = tuple(None if each is None else each.clone() for each in self._known_timesteps(call))
+        return out, Recorded(self.signature, timesteps, kept)
 
     def controlled(self, call: Call, cache: StepCache, mapper: Tensor, keep: Tensor) -> Tensor:
-        """The dense U-Net's output with the base's cross-attention maps of unchanged words.
+        """See :meth:`~fisedit_compile.dense_graphs.DenseGraphs.controlled`."""
+        return self.dense_graphs.controlled(self._user_values(call), cache, mapper, keep)
 
-        ``mapper`` and ``keep`` are those of :func:`~fisedit_compile.prompt_to_prompt.align_batch`.
-        """
-
-        def build() -> GraphModule:
-            graph_module = _copy(self.dense)
-            control_cross_attention(graph_module, self.config)
-            graph_module.recompile()
-            return graph_module
-
-        control: dict[Any, Tensor] = {ControlTensor("mapper"): mapper, ControlTensor("keep"): keep}
-        return self._dense_graph("control", build)({**self._user_values(call), **cache, **control})
+    def plan(self, mask: Tensor) -> EditPlan:
+        """The plan of a mask, see :meth:`prepare`, on the CPU."""
+        if not isinstance(mask, Tensor):
+            raise MaskError(f"the mask is a {type(mask).__name__}; give a bool tensor [n, h, w] at latent resolution")
+        batch, _, *size = self.signature.sample_shape
+        if mask.ndim == 3 and list(mask.shape[1:]) != size:
+            raise MaskError(f"a mask of {tuple(mask.shape[1:])} for latents of {tuple(size)}: resize it first")
+        # Planned on the CPU: some hundred small operations, and the row counts have to be known to the host anyway.
+        return plan_edit(
+            mask.cpu(),
+            self.plan_requests,
+            batch=batch,
+            blocks=self.config.blocks,
+            dense_below=self.config.dense_below,
+            costs=self.row_costs if self.config.blocks == "measured" else None,
+        )
 
     def prepare(self, mask: Tensor) -> Prepared:
         """Plan an edit and bring what does not change from step to step into place.
@@ -143,35 +190,55 @@ class Program:
         Raises:
             MaskError: not bool, not ``[n, h, w]``, another resolution than the latents, or n does not divide the batch.
         """
-        if not isinstance(mask, Tensor):
-            raise MaskError(f"the mask is a {type(mask).__name__}; give a bool tensor [n, h, w] at latent resolution")
-        batch, _, *size = self.signature.sample_shape
-        if mask.ndim == 3 and list(mask.shape[1:]) != size:
-            raise MaskError(f"a mask of {tuple(mask.shape[1:])} for latents of {tuple(size)}: resize it first")
-        # Planned on the CPU: some hundred small operations, and the row counts have to be known to the host anyway.
-        plan = plan_edit(mask.cpu(), self.plan_requests, batch=batch, blocks=self.config.blocks)
-        plan = plan.to(next(iter(self.dense.parameters())).device)
+        plan = self.plan(mask)
+        share = float(plan.mask.float().mean())
+        if share > self.config.dense_above:
+            logger.warning(
+                "a mask of %.0f %% is over dense_above=%s: its steps run the dense U-Net",
+                100 * share,
+                self.config.dense_above,
+            )
+            return Prepared(self, plan.to(self._device), dense=True)
         self._refresh_constants()
+        if self.fixed_sizes:
+            bucket = self.buckets.choose(plan)
+            return Prepared(self, plan, bucket=bucket, packed=self._static_step(bucket).pack(plan))
+        plan = plan.to(self._device)
         values: dict[Any, Tensor] = {request: plan.tensor(request) for request in self.plan_requests}
         for request, halo in values.items():
             if request.kind == "halo" and len(halo) < _FEWEST:  # rows that no table refers to
                 values[request] = torch.nn.functional.pad(halo, (0, _FEWEST - len(halo)))
-        return Prepared(self, plan, values)
+        return Prepared(self, plan, values=values)
 
     def step(self, call: Call, cache: StepCache, prepared: Prepared) -> Tensor:
-        """One sparse step: the base's output with the active pixels computed anew, ``[B, C, H, W]``."""
-        values: dict[Any, Tensor] = {**self._user_values(call), **self._constants}
-        self._refresh_prompt(prepared, values)
-        values.update(prepared.prompt)
-        values.update(prepared.values)
-        values.update(cache)
+        """One sparse step: the base's output with the active pixels computed anew, ``[B, C, H, W]``.
+
+        Raises:
+            BaseMismatchError: the cache is not of this U-Net, config, size or timestep.
+        """
+        self.cache.check(cache, self.signature, self._known_timesteps(call))
+        inputs = self._user_values(call)
+        self._refresh_prompt(prepared, {**inputs, **self._constants})
+        if prepared.bucket is not None:
+            assert prepared.packed is not None
+            return self._static_step(prepared.bucket).run(inputs, cache, prepared.packed, prepared.prompt)
+        values = {**inputs, **self._constants, **prepared.prompt, **prepared.values, **cache}
         few = min(prepared.plan.counts.values()) < _FEWEST
         values.update(self._stages["fetch"].values(values))
         return self._stages["step"](values, eagerly=few)
 
-    def stage(self, name: str) -> Stage:
-        """One of the stages ``constant``, ``prompt``, ``fetch`` and ``step`` of the sparse graph."""
-        return self._stages[name]
+    def restore_base(self, out: Tensor, cache: StepCache, prepared: Prepared) -> Tensor:
+        """A dense call's output with the base's values outside the mask: what :meth:`step` returns, by other means."""
+        scatter = self.sparse.graph.output_node().args[0]
+        assert isinstance(scatter, Node)
+        if scatter.target is not ops.SCATTER_ROWS:
+            return out  # the U-Net ends in an operation without a form on rows, and so does every step of it
+        entry = scatter.args[1].meta["request"]  # type: ignore[union-attr]
+        layout = scatter.meta["layout"]
+        self.cache.check(cache, self.signature, ())
+        shape = [out.shape[dim] for dim in layout.order]
+        base = cache[entry].view(shape).permute(inverse_permutation(layout.order))
+        return torch.where(prepared.plan.active(layout.size)[:, None], out, base)
 
     def _refresh_prompt(self, prepared: Prepared, values: dict[Any, Tensor]) -> None:
         """Run the prompt's stage when its inputs are other tensors than last time, or were written to since."""
@@ -184,84 +251,38 @@ class Program:
             prepared.prompt_inputs, prepared.prompt_versions = inputs, versions
 
     def _refresh_constants(self) -> None:
-        """Fold what depends on the weights alone; again when a weight was written to.
-
-        By values, not by version counters: a LoRA is fused by ``weight.data += ...``, which leaves those as they are.
-        """
-        weights = fingerprint(self.dense)
-        if weights != self._constants_of:
-            self._constants = self._stages["constant"].values({})
-            self._constants_of = weights
-
-    def check_cache(self, cache: StepCache) -> None:
-        """Hold the cache of a call to what the sparse graph reads.
-
-        Raises:
-            BaseMismatchError: an entry is missing, or is of another shape or dtype.
-        """
-        if missing := [entry for entry in self.cache_entries if entry not in cache]:
-            raise BaseMismatchError(
-                f"the cache holds nothing for {missing[0].node} and {len(missing) - 1} more: record the call with "
-                "this U-Net and this config first"
-            )
-        recorded = getattr(cache, "signature", self.signature).sample_shape
-        if recorded != self.signature.sample_shape:
-            wanted = self.signature.sample_shape
-            raise BaseMismatchError(f"the cache is of a call with latents {recorded}, not {wanted}: record this one")
-        for entry, (shape, dtype) in self._cache_shapes.items():
-            kept = cache[entry]
-            if kept.shape != shape or (entry.kind == "map" and kept.dtype is not dtype):
-                raise BaseMismatchError(
-                    f"the cache holds {entry.node} as {tuple(kept.shape)} {kept.dtype}, this call reads {tuple(shape)} "
-                    f"{dtype}: record the base with inputs of this batch, size and dtype"
-                )
+        """Fold what depends on the weights alone; again when a weight was written to."""
+        weights = self._weights.look()
+        if weights is Weights.SAME:
+            return
+        constants = self._stages["constant"].values({})
+        if weights is Weights.WRITTEN:  # the CUDA graphs read the old ones' memory
+            for request, old in self._constants.items():
+                old.copy_(constants[request])
+        else:
+            self._static.clear()
+            self._constants = constants
 
     @cached_property
-    def _cache_shapes(self) -> dict[CacheEntry, tuple[torch.Size, torch.dtype]]:
-        nodes = {node.name: node for node in self.dense.graph.nodes}
-        shapes = {}
-        for entry in self.cache_entries:
-            val, layout = nodes[entry.node].meta["val"], nodes[entry.node].meta["layout"]
-            if entry.kind == "map":
-                kept = val.permute(layout.order).flatten(0, layout.pixel_dims - 1).shape
-            else:
-                kept = torch.Size((val.shape[0], nodes[entry.node].args[1]))
-            shapes[entry] = (kept, val.dtype)
-        return shapes
+    def _shared(self) -> Shared:
+        from fisedit_compile.static_step import Shared
+
+        return Shared(self._device)
+
+    def _static_step(self, bucket: Bucket) -> StaticStep:
+        from fisedit_compile.static_step import StaticStep
+
+        if bucket not in self._static:
+            fetches = fetched_rows(self.sparse)
+            self._static[bucket] = StaticStep(
+                self._stages["step"], fetches, self.cache, bucket, self.plan_requests, self._constants, self._shared
+            )
+        return self._static[bucket]
+
+    def _known_timesteps(self, call: Call) -> tuple[Tensor | None, ...]:
+        """The call's timesteps, None where reading one would wait for a device."""
+        timesteps = (call.tensors[i] for i in self._timesteps)
+        return tuple(each if each.device.type == "cpu" else None for each in timesteps)
 
     def _user_values(self, call: Call) -> dict[Any, Tensor]:
         return dict(zip(self.inputs, call.tensors, strict=True))
-
-    def _dense_graph(self, key: object, build: Callable[[], GraphModule]) -> Stage:
-        if key not in self._dense_graphs:
-            self._dense_graphs[key] = Stage(build(), compiled=self.config.compile)
-        return self._dense_graphs[key]
-
-
-class Stage:
-    """A graph that takes its placeholders by name or request, from a dict of values."""
-
-    def __init__(self, graph_module: GraphModule, *, compiled: bool) -> None:
-        graph = graph_module.graph
-        self.graph_module = graph_module
-        self.names: list[Any] = [n.meta.get("request", n.target) for n in graph.find_nodes(op="placeholder")]
-        stage = graph.output_node().meta.get("stage")
-        self.outputs = [Hoisted(stage, name) for name in graph.output_node().meta.get("values", ())] if stage else []
-        self._run: Callable[..., Any] = torch.compile(graph_module) if compiled else graph_module
-
-    def __call__(self, values: Mapping[Any, Tensor], *, eagerly: bool = False) -> Any:
-        """Run the graph; ``eagerly`` where its compiled form would be compiled again for one mask alone."""
-        run = self.graph_module if eagerly else self._run
-        with torch.no_grad():
-            return run(*(values[name] for name in self.names))
-
-    def values(self, values: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
-        """The outputs of a hoisted stage, by the requests of the stages that read them."""
-        return dict(zip(self.outputs, self(values), strict=True)) if self.outputs else {}
-
-
-def _copy(graph_module: GraphModule) -> GraphModule:
-    """A copy that shares parameters and node names, for the next rewriting."""
-    graph = Graph()
-    graph.output(graph.graph_copy(graph_module.graph, {}))
-    return GraphModule(graph_module, graph)

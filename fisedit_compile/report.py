@@ -55,7 +55,8 @@ class _Explanation:
         self.reports = {report.name: report for report in program.reports}
         counter = MacCounter(program, check=False)
         self.plan = counter.plan(square_mask(edit_size, counter.latents))
-        self.dense, self.prompt, self.step = counter.dense, counter.prompt, counter.step(self.plan)
+        self.dense, self.step = counter.dense, counter.step(self.plan)
+        self.prompt, self.timestep = counter.prompt, counter.timestep
         self.unit = "GMACs" if self.dense.total >= 1e10 else "MMACs"
         self.kept = {entry: each for entry, each in counter.shapes.items() if isinstance(entry, CacheEntry)}
         self.on_rows = [change for name in _ROW_PASSES for change in self.reports[name].changes]
@@ -94,14 +95,15 @@ class _Explanation:
         table: list[Sequence[str]] = [("module", "dense", "sparse", "ratio", "at", "runs")]
         for path in paths:
             dense, sparse = self.dense.of_module(path), self.step.of_module(path)
-            runs = [f"dense: {reason}" for reason in reasons[path]]
+            runs = list(reasons[path])
             if kinds := Counter(kind for kind in (_kind(each.op) for each in rows[path]) if kind):
                 runs.insert(0, "on rows: " + ", ".join(f"{kinds[kind]} {kind}" for kind in _ORDER if kinds[kind]))
             outer = lineage(path)[0]
             if not runs and (not path or not dense):
                 continue  # views between modules, and numbers such as the frequencies of the time embedding
             if not runs and not any(other.startswith(f"{path}.") for other in paths):
-                runs.append("dense: it has no pixels" if sparse else "once an edit")
+                once = "once a base" if self.timestep.of_module(path) else "once an edit"
+                runs.append("dense: it has no pixels" if sparse else once)
             name = (path if path == outer else "  " + path.removeprefix(f"{outer}.")) or "(U-Net)"
             numbers = self._macs(dense, sparse) if path else ("", "", "")
             table.append((name, *numbers, ", ".join(sizes[path]), runs[0] if runs else ""))
@@ -110,17 +112,21 @@ class _Explanation:
         share = float(self.plan.mask.double().mean())
         yield f"{self.unit} of a dense call and of a sparse step with {share:.1%} of the latents edited"
         yield text_table(table, left={0, 4, 5})
-        prompt = self.prompt.total / _UNITS[self.unit]
-        yield f"What the prompt alone decides, {prompt:,.2f} {self.unit}, is in every dense call; an edit has it once."
+        prompt, timestep = (each.total / _UNITS[self.unit] for each in (self.prompt, self.timestep))
+        yield (
+            f"Of a dense call, {prompt:,.2f} {self.unit} are for the prompt alone, once an edit, and {timestep:,.2f} "
+            "for the timestep alone, once a base."
+        )
 
     def _reasons(self) -> dict[str, dict[str, None]]:
-        """Why operations of a line of the table run dense, each reason once."""
+        """Why operations of a line of the table run dense, or on all pixels; each reason once."""
         reasons: dict[str, dict[str, None]] = defaultdict(dict)
         for skip in self.reports["select_region"].skipped:
             if _kind(skip.op):
-                reasons[lineage(skip.module_path)[-1]][skip.reason.removeprefix("resolution ")] = None
+                kind = "all pixels" if skip.reason.startswith("resolution ") else "dense"
+                reasons[lineage(skip.module_path)[-1]][f"{kind}: {skip.reason.removeprefix('resolution ')}"] = None
         for skip in self.reports["annotate_layout"].skipped:
-            reasons[lineage(skip.module_path)[-1]][f"!! {skip.op}"] = None
+            reasons[lineage(skip.module_path)[-1]][f"dense: !! {skip.op}"] = None
         return reasons
 
     def _resolutions(self) -> Iterator[str]:
@@ -128,7 +134,8 @@ class _Explanation:
         nodes = {node.name: node for node in self.program.dense.graph.nodes}
         kept: dict[str, list[Tensor]] = defaultdict(list)
         for entry, tensor in self.kept.items():
-            kept[_x(nodes[entry.node].meta["layout"].size)].append(tensor)
+            layout = nodes[entry.node].meta.get("layout")
+            kept[_x(layout.size) if layout else NO_RESOLUTION].append(tensor)
         batch = self.plan.batch
         rows = {_x(size): (count, batch * size[0] * size[1]) for size, count in self.plan.counts.items()}
         table: list[Sequence[str]] = [("resolution", "rows", "of", "", "dense", "sparse", "ratio", "kept", "MB")]
@@ -140,10 +147,10 @@ class _Explanation:
             table.append(("no pixels" if name == NO_RESOLUTION else name, *cells, *macs, *base))
         yield f"By resolution: rows of the edit, {self.unit}, and the tensors that the base keeps of each call"
         yield text_table(table)
-        maps = sum(entry.kind == "map" for entry in self.kept)
+        kinds = Counter(entry.kind for entry in self.kept)
         yield (
-            f"The base keeps {maps} maps and {len(self.kept) - maps} statistics of group norms a call, "
-            f"{_megabytes(self.kept.values())} MB."
+            f"The base keeps {kinds['map']} maps, {kinds['scale']} group norms and {kinds['value']} values of the "
+            f"timestep a call, {_megabytes(self.kept.values())} MB."
         )
 
     def _passes(self) -> Iterator[str]:

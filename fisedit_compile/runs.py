@@ -184,6 +184,11 @@ class EditRun(PipelineRun):
         # Outside the mask the picture is the base's, bit for bit, whatever the scheduler remembers of other steps.
         return torch.where(self.mask[:, None], latents, self._base.step_latents[step])
 
+    @property
+    def ran_dense(self) -> bool:
+        """Whether the mask was so large that the steps behind it ran dense."""
+        return self._prepared is not None and self._prepared.dense
+
     def macs(self) -> dict[str, float]:
         """Multiply-accumulates of a dense and a sparse call of this edit, and their ratio."""
         assert self._first_call is not None
@@ -191,7 +196,8 @@ class EditRun(PipelineRun):
         from fisedit_compile.macs import MacCounter  # takes fvcore and diffusers, which an edit has no use for
 
         counter = MacCounter(self.unet.program(self._first_call), check=False)
-        dense, sparse = counter.dense.total, counter.step(self._prepared.plan).total
+        dense = counter.dense.total
+        sparse = dense if self.ran_dense else counter.step(self._prepared.plan).total
         return {"dense_step": dense, "sparse_step": sparse, "ratio": dense / max(sparse, 1)}
 
     def _decide_mask(self, latents: list[Tensor]) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor
 from fisedit_compile.capture import Call, Signature, bind
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.errors import BaseMismatchError, CaptureError
-from fisedit_compile.program import Prepared, Program, StepCache
+from fisedit_compile.program import Prepared, Program
+from fisedit_compile.step_cache import StepCache
 
 
 def sparsify(unet: torch.nn.Module, config: SparsityConfig | dict[str, Any] | None = None) -> SparseUNet:
@@ -143,13 +144,16 @@ class SparseUNet(torch.nn.Module):
     def step(self, call: Call, cache: StepCache, prepared: Prepared) -> Tensor:
         """One sparse step: active pixels anew, the rest from the base's ``cache`` of the same call.
 
+        A mask of more than ``config.dense_above`` runs the dense U-Net instead, with the same meaning.
+
         Raises:
-            BaseMismatchError: the cache was recorded by another model, or for other activations.
+            BaseMismatchError: the cache was recorded by another model, for other activations or at another timestep.
         """
         program = self.program(call)
         if not isinstance(prepared, Prepared) or prepared.program is not program:
             raise BaseMismatchError("the plan is not of this call's graphs: pass what plan(call, mask) returned for it")
-        program.check_cache(cache)
+        if prepared.dense:
+            return program.restore_base(self.unet(**call.kwargs, return_dict=False)[0], cache, prepared)
         return program.step(call, cache, prepared)
 
     def explain(self, *args: Any, **kwargs: Any) -> str:

@@ -16,35 +16,44 @@ from fisedit_compile.kernels.triton_launch import check_dtypes, launch_on
 _PIXELS = 256  # of a program
 
 
-@triton.jit(do_not_specialize=["count", "halvings", "pixels"])
+@triton.jit(do_not_specialize=["halvings", "pixels"])
 def _row_of_kernel(
-    index: tl.tensor,  # int64 [count], ascending
+    index: tl.tensor,  # int64, ascending up to the last real row
     row_of: tl.tensor,  # int32 [pixels]
-    count: tl.tensor,
+    count: tl.tensor,  # int32 [1]: how many rows are real
     halvings: tl.tensor,
     pixels: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     low = tl.zeros((BLOCK,), dtype=tl.int32)
-    high = low + count
+    rows = tl.load(count)
+    high = low + rows
     for _ in range(halvings):  # a binary search for the first row whose pixel is not below
         open_ = low < high
         middle = (low + high) // 2
         below = tl.load(index + middle, mask=open_, other=0) < pixel
         low = tl.where(open_ & below, middle + 1, low)
         high = tl.where(open_ & (below == 0), middle, high)
-    found = tl.load(index + low, mask=low < count, other=-1) == pixel
+    found = tl.load(index + low, mask=low < rows, other=-1) == pixel
     tl.store(row_of + pixel, tl.where(found, low, -1), mask=pixel < pixels)
 
 
-def row_of_pixels(index: torch.Tensor, pixels: int) -> torch.Tensor:
-    """int32 [pixels]: the row of each pixel, -1 where none is; ``index`` int64 [M] is ascending."""
+def row_of_pixels(index: torch.Tensor, count: torch.Tensor, pixels: int) -> torch.Tensor:
+    """int32 [pixels]: the row of each pixel, -1 where none is.
+
+    ``index`` int64 [M] is ascending in the first ``count``, int32 [1] on the device; the rest is padding.
+    """
     row_of = index.new_empty(pixels, dtype=torch.int32)
-    count = index.shape[0]
     with launch_on(index):
         _row_of_kernel[(triton.cdiv(pixels, _PIXELS),)](
-            index, row_of, count, count.bit_length(), pixels, BLOCK=_PIXELS, num_warps=4
+            index,
+            row_of,
+            count,
+            index.shape[0].bit_length(),
+            pixels,
+            BLOCK=_PIXELS,
+            num_warps=4,
         )
     return row_of
 
@@ -73,6 +82,6 @@ def attention_cached_triton(
     check_dtypes("attention_cached", q, k, v, base_k, base_v)
     if q.numel() == 0:
         return torch.empty_like(q, memory_format=torch.contiguous_format)
-    row_of = row_of_pixels(index.contiguous(), base_k.shape[0])
+    row_of = row_of_pixels(index.contiguous(), offsets[-1:], base_k.shape[0])
     base = (head_last(base_k), head_last(base_v), row_of)
     return launch_attention(q, k, v, base, offsets.contiguous(), None, scale, tile)

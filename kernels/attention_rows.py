@@ -1,8 +1,9 @@
 """Attention between rows: ragged self- and cross-attention, and active queries over all keys of their picture.
 
 Rows are sorted by sample; ``offsets`` int32 [B + 1] are cumulative counts of rows, sample b owning the rows
-[offsets[b], offsets[b + 1]). FISEdit (Yu et al. 2023, section A.3) attends among the active tokens only; with the keys
-and values of the cached run the active queries see the whole picture.
+[offsets[b], offsets[b + 1]). Rows behind the last offset are padding: their results are unspecified. FISEdit (Yu et al.
+2023, section A.3) attends among the active tokens only; with the keys and values of the cached run the active queries
+see the whole picture.
 """
 
 from __future__ import annotations
@@ -34,12 +35,18 @@ def attention_rows_reference(
         [M, heads, hd], contiguous.
     """
     q_counts, k_counts = q_offsets.diff().tolist(), k_offsets.diff().tolist()
+    padding = q.shape[0] - sum(q_counts)
+    q, k, v = q[: sum(q_counts)], k[: sum(k_counts)], v[: sum(k_counts)]
     if len(set(q_counts)) == len(set(k_counts)) == 1:  # one batched call: the halves of guidance share their mask
         batch = len(q_counts)
         q, k, v = (t.unflatten(0, (batch, n)) for t, n in ((q, q_counts[0]), (k, k_counts[0]), (v, k_counts[0])))
-        return _attend(q, k, v, scale).flatten(0, 1).contiguous()
-    samples = zip(q.split(q_counts), k.split(k_counts), v.split(k_counts), strict=True)
-    return torch.cat([_attend(q[None], k[None], v[None], scale)[0] for q, k, v in samples])
+        parts = [_attend(q, k, v, scale).flatten(0, 1)]
+    else:
+        samples = zip(q.split(q_counts), k.split(k_counts), v.split(k_counts), strict=True)
+        parts = [_attend(q[None], k[None], v[None], scale)[0] for q, k, v in samples]
+    if padding:
+        parts.append(parts[0].new_empty(padding, *parts[0].shape[1:]))
+    return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
 
 
 def attention_cached_reference(
@@ -62,6 +69,8 @@ def attention_cached_reference(
     """
     samples = offsets.shape[0] - 1
     pixels = base_k.shape[0] // samples
+    total = int(offsets[-1])
+    index, k, v = index[:total], k[:total], v[:total]
     k, v = base_k.index_copy(0, index, k), base_v.index_copy(0, index, v)
     k_offsets = torch.arange(0, (samples + 1) * pixels, pixels, dtype=torch.int32)
     return attention_rows_reference(q, k, v, offsets, k_offsets, scale)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-_LEAST_KEYS = 512  # of a split: fewer are not worth joining
+_LEAST_KEYS = 1024  # of a split: fewer are not worth joining
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,33 @@ def head_width(head_dim: int) -> int:
 
 
 def choose_attention_tile(
-    queries: int, keys: int, samples: int, heads: int, head_dim: int, dtype: torch.dtype, multiprocessors: int
+    queries: int,
+    keys: int,
+    samples: int,
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    multiprocessors: int,
 ) -> AttentionTile:
     """A tile by size; ``queries`` and ``keys`` are those of all samples together."""
     width = head_width(head_dim)
     if dtype.itemsize == 4:  # without tensor cores (ieee) the operands of a product live in registers
         block, step, warps, stages = (32, 32, 4, 2) if width <= 64 else (16, 16, 8, 2)
     else:
-        few = -(-queries // 128) * heads < multiprocessors
-        block = 64 if few or width > 128 else 128
+        # The height that leaves the busiest multiprocessor the fewest queries; of two such the taller, which reads the
+        # keys half as often.
+        def busiest(height: int) -> int:
+            return height * -(-_programs(queries, height, samples, heads) // multiprocessors)
+
+        block = 64 if width > 128 or busiest(64) < busiest(128) else 128
         step, stages = (64, 3) if width <= 128 else (32, 2)
-        warps = 4 if block == 64 and width <= 128 else 8
-    programs = (-(-queries // block) + samples - 1) * heads
+        warps = 4 if width <= 64 else 8
+    programs = _programs(queries, block, samples, heads)
     # Two programs on a multiprocessor hide each other's softmax.
     splits = max(1, min(2 * multiprocessors // programs, keys // samples // _LEAST_KEYS, 16))
     return AttentionTile(block, step, warps, stages, splits)
+
+
+def _programs(queries: int, block: int, samples: int, heads: int) -> int:
+    """A sample may end in a part of a block: at most one more for each but the last."""
+    return (-(-queries // block) + samples - 1) * heads

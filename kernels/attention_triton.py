@@ -15,15 +15,10 @@ import triton
 import triton.language as tl
 
 from fisedit_compile.kernels.attention_tiles import AttentionTile, choose_attention_tile, head_width
-from fisedit_compile.kernels.triton_launch import (
-    aligned,
-    input_precision,
-    launch_on,
-    multiprocessors,
-)
+from fisedit_compile.kernels.triton_launch import aligned, input_precision, launch_on, multiprocessors
 
 
-@triton.jit(do_not_specialize=["samples", "pixels"])
+@triton.jit(do_not_specialize=["there", "samples", "pixels"])
 def _attention_kernel(
     q: tl.tensor,  # [M, heads, HD]
     k: tl.tensor,  # [Mk, heads, HD]
@@ -36,6 +31,7 @@ def _attention_kernel(
     out: tl.tensor,  # [M, heads, HD]; of splits fp32 [splits, M, heads, HD], not yet divided
     peaks: tl.tensor,  # fp32 [splits, M, heads] or None: the greatest score, in powers of two
     sums: tl.tensor,  # fp32 [splits, M, heads] or None: the sum of exp2(score - peak)
+    there: tl.tensor,  # M: rows of q, padding included
     samples: tl.tensor,
     pixels: tl.tensor,
     q_stride: tl.tensor,  # elements from a row or pixel to the next
@@ -130,7 +126,7 @@ def _attention_kernel(
     stored = inside[:, None] & real[None, :]
     row_at = m.to(tl.int64) * tl.num_programs(1) + head  # [BM]: of [M, heads]
     if peaks is not None:
-        row_at += split.to(tl.int64) * tl.load(q_offsets + samples) * tl.num_programs(1)
+        row_at += split.to(tl.int64) * there * tl.num_programs(1)
         tl.store(peaks + row_at, peak, mask=inside)
         tl.store(sums + row_at, total, mask=inside)
     else:
@@ -213,6 +209,7 @@ def launch_attention(
             parts,
             peaks,
             sums,
+            count,
             samples,
             pixels,
             *strides,

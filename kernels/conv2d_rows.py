@@ -1,13 +1,16 @@
 """A 2-D convolution whose pixels are rows: each output row reads its taps through a table of neighbours.
 
 This is the sparse convolution of FISEdit (Yu et al. 2023, section A.1) as an implicit GEMM. Stride, padding, dilation
-and a nearest upsampling before the convolution are all in the table, so one op serves all of them.
+and a nearest upsampling before the convolution are all in the table, so one op serves all of them. A linear layer
+(:mod:`linear_rows`) is the case of one tap, the row itself.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+
+from fisedit_compile.kernels.epilogue import check_epilogue, normed_rows_reference, raw_rows_reference
 
 # The columns are gathered in blocks of at most this size. Larger buffers are mapped afresh by malloc at every call, and
 # their page faults cost more than the gather: 960 -> 320 at 64x64, batch 2, 30 %: 73 ms in one block, 54 ms in three.
@@ -20,6 +23,13 @@ def conv2d_rows_reference(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     table: torch.Tensor,
+    count: torch.Tensor | None = None,
+    sample: torch.Tensor | None = None,
+    sample_bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    activation: str = "none",
 ) -> torch.Tensor:
     """Convolve at the rows of ``table``: one gather and one matmul (for each block of a very large table).
 
@@ -29,16 +39,51 @@ def conv2d_rows_reference(
         weight: [Cout, K * Cin], tap-major: ``conv.weight.permute(0, 2, 3, 1).reshape(Cout, -1)``.
         bias: [Cout] or None.
         table: int32 [M, K]; an entry in [0, R) is a row, in [R, R + Hh) a halo row, -1 is outside the picture (zero).
+        count: int32 [1], see ``ops``; not read here.
+        sample, sample_bias, residual, scale, shift, activation: see ``epilogue``.
 
     Returns:
-        [M, Cout]. R, Hh and M may each be 0.
+        [M, Cout], half as wide for ``geglu``. R, Hh and M may each be 0.
 
     Raises:
         IndexError: an entry of ``table`` is over R + Hh.
         RuntimeError: the channels or dtypes of the arguments do not fit.
+        ValueError: arguments of the epilogue that do not go together.
     """
-    channels = rows.shape[1]
-    zero = rows.new_zeros(1, channels)
+    check_epilogue("conv2d_rows", sample, sample_bias, residual, scale, shift, activation)
+    raw = raw_rows_reference(_convolve(rows, halo, weight, bias, table), sample, sample_bias, residual)
+    return normed_rows_reference(raw, sample, scale, shift, activation)
+
+
+def conv2d_rows_and_norm_reference(
+    rows: torch.Tensor,
+    halo: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    table: torch.Tensor,
+    count: torch.Tensor | None = None,
+    sample: torch.Tensor | None = None,
+    sample_bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    activation: str = "none",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`conv2d_rows_reference`, with the result both before and after norm and activation."""
+    check_epilogue("conv2d_rows_and_norm", sample, sample_bias, residual, scale, shift, activation)
+    raw = raw_rows_reference(_convolve(rows, halo, weight, bias, table), sample, sample_bias, residual)
+    normed = normed_rows_reference(raw, sample, scale, shift, activation)
+    return raw, normed
+
+
+def _convolve(
+    rows: torch.Tensor,
+    halo: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    table: torch.Tensor,
+) -> torch.Tensor:
+    zero = rows.new_zeros(1, rows.shape[1])
     source = torch.cat([rows, zero] if halo is None else [rows, halo, zero])  # [R + Hh + 1, Cin]
     table = torch.where(table < 0, source.shape[0] - 1, table)
     block = max(1, COLUMNS_BYTES // (weight.shape[1] * weight.element_size()))  # rows of the table

@@ -46,15 +46,19 @@ def scatter_rows_reference(
     shape: Sequence[int],
     order: Sequence[int],
     pixel_dims: int,
+    count: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``base`` with ``rows`` in place of the pixels ``index``, as a dense tensor of ``shape``.
 
-    Shapes: rows [M, *C], base [P, *C] (pixel-major, only read), index int64 [M]. The result is a permuted view of a
-    fresh pixel-major tensor: ``result.permute(order)`` is contiguous.
+    Shapes: rows [M, *C], base [P, *C] (pixel-major, only read), index int64 [M]; of padded rows only the first
+    ``count``, int32 [1], are written. The result is a permuted view of a fresh pixel-major tensor:
+    ``result.permute(order)`` is contiguous.
 
     Raises:
         RuntimeError: the dtypes of rows and base differ, or ``shape`` does not hold P pixels of ``*C``.
         IndexError: an id lies outside the map.
     """
+    if count is not None:
+        index, rows = index[: int(count)], rows[: int(count)]
     pixels = base.clone(memory_format=torch.contiguous_format).index_copy_(0, index, rows)
     return pixels.view([shape[dim] for dim in order]).permute(inverse_permutation(order))

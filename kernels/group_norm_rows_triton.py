@@ -1,4 +1,4 @@
-"""GroupNorm of rows with given statistics in one pass on the GPU, with SiLU after it where a caller asks for it."""
+"""GroupNorm of rows with given scale and shift in one pass on the GPU, with SiLU after it where asked for."""
 
 from __future__ import annotations
 
@@ -11,37 +11,35 @@ from fisedit_compile.kernels.triton_launch import check_dtypes, launch_on
 _TILE = 2048  # elements of a program: 16 a thread, two 16-byte loads of 2-byte values
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["there"])
 def _group_norm_rows_kernel(
-    rows: tl.tensor,  # [count, channels]
-    sample: tl.tensor,  # int64 [count]
-    mean: tl.tensor,  # [B, groups], fp32 or fp64
-    rstd: tl.tensor,  # [B, groups]
-    weight: tl.tensor,  # [channels] or None
-    bias: tl.tensor,  # [channels] or None
-    out: tl.tensor,  # [count, channels]
-    count: tl.tensor,
+    rows: tl.tensor,  # [there, channels]
+    sample: tl.tensor,  # int64 [there]
+    scale: tl.tensor,  # fp32 [B, channels]
+    shift: tl.tensor,  # fp32 [B, channels]
+    count: tl.tensor,  # int32 [1] or None: how many of the rows are real
+    out: tl.tensor,  # [there, channels]
+    there: tl.tensor,
     channels: tl.tensor,
-    groups: tl.tensor,
     BM: tl.constexpr,
     BC: tl.constexpr,
     SILU: tl.constexpr,
 ) -> None:
+    real = there
+    if count is not None:
+        real = tl.minimum(there, tl.load(count))
+    if tl.program_id(0) * BM >= real:
+        return
     m = tl.program_id(0) * BM + tl.arange(0, BM)  # [BM]
     c = tl.program_id(1) * BC + tl.arange(0, BC)  # [BC]
-    inside, valid = m < count, c < channels
+    inside, valid = m < real, c < channels
     mask = inside[:, None] & valid[None, :]
     at = m.to(tl.int64)[:, None] * channels + c[None, :]  # [BM, BC]
     x = tl.load(rows + at, mask=mask, other=0.0).to(tl.float32)
     owner = tl.load(sample + m, mask=inside, other=0).to(tl.int32)
-    statistic = owner[:, None] * groups + (c // (channels // groups))[None, :]  # [BM, BC]
-    # Subtracted before it is scaled: the mean may be large beside the deviation, and this cancels exactly in fp32.
-    y = x - tl.load(mean + statistic, mask=mask, other=0.0).to(tl.float32)
-    y *= tl.load(rstd + statistic, mask=mask, other=0.0).to(tl.float32)
-    if weight is not None:
-        y *= tl.load(weight + c, mask=valid, other=0.0).to(tl.float32)[None, :]
-    if bias is not None:
-        y += tl.load(bias + c, mask=valid, other=0.0).to(tl.float32)[None, :]
+    of_sample = owner[:, None] * channels + c[None, :]  # [BM, BC]
+    y = x * tl.load(scale + of_sample, mask=mask, other=0.0).to(tl.float32)
+    y += tl.load(shift + of_sample, mask=mask, other=0.0).to(tl.float32)
     if SILU:
         y = y / (1.0 + tl.exp(-y))
     tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
@@ -50,28 +48,25 @@ def _group_norm_rows_kernel(
 def group_norm_rows_triton(
     rows: torch.Tensor,
     sample: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
     silu: bool = False,
+    count: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Normalise rows; arguments as of the reference in ``group_norm_rows``, on one GPU.
-
-    ``silu`` applies ``y * sigmoid(y)`` to the result. Statistics are read as they are and used in fp32.
 
     Returns:
         [M, C] in the dtype of ``rows``, contiguous.
 
     Raises:
-        ValueError: a dtype that the kernel does not take, or channels that are no multiple of the groups.
+        ValueError: a dtype that the kernel does not take, or a scale or shift of another width.
     """
     check_dtypes("group_norm_rows", rows)
-    (count, channels), groups = rows.shape, mean.shape[1]
-    if channels % groups or mean.shape != rstd.shape:
+    there, channels = rows.shape
+    if scale.shape[1] != channels or scale.shape != shift.shape:
         raise ValueError(
-            f"group_norm_rows: {channels} channels, mean {list(mean.shape)}, rstd {list(rstd.shape)}; give statistics "
-            "[B, G] of one shape, with G a divisor of the channels"
+            f"group_norm_rows: {channels} channels, scale {list(scale.shape)}, shift {list(shift.shape)}; give both "
+            f"[B, {channels}]"
         )
     out = torch.empty_like(rows, memory_format=torch.contiguous_format)
     if out.numel() == 0:
@@ -80,17 +75,15 @@ def group_norm_rows_triton(
     block = max(16, min(512, channels & -channels))
     height = _TILE // block
     with launch_on(rows):
-        _group_norm_rows_kernel[(triton.cdiv(count, height), triton.cdiv(channels, block))](
+        _group_norm_rows_kernel[(triton.cdiv(there, height), triton.cdiv(channels, block))](
             rows.contiguous(),
             sample.contiguous(),
-            mean.contiguous(),
-            rstd.contiguous(),
-            weight,
-            bias,
-            out,
+            scale.contiguous(),
+            shift.contiguous(),
             count,
+            out,
+            there,
             channels,
-            groups,
             BM=height,
             BC=block,
             SILU=silu,

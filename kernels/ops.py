@@ -4,6 +4,11 @@ Importing this module is all it takes; a second import changes nothing. It never
 of an operator that has a Triton kernel does, and fp64 stays with the reference there too. The operators are
 opaque to tracing: torch.export and torch.compile see one node with the shape that its fake function gives, for any
 number of rows. The arguments are described beside the reference functions.
+
+**Padding.** A CUDA graph has fixed shapes, so that rows there are padded to a few sizes. ``count``, int32 [1] on the
+device, is how many rows are real: what lies behind them is not computed and its results are unspecified. References
+compute every row. None: all rows are real. No real row ever reads a padded one: no neighbour table names it, and it
+lies outside the offsets of attention.
 """
 
 from __future__ import annotations
@@ -15,41 +20,48 @@ from typing import Any
 import torch
 
 from fisedit_compile.kernels.attention_rows import attention_cached_reference, attention_rows_reference
-from fisedit_compile.kernels.conv2d_rows import conv2d_rows_reference
+from fisedit_compile.kernels.cat_norm_rows import cat_norm_rows_reference
+from fisedit_compile.kernels.conv2d_rows import conv2d_rows_and_norm_reference, conv2d_rows_reference
+from fisedit_compile.kernels.epilogue import SCHEMA
 from fisedit_compile.kernels.gather_scatter import (
     gather_rows_reference,
     inverse_permutation,
     scatter_rows_reference,
 )
-from fisedit_compile.kernels.group_norm_rows import group_norm_rows_reference
+from fisedit_compile.kernels.group_norm_rows import group_norm_rows_reference, group_norm_whole_reference
+from fisedit_compile.kernels.layer_norm_rows import layer_norm_rows_reference
+from fisedit_compile.kernels.linear_rows import linear_rows_and_norm_reference, linear_rows_reference
 
 NAMESPACE = "fisedit"
+
+Tensors = torch.Tensor | tuple[torch.Tensor, ...]
 
 
 def _register(
     name: str,
     arguments: str,
-    kernel: Callable[..., torch.Tensor],
-    fake: Callable[..., torch.Tensor],
-    cuda: Callable[..., torch.Tensor] | None = None,
+    kernel: Callable[..., Tensors],
+    fake: Callable[..., Tensors],
+    cuda: Callable[..., Tensors] | None = None,
+    results: str = "Tensor",
 ) -> None:
     if hasattr(getattr(torch.ops, NAMESPACE), name):
         return  # imported again: PyTorch keeps the first registration and refuses a second
     qualified = f"{NAMESPACE}::{name}"
-    torch.library.define(qualified, f"({arguments}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+    torch.library.define(qualified, f"({arguments}) -> {results}", tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(qualified, "cpu", kernel)
     torch.library.impl(qualified, "cuda", cuda or kernel)
     torch.library.register_fake(qualified, fake)
 
 
-def _launcher(module: str, name: str, reference: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def _launcher(module: str, name: str, reference: Callable[..., Tensors]) -> Callable[..., Tensors]:
     """Calls the launcher ``name`` of a module beside this, imported at the first call; fp64 goes to the reference."""
 
-    def kernel(first: torch.Tensor, *others: Any) -> torch.Tensor:
+    def kernel(first: torch.Tensor, *others: Any) -> Tensors:
         if first.dtype == torch.float64:
             return reference(first, *others)
         launch = getattr(import_module(f"fisedit_compile.kernels.{module}"), name)
-        result: torch.Tensor = launch(first, *others)
+        result: Tensors = launch(first, *others)
         return result
 
     return kernel
@@ -66,60 +78,122 @@ def _scatter_rows(
     shape: Sequence[int],
     order: Sequence[int],
     pixel_dims: int,
+    count: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return base.new_empty([shape[dim] for dim in order]).permute(inverse_permutation(order))
 
 
+def _product(rows: torch.Tensor, weight: torch.Tensor, count: int | torch.SymInt, epilogue: Sequence[Any]) -> Any:
+    return rows.new_empty(count, weight.shape[0] // (2 if "geglu" in epilogue[6:] else 1))
+
+
 def _conv2d_rows(
-    rows: torch.Tensor,
-    halo: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    table: torch.Tensor,
+    rows: torch.Tensor, halo: Any, weight: torch.Tensor, bias: Any, table: torch.Tensor, *epilogue: Any
 ) -> torch.Tensor:
-    return rows.new_empty(table.shape[0], weight.shape[0])
+    return _product(rows, weight, table.shape[0], epilogue)
 
 
-def _group_norm_rows(rows: torch.Tensor, *_: Any) -> torch.Tensor:
+def _conv2d_rows_and_norm(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    return _conv2d_rows(*arguments), _conv2d_rows(*arguments)
+
+
+def _linear_rows(rows: torch.Tensor, weight: torch.Tensor, bias: Any, *epilogue: Any) -> torch.Tensor:
+    return _product(rows, weight, rows.shape[0], epilogue)
+
+
+def _linear_rows_and_norm(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    return _linear_rows(*arguments), _linear_rows(*arguments)
+
+
+def _cat_norm_rows(left: torch.Tensor, right: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+    joined = left.new_empty(left.shape[0], left.shape[1] + right.shape[1])
+    return joined, torch.empty_like(joined)
+
+
+def _like_rows(rows: torch.Tensor, *_: Any) -> torch.Tensor:
     return rows.new_empty(rows.shape)
-
-
-def _attention(q: torch.Tensor, *_: Any) -> torch.Tensor:
-    return q.new_empty(q.shape)
 
 
 _register("gather_rows", "Tensor x, Tensor index, int[] order, int pixel_dims", gather_rows_reference, _gather_rows)
 _register(
     "scatter_rows",
-    "Tensor rows, Tensor base, Tensor index, SymInt[] shape, int[] order, int pixel_dims",
+    "Tensor rows, Tensor base, Tensor index, SymInt[] shape, int[] order, int pixel_dims, Tensor? count=None",
     scatter_rows_reference,
     _scatter_rows,
+    _launcher("scatter_rows_triton", "scatter_rows_triton", scatter_rows_reference),
 )
+_CONV2D_ROWS = f"Tensor rows, Tensor? halo, Tensor weight, Tensor? bias, Tensor table, {SCHEMA}"
 _register(
     "conv2d_rows",
-    "Tensor rows, Tensor? halo, Tensor weight, Tensor? bias, Tensor table",
+    _CONV2D_ROWS,
     conv2d_rows_reference,
     _conv2d_rows,
     _launcher("conv2d_rows_triton", "conv2d_rows_triton", conv2d_rows_reference),
 )
 _register(
+    "conv2d_rows_and_norm",
+    _CONV2D_ROWS,
+    conv2d_rows_and_norm_reference,
+    _conv2d_rows_and_norm,
+    _launcher("conv2d_rows_triton", "conv2d_rows_and_norm_triton", conv2d_rows_and_norm_reference),
+    results="(Tensor, Tensor)",
+)
+_LINEAR_ROWS = f"Tensor rows, Tensor weight, Tensor? bias, {SCHEMA}"
+_register(
+    "linear_rows",
+    _LINEAR_ROWS,
+    linear_rows_reference,
+    _linear_rows,
+    _launcher("linear_rows_triton", "linear_rows_triton", linear_rows_reference),
+)
+_register(
+    "linear_rows_and_norm",
+    _LINEAR_ROWS,
+    linear_rows_and_norm_reference,
+    _linear_rows_and_norm,
+    _launcher("linear_rows_triton", "linear_rows_and_norm_triton", linear_rows_and_norm_reference),
+    results="(Tensor, Tensor)",
+)
+_register(
     "group_norm_rows",
-    "Tensor rows, Tensor sample, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias",
+    "Tensor rows, Tensor sample, Tensor scale, Tensor shift, bool silu=False, Tensor? count=None",
     group_norm_rows_reference,
-    _group_norm_rows,
+    _like_rows,
     _launcher("group_norm_rows_triton", "group_norm_rows_triton", group_norm_rows_reference),
+)
+_register(
+    "group_norm_whole",
+    "Tensor rows, int samples, int groups, Tensor? weight, Tensor? bias, float eps, bool silu=False",
+    group_norm_whole_reference,
+    _like_rows,
+    _launcher("group_norm_whole_triton", "group_norm_whole_triton", group_norm_whole_reference),
+)
+_register(
+    "layer_norm_rows",
+    "Tensor rows, Tensor? weight, Tensor? bias, float eps, Tensor? count=None",
+    layer_norm_rows_reference,
+    _like_rows,
+    _launcher("layer_norm_rows_triton", "layer_norm_rows_triton", layer_norm_rows_reference),
+)
+_register(
+    "cat_norm_rows",
+    "Tensor left, Tensor right, Tensor sample, Tensor scale, Tensor shift, bool silu=False, Tensor? count=None",
+    cat_norm_rows_reference,
+    _cat_norm_rows,
+    _launcher("cat_norm_rows_triton", "cat_norm_rows_triton", cat_norm_rows_reference),
+    results="(Tensor, Tensor)",
 )
 _register(
     "attention_rows",
     "Tensor q, Tensor k, Tensor v, Tensor q_offsets, Tensor k_offsets, float? scale",
     attention_rows_reference,
-    _attention,
-    _launcher("attention_rows_triton", "attention_rows_cuda", attention_rows_reference),
+    _like_rows,
+    _launcher("attention_rows_triton", "attention_rows_triton", attention_rows_reference),
 )
 _register(
     "attention_cached",
     "Tensor q, Tensor k, Tensor v, Tensor base_k, Tensor base_v, Tensor index, Tensor offsets, float? scale",
     attention_cached_reference,
-    _attention,
+    _like_rows,
     _launcher("attention_cached_triton", "attention_cached_triton", attention_cached_reference),
 )

@@ -219,7 +219,7 @@ def _attention(node: Node) -> Layout | None:
 
 
 _RULES: dict[object, Callable[[Node], Layout | None]] = {
-    **dict.fromkeys(ops.UNARY, _same),
+    **dict.fromkeys(ops.UNARY | ops.COPY, _same),
     **dict.fromkeys(ops.BINARY, _binary),
     **dict.fromkeys(ops.VIEW, _view),
     **dict.fromkeys(ops.PERMUTE, _permute),

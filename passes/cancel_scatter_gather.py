@@ -1,4 +1,4 @@
-"""Pass 7: a gather of what was just scattered at the same resolution is the rows themselves.
+"""Pass 8: a gather of what was just scattered at the same resolution is the rows themselves.
 
 before:   %full = scatter_rows(%rows, %base, %index)
           %again = gather_rows(%full, %index)
@@ -24,7 +24,7 @@ def cancel_scatter_gather(graph_module: GraphModule, config: SparsityConfig) -> 
         assert isinstance(scatter, Node)
         if scatter.target is not ops.SCATTER_ROWS:
             report.skip(gather, "its value is dense: the region begins here")
-        elif scatter.args[2] is not gather.args[1] or scatter.args[4:] != gather.args[2:]:
+        elif scatter.args[2] is not gather.args[1] or scatter.args[4:6] != gather.args[2:]:
             report.skip(gather, "it reads other pixels than were scattered")
         else:
             gather.replace_all_uses_with(scatter.args[0])

@@ -8,12 +8,17 @@ number of such tiles: the output pixels that are computed.
 As printed, f is zero for h = 2 under a 3x3 kernel, which gives no output at all: those sizes are no candidates here.
 The tiles that remain for 3x3 have sides 2, 6, 14 and 30. All grids start at the corner and 2 divides the others, so a
 tile of any size is a union of 2x2 tiles and no block has a lesser objective than 4x4: larger ones can only tie.
+
+Output pixels are not time. :func:`choose_rows` chooses by a cost in microseconds instead, and has two candidates more:
+the 1x1 tile, which is the mask itself, and one tile as large as the map, which makes the layers dense again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -121,6 +126,99 @@ def choose_block(mask: Tensor, kernel: Size, blocks: Collection[Size] | None = N
     )
     chosen = min(candidates, key=lambda c: (c.objective, c.loaded, c.block))
     return BlockChoice(kernel, chosen, candidates)
+
+
+#: Microseconds of rows and of halo rows beside them, all samples together.
+RowCost = Callable[[int, int], float]
+
+
+@dataclass(frozen=True)
+class RowCandidate:
+    """One way to cover a mask, and what it is predicted to cost.
+
+    Attributes:
+        kind: ``pixel`` is the mask itself, ``tiles`` those of a paper's block, ``whole`` every pixel of each sample
+            that has an active one.
+        tile: output tile (h, w); that of ``whole`` is the map.
+        rows: output pixels computed, all samples together. Unlike in the paper's objective, what a tile has beyond the
+            map's edge is no row.
+        halo: pixels that the kernel reads beside the rows.
+        microseconds: predicted.
+    """
+
+    kind: Literal["pixel", "tiles", "whole"]
+    tile: Size
+    rows: int
+    halo: int
+    microseconds: float
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return self.kind if self.kind != "tiles" else f"tiles {_x(self.tile)}"
+
+
+@dataclass(frozen=True)
+class RowChoice:
+    """The candidate of the least predicted time, and all that it was chosen from."""
+
+    chosen: RowCandidate
+    candidates: tuple[RowCandidate, ...]
+
+    def of_tile(self, tile: Size) -> RowCandidate:
+        """The candidate of a tile: (1, 1) is pixel-exact, one that covers the map is the whole map."""
+        return next((each for each in self.candidates if each.tile == tile), self.candidates[-1])
+
+    def __str__(self) -> str:
+        lines = [f"{'tile':>12} {'rows':>8} {'halo':>8} {'us':>10}"]
+        for c in self.candidates:
+            mark = "  <- chosen" if c is self.chosen else ""
+            lines.append(f"{c.name:>12} {c.rows:>8} {c.halo:>8} {c.microseconds:>10.1f}{mark}")
+        return "\n".join(lines)
+
+
+def choose_rows(mask: Tensor, cost: RowCost, kernel: Size = (3, 3), *, copies: int = 1) -> RowChoice:
+    """The rows of the least predicted cost, for all samples of a mask together.
+
+    Candidates are the 1x1 tile, the tiles of the paper's blocks that have an output under the kernel and do not cover
+    the map, and the whole map. Between equal costs the one of fewer rows wins, then of fewer halo rows, then the
+    smaller tile.
+
+    Args:
+        mask: active output pixels, bool ``[n, h, w]``.
+        cost: predicted microseconds of (rows, halo rows).
+        kernel: (hk, wk) of the convolutions, for the blocks' tiles and the halo.
+        copies: how often the U-Net's batch repeats the mask's samples: ``cost`` is asked for so many times the rows.
+
+    Raises:
+        ValueError: a cost that is negative or no number.
+    """
+    height, width = mask.shape[1:]
+    tiles: dict[Size, Literal["pixel", "tiles", "whole"]] = {(1, 1): "pixel"}
+    for block in PAPER_BLOCKS:
+        if block[0] >= kernel[0] and block[1] >= kernel[1]:
+            tile = output_tile(block, kernel)
+            if tile[0] < height or tile[1] < width:
+                tiles.setdefault(tile, "tiles")
+    tiles.setdefault((height, width), "whole")
+    covered = [expand_to_tiles(mask, tile) for tile in tiles]
+    # One host sync for all candidates together, should the mask be on an accelerator.
+    counts = torch.stack([torch.stack((rows.sum(), _halo(rows, kernel).sum())) for rows in covered]).tolist()
+    candidates = []
+    for (tile, kind), (rows, halo) in zip(tiles.items(), counts, strict=True):
+        microseconds = float(cost(copies * rows, copies * halo))
+        if not 0 <= microseconds < math.inf:
+            raise ValueError(f"a cost of {microseconds} for {copies * rows} rows: give microseconds, at least 0")
+        candidates.append(RowCandidate(kind, tile, copies * rows, copies * halo, microseconds))
+    chosen = min(candidates, key=lambda c: (c.microseconds, c.rows, c.halo, c.tile[0] * c.tile[1], c.tile))
+    return RowChoice(chosen, tuple(candidates))
+
+
+def _halo(rows: Tensor, kernel: Size) -> Tensor:
+    """bool ``[n, h, w]``: what a kernel of odd sides, or one more, reads around bool ``rows [n, h, w]``."""
+    sides = (kernel[0] // 2 * 2 + 1, kernel[1] // 2 * 2 + 1)
+    read = F.max_pool2d(rows[:, None].float(), sides, stride=1, padding=(sides[0] // 2, sides[1] // 2))
+    return (read[:, 0] > 0) & ~rows
 
 
 def _x(size: Size) -> str:

@@ -1,10 +1,10 @@
-"""Pass 9: take out of the step what does not change from step to step.
+"""Pass 12: take out of the step what does not change from step to step.
 
 Every value is put into the earliest stage that has all it depends on:
 
     constant   weights alone                    packed convolution weights, text offsets; once a model
     prompt     the text's embeddings            cross-attention keys and values; once an edit
-    fetch      the plan and the base's cache    halo rows; before a step, ahead of it where the base is elsewhere
+    fetch      the base's cache at rows of the plan     halo rows; ahead of a step, wherever the base is
     step       the rest
 
     before:   %k = linear(%text, %w); %y = op(%x, %k)
@@ -16,10 +16,14 @@ from __future__ import annotations
 from torch.fx import Graph, GraphModule, Node
 
 from fisedit_compile.config import SparsityConfig
+from fisedit_compile.passes import ops
 from fisedit_compile.passes.report import PassReport
 from fisedit_compile.passes.requests import CacheEntry, Hoisted, Inputs
+from fisedit_compile.passes.reuse_timestep import is_timestep
 from fisedit_compile.passes.rewriting import prune
 from fisedit_compile.plan import PlanTensor
+
+aten = ops.aten
 
 #: The stages before the step, in their order.
 HOISTED_STAGES = ("constant", "prompt", "fetch")
@@ -35,19 +39,30 @@ def hoist_invariants(graph_module: GraphModule, config: SparsityConfig) -> PassR
             continue
         sources[node] = frozenset().union(*(sources[arg] for arg in node.all_input_nodes))
         if node.op == "call_function":
-            node.meta["stage"] = stage = _stage(sources[node])
+            node.meta["stage"] = stage = "fetch" if is_fetch(node) else _stage(sources[node])
             if stage != "step":
                 report.change(node)
     return report
 
 
 def _source(placeholder: Node) -> str:
-    request = placeholder.meta.get("request")
-    if isinstance(request, PlanTensor | CacheEntry):
-        return "fetch"
-    if request is not None or "layout" in placeholder.meta or placeholder.meta["val"].ndim < 2:
-        return "step"  # latents and other maps; the timestep is a number, or one a sample
+    if "request" in placeholder.meta or "layout" in placeholder.meta or is_timestep(placeholder):
+        return "step"  # latents and other maps; the timestep where the prompt enters its embedding
     return "prompt"
+
+
+def is_fetch(node: Node) -> bool:
+    """Whether an operation reads rows of the base's cache and does nothing else: a halo."""
+    if node.target is not aten.index_select.default:
+        return False
+    source, _, index = (arg.meta.get("request") if isinstance(arg, Node) else None for arg in node.args)
+    return isinstance(source, CacheEntry) and isinstance(index, PlanTensor) and index.kind == "halo"
+
+
+def fetched_rows(graph_module: GraphModule) -> dict[Hoisted, tuple[CacheEntry, PlanTensor]]:
+    """What each value of the stage ``fetch`` is: these rows of this entry of the base's cache."""
+    nodes = [node for node in graph_module.graph.nodes if node.op == "call_function" and is_fetch(node)]
+    return {Hoisted("fetch", node.name): (node.args[0].meta["request"], node.args[2].meta["request"]) for node in nodes}
 
 
 def _stage(sources: frozenset[str]) -> str:

@@ -30,7 +30,7 @@ def insert_gather_scatter(graph_module: GraphModule, config: SparsityConfig) -> 
     inputs = Inputs(graph)
     for node in [node for node in graph.nodes if node.meta.get("region")]:
         layout: Layout = node.meta["layout"]
-        index = inputs(PlanTensor("index", layout.size))
+        index, count = (inputs(PlanTensor(kind, layout.size)) for kind in ("index", "count"))
         base = inputs(CacheEntry(node.name, "map"))
         users = list(node.users)
         with graph.inserting_after(node):
@@ -38,7 +38,7 @@ def insert_gather_scatter(graph_module: GraphModule, config: SparsityConfig) -> 
         with graph.inserting_after(rows):
             full = graph.call_function(
                 ops.SCATTER_ROWS,
-                (rows, base, index, list(node.meta["val"].shape), list(layout.order), layout.pixel_dims),
+                (rows, base, index, list(node.meta["val"].shape), list(layout.order), layout.pixel_dims, count),
             )
         full.meta.update(val=node.meta["val"], layout=layout, module_path=node.meta["module_path"])
         for user in users:

@@ -10,10 +10,12 @@ from torch.fx import GraphModule
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.passes.annotate_layout import annotate_layout
 from fisedit_compile.passes.cancel_scatter_gather import cancel_scatter_gather
+from fisedit_compile.passes.fuse_pointwise import fuse_pointwise
 from fisedit_compile.passes.hoist_invariants import hoist_invariants
 from fisedit_compile.passes.insert_gather_scatter import insert_gather_scatter
-from fisedit_compile.passes.lower_dense_convs import lower_dense_convs
+from fisedit_compile.passes.merge_linears import merge_linears
 from fisedit_compile.passes.report import PassReport
+from fisedit_compile.passes.reuse_timestep import reuse_timestep
 from fisedit_compile.passes.select_region import select_region
 from fisedit_compile.passes.sparsify_attention import sparsify_attention
 from fisedit_compile.passes.sparsify_conv import sparsify_conv
@@ -32,7 +34,9 @@ SPARSE_PASSES: tuple[Pass, ...] = (
     sparsify_attention,
     sparsify_pointwise,
     cancel_scatter_gather,
-    lower_dense_convs,
+    reuse_timestep,
+    merge_linears,
+    fuse_pointwise,
     hoist_invariants,
 )
 

@@ -15,10 +15,12 @@ UNARY = frozenset({
     aten.silu.default, aten.gelu.default, aten.relu.default, aten.sigmoid.default, aten.tanh.default,
     aten.leaky_relu.default, aten.mish.default, aten.hardswish.default, aten.elu.default, aten.softplus.default,
     aten.neg.default, aten.exp.default, aten.abs.default, aten.sqrt.default, aten.rsqrt.default, aten.square.default,
-    aten.clamp.default, aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.contiguous.default,
-    aten.alias.default, aten.detach.default,
+    aten.clamp.default, aten.to.dtype, aten._to_copy.default,
     aten.add.Scalar, aten.sub.Scalar, aten.mul.Scalar, aten.div.Scalar, aten.pow.Tensor_Scalar,
 })  # fmt: skip
+
+#: The same values, laid out anew: rows have one order only.
+COPY = frozenset({aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default})
 
 #: Two operands that broadcast.
 BINARY = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor})
@@ -40,6 +42,12 @@ UPSAMPLE = aten.upsample_nearest2d.vec
 GATHER_ROWS = torch.ops.fisedit.gather_rows.default
 SCATTER_ROWS = torch.ops.fisedit.scatter_rows.default
 CONV2D_ROWS = torch.ops.fisedit.conv2d_rows.default
+CONV2D_ROWS_AND_NORM = torch.ops.fisedit.conv2d_rows_and_norm.default
+LINEAR_ROWS = torch.ops.fisedit.linear_rows.default
+LINEAR_ROWS_AND_NORM = torch.ops.fisedit.linear_rows_and_norm.default
+LAYER_NORM_ROWS = torch.ops.fisedit.layer_norm_rows.default
+CAT_NORM_ROWS = torch.ops.fisedit.cat_norm_rows.default
+GROUP_NORM_WHOLE = torch.ops.fisedit.group_norm_whole.default
 GROUP_NORM_ROWS = torch.ops.fisedit.group_norm_rows.default
 ATTENTION_ROWS = torch.ops.fisedit.attention_rows.default
 ATTENTION_CACHED = torch.ops.fisedit.attention_cached.default

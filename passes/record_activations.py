@@ -12,10 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch.fx import GraphModule, Node
 
+from fisedit_compile.kernels.group_norm_rows import norm_scale_shift
 from fisedit_compile.passes import ops
 from fisedit_compile.passes.report import PassReport
 from fisedit_compile.passes.requests import CacheEntry, Inputs
 from fisedit_compile.passes.rewriting import RowBuilder
+from fisedit_compile.passes.sparsify_norm import norm_arguments
 from fisedit_compile.prompt_to_prompt import attention_probabilities
 
 aten = ops.aten
@@ -28,7 +30,7 @@ def record_activations(graph_module: GraphModule, entries: Sequence[CacheEntry],
     inputs = Inputs(graph)
     by_name = {node.name: node for node in graph.nodes}
     output = graph.output_node()
-    statistics: dict[Node, Node] = {}
+    norms: dict[Node, Node] = {}
     recorded = []
     for entry in entries:
         node = by_name[entry.node]
@@ -42,19 +44,13 @@ def record_activations(graph_module: GraphModule, entries: Sequence[CacheEntry],
             elif entry.kind == "attention":
                 scale = node.kwargs.get("scale")
                 recorded.append(build.call(attention_probabilities, *node.args[:2], samples=samples, scale=scale))
+            elif entry.kind == "value":
+                recorded.append(build.call(aten.clone.default, node, memory_format=torch.contiguous_format))
             else:
-                if node not in statistics:
-                    groups, eps = node.args[1], node.args[4] if len(node.args) > 4 else 1e-5
-                    statistics[node] = build.call(group_norm_statistics, node.args[0], groups, eps)
-                recorded.append(build.call(ops.GETITEM, statistics[node], ("mean", "rstd").index(entry.kind)))
+                if node not in norms:
+                    norms[node] = build.call(norm_scale_shift, *norm_arguments(node))
+                recorded.append(build.call(ops.GETITEM, norms[node], ("scale", "shift").index(entry.kind)))
         report.change(node)
     output.args = ((output.args[0], tuple(recorded)),)
     graph_module.recompile()
     return report
-
-
-def group_norm_statistics(x: torch.Tensor, groups: int, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and reciprocal standard deviation of a map ``[B, C, H, W]``, each ``[B, groups]``, in fp32 or better."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    variance, mean = torch.var_mean(wide.reshape(x.shape[0], groups, -1), dim=2, correction=0)
-    return mean, torch.rsqrt(variance + eps)

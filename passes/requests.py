@@ -16,12 +16,14 @@ class CacheEntry:
     """One tensor that the base keeps of a U-Net call.
 
     ``map``: the value of the captured graph's node ``node``, pixel-major ``[B*H*W, *channels]``.
-    ``mean``, ``rstd``: the statistics of group norm ``node``, fp32 ``[B, groups]``.
+    ``scale``, ``shift``: what group norm ``node`` does to each channel of each sample, fp32 ``[B, C]``: its
+    statistics, weight and bias in one (paper A.2).
+    ``value``: a value that depends on the timestep alone, as it is.
     ``attention``: the maps of cross-attention ``node``, ``[n, heads, H*W, tokens]`` of the conditional half.
     """
 
     node: str
-    kind: Literal["map", "mean", "rstd", "attention"]
+    kind: Literal["map", "scale", "shift", "value", "attention"]
 
     @property
     def name(self) -> str:

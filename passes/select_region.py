@@ -1,8 +1,10 @@
 """Pass 2: choose the values that become rows: those at the resolutions that pay for it (paper 3.1).
 
-A value joins the region when it has a layout, its resolution is at least ``config.dense_below`` cells on the shorter
-side, and its operation can run on rows. Chunks and nearest-upsampled maps stay out: the first are tuples, whose
-pieces join; the second are never made, because the convolution behind reads the small map through its table.
+A value joins the region when it has a layout and its operation can run on rows. Below ``config.dense_below`` cells on
+the shorter side all pixels are rows, whatever the mask: such a level is computed whole, but by the same operations, so
+that nothing is scattered and gathered on the way down and up. Chunks and nearest-upsampled maps stay out: the first are
+tuples, whose pieces join; the second are never made, because the convolution behind reads the small map through its
+table.
 """
 
 from __future__ import annotations
@@ -30,11 +32,11 @@ def select_region(graph_module: GraphModule, config: SparsityConfig) -> PassRepo
             if not _read_by_convolutions_alone(node):
                 report.skip(node, "its map is used by more than convolutions, so it is computed dense")
             continue
-        if min(layout.size) < config.dense_below:
-            report.skip(node, f"resolution {layout.size[0]}x{layout.size[1]} is below dense_below={config.dense_below}")
-            continue
         node.meta["region"] = True
-        report.change(node)
+        if config.is_whole(layout.size):
+            report.skip(node, f"resolution {layout.size[0]}x{layout.size[1]} is below dense_below={config.dense_below}")
+        else:
+            report.change(node)
     if not report.changed:
         raise SparsifyError(
             f"nothing to make sparse: no operation of the U-Net runs at {config.dense_below} or more latent cells a "

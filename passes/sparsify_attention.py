@@ -7,6 +7,7 @@ Rows stay gathered from the first projection through self- and cross-attention t
     ->  attention_cached(gather(%q), gather(%k), gather(%v), base %k, base %v, index, offsets)
 2.  Self-attention, ``attention="masked"`` (the paper's): the active tokens of the sample alone.
     ->  attention_rows(gather(%q), gather(%k), gather(%v), offsets, offsets)
+    and in either mode where every pixel is a row (``config.is_whole``).
 3.  Cross-attention: every token of the text.
     ->  attention_rows(gather(%q), tokens of %k, tokens of %v, offsets, text offsets)
 """
@@ -30,11 +31,11 @@ aten = ops.aten
 def sparsify_attention(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
     """Rewrite the attention of the region."""
     report = PassReport("sparsify_attention")
-    move_gathers(graph_module, report, {ops.ATTENTION}, partial(_attention_rows, full=config.attention == "full"))
+    move_gathers(graph_module, report, {ops.ATTENTION}, partial(_attention_rows, config=config))
     return report
 
 
-def _attention_rows(build: RowBuilder, attention: Node, *, full: bool) -> Node:
+def _attention_rows(build: RowBuilder, attention: Node, *, config: SparsityConfig) -> Node:
     query, key, value = attention.args[:3]
     assert isinstance(query, Node)
     assert isinstance(key, Node)
@@ -47,7 +48,7 @@ def _attention_rows(build: RowBuilder, attention: Node, *, full: bool) -> Node:
         counts = _text_offsets(build, key)
         return build.call(ops.ATTENTION_ROWS, build.rows(query), tokens, text, offsets, counts, scale)
     rows = [build.rows(node) for node in (query, key, value)]
-    if not full:
+    if config.attention == "masked" or config.is_whole(size):
         return build.call(ops.ATTENTION_ROWS, *rows, offsets, offsets, scale)
     index = build.inputs(PlanTensor("index", size))
     base = [node.args[1] for node in (key, value)]

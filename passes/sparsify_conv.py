@@ -3,7 +3,8 @@
 1.  A convolution of a value of the region, stride and dilation as they come:
         gather(conv2d(%x, %w, %b, stride 2))
     ->  conv2d_rows(gather(%x), halo, packed(%w), %b, table(size of %x -> size of %y))
-    where ``halo = base_map_x[halo index]`` are the base's values of the pixels next to the mask.
+    where ``halo = base_map_x[halo index]`` are the base's values of the pixels next to the mask. Where every pixel of
+    %x is a row (``config.is_whole``) there is no halo.
 2.  A convolution of a nearest-upsampled value: the same, the table reads the small map; the large one is never made.
 3.  A convolution of a dense value (the latents; the first one behind the dense levels):
     ->  conv2d_rows(pixels of %x, None, packed(%w), %b, table of pixel ids)
@@ -12,6 +13,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch.fx import GraphModule, Node
@@ -29,11 +31,11 @@ aten = ops.aten
 def sparsify_conv(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
     """Rewrite the convolutions of the region."""
     report = PassReport("sparsify_conv")
-    move_gathers(graph_module, report, {ops.CONV}, _conv_rows)
+    move_gathers(graph_module, report, {ops.CONV}, partial(_conv_rows, config=config))
     return report
 
 
-def _conv_rows(build: RowBuilder, conv: Node) -> Node:
+def _conv_rows(build: RowBuilder, conv: Node, *, config: SparsityConfig) -> Node:
     source, weight = conv.args[0], conv.args[1]
     bias = conv.args[2] if len(conv.args) > 2 else None
     assert isinstance(source, Node)
@@ -57,6 +59,8 @@ def _conv_rows(build: RowBuilder, conv: Node) -> Node:
     table = build.inputs(PlanTensor("table", taps))
     if not in_region:
         return build.call(ops.CONV2D_ROWS, build.pixels(source), None, packed, bias, table)
+    if config.is_whole(taps.source):
+        return build.call(ops.CONV2D_ROWS, build.rows(source), None, packed, bias, table)
     base = source.args[1]
     halo = build.call(aten.index_select.default, base, 0, build.inputs(PlanTensor("halo", taps)))
     return build.call(ops.CONV2D_ROWS, build.rows(source), halo, packed, bias, table)

@@ -1,12 +1,18 @@
 """Pass 5: group norms of the region use the mean and variance of the base (approximate normalisation, paper A.2).
 
+1.  Where the mask decides which pixels are rows:
         gather(group_norm(%x, groups, %w, %b))
-    ->  group_norm_rows(gather(%x), sample, base mean, base rstd, %w, %b)
-
-The statistics of a map change little while most of it stays, and with them a norm needs no pixel but its own.
+    ->  group_norm_rows(gather(%x), sample, base scale, base shift)
+    with ``scale`` and ``shift`` the base's statistics, weight and bias in one, for each sample and channel. The
+    statistics of a map change little while most of it stays, and with them a norm needs no pixel but its own.
+2.  Where every pixel is a row (``config.is_whole``), the norm has all it needs and takes its own statistics:
+    ->  group_norm_whole(gather(%x), samples, groups, %w, %b, eps)
 """
 
 from __future__ import annotations
+
+from functools import partial
+from typing import Any
 
 from torch.fx import GraphModule, Node
 
@@ -21,14 +27,21 @@ from fisedit_compile.plan import PlanTensor
 def sparsify_norm(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
     """Rewrite the group norms of the region. Layer norms see one row at a time: ``sparsify_pointwise`` takes them."""
     report = PassReport("sparsify_norm")
-    move_gathers(graph_module, report, {ops.GROUP_NORM}, _group_norm_rows)
+    move_gathers(graph_module, report, {ops.GROUP_NORM}, partial(_group_norm, config=config))
     return report
 
 
-def _group_norm_rows(build: RowBuilder, norm: Node) -> Node:
-    value = norm.args[0]
-    assert isinstance(value, Node)
-    weight, bias = (norm.args[i] if len(norm.args) > i else None for i in (2, 3))
-    sample = build.inputs(PlanTensor("sample", norm.meta["layout"].size))
-    mean, rstd = (build.inputs(CacheEntry(norm.name, kind)) for kind in ("mean", "rstd"))
-    return build.call(ops.GROUP_NORM_ROWS, build.rows(value), sample, mean, rstd, weight, bias)
+def _group_norm(build: RowBuilder, norm: Node, *, config: SparsityConfig) -> Node:
+    value, groups, weight, bias, eps = norm_arguments(norm)
+    size = norm.meta["layout"].size
+    if config.is_whole(size):
+        samples = norm.meta["val"].shape[0]
+        return build.call(ops.GROUP_NORM_WHOLE, build.rows(value), samples, groups, weight, bias, eps)
+    scale, shift = (build.inputs(CacheEntry(norm.name, kind)) for kind in ("scale", "shift"))
+    return build.call(ops.GROUP_NORM_ROWS, build.rows(value), build.inputs(PlanTensor("sample", size)), scale, shift)
+
+
+def norm_arguments(norm: Node) -> tuple[Node, int, Node | None, Node | None, float]:
+    """Input, groups, weight, bias and eps of an ``aten.group_norm`` node."""
+    args: tuple[Any, ...] = (*norm.args, *(None, None, None, None, 1e-5)[len(norm.args) :])
+    return args[0], args[1], args[2], args[3], args[4]

@@ -7,6 +7,7 @@
     gather(cat([%x, %y], 1))               ->  cat([gather(%x), gather(%y)], 1)
     gather(chunk(%x, 2, -1)[0])            ->  chunk(gather(%x), 2, -1)[0]
     gather(permute(%x)), gather(view(%x))  ->  gather(%x), its channels regrouped where the view regroups them
+    gather(contiguous(%x))                 ->  gather(%x)
 
 Space has no shape in rows, so transposes and views between maps, tokens and heads vanish.
 """
@@ -33,6 +34,7 @@ def sparsify_pointwise(graph_module: GraphModule, config: SparsityConfig) -> Pas
     report = PassReport("sparsify_pointwise")
     for targets, build in (
         (ops.UNARY | {ops.LINEAR, ops.LAYER_NORM}, _first_operand),
+        (ops.COPY, lambda build, op: build.rows(op.args[0])),
         (ops.BINARY, _binary),
         (ops.CAT, _cat),
         ({ops.GETITEM}, partial(_piece, made={})),
@@ -44,8 +46,6 @@ def sparsify_pointwise(graph_module: GraphModule, config: SparsityConfig) -> Pas
 
 
 def _first_operand(build: RowBuilder, op: Node) -> Node:
-    if "memory_format" in op.kwargs:  # of a map; rows have one order only
-        return build.rows(op.args[0])  # type: ignore[arg-type]
     return build.call(op.target, build.rows(op.args[0]), *op.args[1:], **op.kwargs)  # type: ignore[arg-type]
 
 

@@ -81,10 +81,10 @@ class UNets:
     def _inputs(
         self, arch: str, batch: int, size: tuple[int, int], dtype: torch.dtype = torch.float64, seed: int = 0
     ) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
-        """Positional and keyword arguments of one call; other seeds are other latents, texts and timesteps."""
+        """Arguments of one call, positional and by keyword; another seed is other latents and text at its timestep."""
         unet = self.dense(arch, dtype)
         args, kwargs = unet_inputs(unet, batch=batch, height=8 * size[0], width=8 * size[1], seed=seed)
-        return (args[0], torch.tensor(500 - 20 * seed), args[2]), kwargs
+        return (args[0], torch.tensor(500), args[2]), kwargs
 
     def _sparse(
         self, arch: str, dtype: torch.dtype = torch.float64, attention: str = "full", dense_below: int = 4

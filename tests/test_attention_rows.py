@@ -121,8 +121,26 @@ def test_a_sample_gives_in_a_batch_what_it_gives_alone() -> None:
         assert_close(together[start:stop], part)
 
 
-def test_offsets_that_do_not_cover_the_rows_are_an_error() -> None:
+@pytest.mark.parametrize("first", [2, 1], ids=["equal", "ragged"])
+def test_rows_behind_the_last_offset_are_padding(first: int) -> None:
+    q, k, v = random_rows(5, torch.float64, 0)
+    offsets = torch.tensor([0, first, 4], dtype=torch.int32)
+    base_k, base_v, _ = random_rows(12, torch.float64, 10)
+    index = torch.tensor([0, 5, 7, 8, 0]) if first == 1 else torch.tensor([0, 5, 6, 8, 0])
+    for rows in (q, k, v):
+        rows[4] = torch.nan
+    out = torch.ops.fisedit.attention_rows(q, k, v, offsets, offsets, None)
+    cached = torch.ops.fisedit.attention_cached(q, k, v, base_k, base_v, index, offsets, None)
+    assert out.shape == cached.shape == q.shape
+    q, k, v, index = q[:4], k[:4], v[:4], index[:4]
+    assert torch.equal(out[:4], torch.ops.fisedit.attention_rows(q, k, v, offsets, offsets, None))
+    alone = torch.ops.fisedit.attention_cached(q, k, v, base_k, base_v, index, offsets, None)
+    assert torch.equal(cached[:4], alone)
+
+
+@pytest.mark.parametrize("first", [4, 3], ids=["equal", "ragged"])
+def test_offsets_over_the_rows_are_an_error(first: int) -> None:
     q, k, v = random_rows(5, torch.float32, 0)
-    short = torch.tensor([0, 2, 4], dtype=torch.int32)
+    long = torch.tensor([0, first, 8], dtype=torch.int32)
     with pytest.raises(RuntimeError):
-        torch.ops.fisedit.attention_rows(q, k, v, short, short, None)
+        torch.ops.fisedit.attention_rows(q, k, v, long, long, None)

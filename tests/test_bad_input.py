@@ -123,7 +123,7 @@ class TestConfig:
             ({"atention": "full"}, "unknown config field.* atention: known are attention, blocks, compile, "),
             ({"attention": "some"}, "attention='some': choose 'full' or 'masked'"),
             ({"attention": None}, "attention=None: choose"),
-            ({"blocks": "large"}, "blocks='large': choose 'pixel' or 'paper'"),
+            ({"blocks": "large"}, "blocks='large': choose 'pixel', 'paper' or 'measured'"),
             ({"dense_below": 0}, "dense_below=0: give a number of latent cells, at least 1"),
             ({"dense_below": 2.5}, "dense_below=2.5: give a number"),
             ({"dense_steps": -1}, "dense_steps=-1: an int >= 0, or a float in"),

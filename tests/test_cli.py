@@ -1,4 +1,4 @@
-"""The command line: edits with a very small pipeline, a benchmark of a very small U-Net, and what both are made of."""
+"""The command line: edits with a very small pipeline, and what they are made of; benchmarks are in test_bench.py."""
 
 from __future__ import annotations
 
@@ -20,10 +20,7 @@ from PIL import Image
 from skimage.metrics import structural_similarity
 
 from fisedit_compile.cli import main
-from fisedit_compile.cli.bench_masks import MaskSet
-from fisedit_compile.cli.bench_unet import table
 from fisedit_compile.cli.pipeline import load_pipeline
-from fisedit_compile.cli.timing import Spread, interleaved
 from fisedit_compile.overview import DIFFERENCE_GAIN, PANEL_SIDE, draw_overview, mask_picture
 from fisedit_compile.ssim import ssim
 
@@ -284,111 +281,6 @@ class TestStart:
         done = subprocess.run([sys.executable, "-m", "fisedit_compile", "--version"], capture_output=True, text=True)
         assert done.stdout.startswith("fisedit-compile ")
         assert done.returncode == 0
-
-
-class TestBench:
-    def test_rows_and_file(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        masks = np.zeros((3, 16, 16), bool)
-        masks[0, :4, :4] = masks[2, :8, :8] = True
-        np.savez(tmp_path / "masks.npz", masks=masks)
-        command = "bench unet --arch tiny --size 128 --edit-size 0.1 0.5 --baseline eager --repeats 2 --device cpu"
-        options = ["--masks", str(tmp_path / "masks.npz"), "--json", str(tmp_path / "bench.json")]
-        assert main([*command.split(), *options]) == 0
-        result = json.loads((tmp_path / "bench.json").read_text())
-        assert (result["arch"], result["size"], result["batch"], result["dtype"]) == ("tiny", 128, 2, "float32")
-        assert result["command"].startswith(f"fisedit-compile {command}")
-        assert result["versions"]["torch"] == torch.__version__
-        assert result["threads"] == torch.get_num_threads()
-        rows = result["rows"]
-        assert [(row["attention"], row["edit_size"]) for row in rows] == [
-            (attention, size) for attention in ("masked", "full") for size in (0.1, 0.5, 0.15625)
-        ]
-        for row in rows:
-            assert row["speedup"]["eager"] == pytest.approx(row["dense_ms"]["eager"] / row["sparse_ms"])
-            macs = row["macs"]
-            assert macs["ratio"] == pytest.approx(macs["dense"] / macs["sparse"])
-            assert row["tflops"]["sparse"] == pytest.approx(2 * macs["sparse"] / (row["sparse_ms"] * 1e-3) / 1e12)
-            for which, middle in (("eager", row["dense_ms"]["eager"]), ("sparse", row["sparse_ms"])):
-                assert row["p10_ms"][which] <= middle * (1 + 1e-9)
-                assert row["p90_ms"][which] >= middle * (1 - 1e-9)
-        small, large, real = rows[:3]
-        assert small["macs"]["sparse"] < large["macs"]["sparse"] < large["macs"]["dense"]
-        assert real["masks"] == {"source": "masks.npz", "used": 2, "empty": 1}
-        assert rows[3]["macs"]["sparse"] > small["macs"]["sparse"]  # all keys are more work than masked ones
-        lines = capsys.readouterr().out.splitlines()
-        assert len(lines) == 2 + len(rows)
-        assert "x eager" in lines[1]
-        assert "x compile" not in lines[1]
-
-    @pytest.mark.parametrize(
-        ("options", "reason"),
-        [
-            (("--arch", "sd9"), "choose one of tiny"),
-            (("--size", "100"), "multiple of 8"),
-            (("--masks", __file__), "no .npz of masks"),
-            (("--json", "no/such/folder/bench.json"), "there is no folder"),
-        ],
-    )
-    def test_bad_input(self, options: tuple[str, ...], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["bench", "unet", "--arch", "tiny", *options]) == 2
-        assert reason in capsys.readouterr().err
-
-    def test_table_shows_what_was_measured(self) -> None:
-        row = {
-            "edit_size": 0.05,
-            "masks": {"source": "square", "used": 1, "empty": 0},
-            "attention": "full",
-            "dense_ms": {"compile": 100.0},
-            "sparse_ms": 12.5,
-            "speedup": {"compile": 8.0},
-            "macs": {"dense": 40_000_000_000, "sparse": 4_000_000_000, "ratio": 10.0},
-        }
-        heads, cells = table([row]).splitlines()
-        assert " ".join(heads.split()) == (
-            "edit size attention compile ms sparse ms x compile dense GMAC sparse GMAC ratio"
-        )
-        assert cells.split() == ["5.0%", "full", "100.0", "12.5", "8.00", "40.0", "4.0", "10.00"]
-
-
-class TestMasks:
-    def test_square(self) -> None:
-        square = MaskSet.square(0.1, (16, 16))
-        assert (square.edit_size, square.active, square.source) == (0.1, 5 * 5 / 16**2, "square")
-
-    def test_packed_file(self, tmp_path: Path) -> None:
-        masks = np.random.default_rng(0).random((5, 8, 8)) < 0.3
-        masks[3] = False
-        np.savez(tmp_path / "packed.npz", packed=np.packbits(masks.reshape(5, -1), axis=1))
-        read = MaskSet.of_file(tmp_path / "packed.npz", (8, 8), most=10)
-        assert read.empty == 1
-        assert [mask[0].tolist() for mask in read.masks] == masks[[0, 1, 2, 4]].tolist()
-        assert read.edit_size == read.active == pytest.approx(masks[[0, 1, 2, 4]].mean())
-
-    def test_evenly_spaced_and_pooled(self, tmp_path: Path) -> None:
-        masks = np.zeros((9, 4, 4), bool)
-        masks[np.arange(9), 0, 0] = True
-        masks[8] = True
-        np.savez(tmp_path / "masks.npz", masks=masks)
-        read = MaskSet.of_file(tmp_path / "masks.npz", (2, 2), most=2)
-        assert [int(mask.sum()) for mask in read.masks] == [1, 4]
-        assert read.edit_size == read.active == 0.625
-
-    def test_only_empty_masks(self, tmp_path: Path) -> None:
-        np.savez(tmp_path / "masks.npz", masks=np.zeros((2, 4, 4), bool))
-        with pytest.raises(ValueError, match="none of the 2 masks"):
-            MaskSet.of_file(tmp_path / "masks.npz", (4, 4), most=2)
-
-
-class TestTiming:
-    def test_alternatives_take_turns(self) -> None:
-        order: list[str] = []
-        runs = {name: (lambda name=name: order.append(name)) for name in "ab"}
-        times = interleaved(runs, repeats=2, warmup=1, device=torch.device("cpu"), label="")
-        assert "".join(order) == "ababab"
-        assert {name: len(each) for name, each in times.items()} == {"a": 2, "b": 2}
-
-    def test_spread(self) -> None:
-        assert Spread.of([float(i) for i in range(11)]) == Spread(median=5, p10=1, p90=9)
 
 
 class TestSsim:

@@ -84,7 +84,9 @@ def test_breakdowns(model: Path, unets: UNets, capsys: pytest.CaptureFixture[str
     blocks = ["time_embedding", "conv_in", "down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]
     expected = {
         "op": {name: giga(macs, report.by_op[name]) for name, macs in report.dense.by_op.items()},
-        "resolution": {name: giga(n, report.by_resolution[name]) for name, n in report.dense.by_resolution.items()},
+        "resolution": {
+            name: giga(n, report.by_resolution.get(name, 0)) for name, n in report.dense.by_resolution.items()
+        },
         "module": {
             name: giga(report.dense.of_module(name), report.sparse.of_module(name)) for name in [*blocks, "conv_out"]
         },

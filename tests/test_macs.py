@@ -94,6 +94,37 @@ CASES: dict[str, tuple[Any, tuple[Any, ...], str, int]] = {
         "convolution",
         2 * 4 * 4 * 6,
     ),
+    "conv of rows, which takes the next norm too": (
+        fisedit.conv2d_rows_and_norm.default,
+        (
+            *(normal(5, 4), None, normal(6, 4 * 4), normal(6), torch.randint(-1, 5, (7, 4), dtype=torch.int32)),
+            *(torch.tensor([7], dtype=torch.int32), torch.tensor([0] * 3 + [1] * 4), None, normal(7, 6)),
+            *(normal(2, 6), normal(2, 6), "silu"),
+        ),
+        "convolution",
+        7 * 4 * 4 * 6,
+    ),
+    "linear of rows": (
+        fisedit.linear_rows.default,
+        (normal(7, 4), normal(6, 4), None, torch.tensor([5], dtype=torch.int32)),  # padded rows count
+        "linear",
+        7 * 4 * 6,
+    ),
+    "linear of rows, with GEGLU": (
+        fisedit.linear_rows.default,
+        (normal(7, 4), normal(6, 4), normal(6), None, None, None, None, None, None, "geglu"),
+        "linear",
+        7 * 4 * 6,
+    ),
+    "linear of rows, which takes the next norm too": (
+        fisedit.linear_rows_and_norm.default,
+        (
+            *(normal(3, 4), normal(6, 4), normal(6), None, torch.tensor([0, 0, 1]), normal(2, 6), normal(3, 6)),
+            *(normal(2, 6), normal(2, 6), "none"),
+        ),
+        "linear",
+        3 * 4 * 6,
+    ),
     "ragged self-attention": (
         fisedit.attention_rows.default,
         (normal(9, 2, 4), normal(9, 2, 4), normal(9, 2, 4), offsets(2, 0, 7), offsets(2, 0, 7), None),
@@ -189,7 +220,7 @@ def test_an_operator_of_ours_without_a_formula_is_refused() -> None:
     ours = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fisedit::")}
     assert {name for name in ours if is_refused(name)} == set()
     assert ours >= UNCOUNTED
-    assert is_refused("fisedit::linear_rows")  # there is none
+    assert is_refused("fisedit::another")
 
 
 def by_module(unet: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -42,24 +43,27 @@ def test_figures_are_those_of_the_counts(unets: UNets) -> None:
     for block in ("down_blocks.0", "mid_block", "conv_in"):
         assert line(text, block)[1:4] == cells(dense.of_module(block), step.of_module(block))
     assert line(text, "conv_in")[4:] == ["16x24", "on", "rows:", "1", "conv"]
-    assert line(text, "time_embedding")[4:] == ["dense:", "it", "has", "no", "pixels"]
+    assert line(text, "time_embedding")[4:] == ["once", "a", "base"]
     assert line(text, "add_embedding")[4:] == ["once", "an", "edit"]
-    (middle,) = re.findall(r"\nmid_block .*\n  resnets.0 (.*)\n", text)
-    assert middle.split()[3:] == ["4x6", "dense:", "4x6", "is", "below", "dense_below=8"]
+    (middle,) = re.findall(r"\nmid_block .*\n  resnets.0 (.*\n.*)\n", text)
+    assert middle.split()[3:5] == ["4x6", "on"]
+    assert middle.splitlines()[1].strip() == "all pixels: 4x6 is below dense_below=8"
     (down,) = re.findall(r"\ndown_blocks.0 .*\n  resnets.0 (.*)\n", text)
     assert down.endswith("16x24  on rows: 2 conv, 2 norm, 4 pointwise")
 
     side = round((0.15 * 16 * 24) ** 0.5)
     rows = [f"{2 * side * side}", "768", f"{report.edit_size:.1%}"]
     assert line(text, "16x24")[1:7] == [*rows, *cells(dense.by_resolution["16x24"], step.by_resolution["16x24"])]
-    assert line(text, "4x6")[1:] == cells(
-        dense.by_resolution["4x6"], step.by_resolution["4x6"]
-    )  # no rows, nothing kept
-    maps = sum(entry.kind == "map" for entry in program.cache_entries)
+    of_middle = cells(dense.by_resolution["4x6"], step.by_resolution["4x6"])
+    assert line(text, "4x6")[1:] == ["48", "48", "100.0%", *of_middle]  # all pixels are rows, nothing is kept
+    kept = Counter(entry.kind for entry in program.cache_entries)
+    assert kept["scale"] == kept["shift"]
     _, cache = sparse.record(sparse.call(*args, **kwargs))
     megabytes = sum(tensor.nbytes for tensor in cache.values()) / 1e6
-    statistics = len(program.cache_entries) - maps
-    assert f"keeps {maps} maps and {statistics} statistics of group norms a call, {megabytes:,.1f} MB." in text
+    numbers = f"{kept['map']} maps, {kept['scale']} group norms and {kept['value']} values of the timestep a call"
+    assert f"The base keeps {numbers}, {megabytes:,.1f} MB." in text
+    once = f"{report.prompt.total / 1e6:,.2f} MMACs are for the prompt alone" if report.prompt else ""
+    assert once in text
     for each in program.reports:
         assert line(text, each.name)[1:3] == [str(each.changed), str(len(each.skipped))]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,14 +36,17 @@ def random_mask(*shape: int, share: float, seed: int = 0) -> Tensor:
 
 
 def by_hand(
-    unet: torch.nn.Module, inputs: Any, masks: Tensor, *, attention: str, dense_below: int
-) -> tuple[dict[str, int], dict[str, int]]:
-    """MACs of each module in a sparse step and once an edit, from what the modules say while the dense U-Net runs.
+    unet: Any, inputs: Any, masks: Tensor, *, attention: str, dense_below: int
+) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    """MACs of each module in a sparse step, once an edit and once a base, from what the modules say in a dense call.
+
+    Layers that read one value are one product, of the innermost module that holds them all: ``""`` is the U-Net.
 
     Args:
         masks: bool ``[B, h, w]``, one a sample of the batch.
     """
-    step, once = Counter[str](), Counter[str]()
+    step, edit, base = Counter[str](), Counter[str](), Counter[str]()
+    pooled = unet.config.addition_embed_type is not None  # the prompt is part of the time embedding
     sizes = {}  # tokens -> the resolution, or what stays dense
     size = tuple(masks.shape[1:])
     while min(size) >= 1 and np.prod(size) not in sizes:
@@ -63,12 +67,17 @@ def by_hand(
                 step[path] += sum(rows(tuple(out.shape[2:]))) * weight
             elif isinstance(module, torch.nn.Linear):
                 weight = module.in_features * module.out_features
-                if given[0].shape[1:-1] == (TOKENS,) or path.startswith("add_embedding"):
-                    once[path] += given[0][..., 0].numel() * weight  # text, and the picture's size
+                if given[0].shape[1:-1] == (TOKENS,):  # keys and values of all cross-attentions
+                    edit[""] += given[0][..., 0].numel() * weight
+                elif path.startswith("add_embedding"):  # pooled text, and the picture's size
+                    edit[path] += given[0].shape[0] * weight
+                elif given[0].ndim == 2 and pooled and path.endswith("time_emb_proj"):
+                    step[""] += given[0].shape[0] * weight
                 elif given[0].ndim == 2:  # the time embedding, which has no pixels
-                    step[path] += given[0].shape[0] * weight
+                    base[path] += given[0].shape[0] * weight
                 else:
-                    step[path] += sum(rows(sizes[given[0].shape[1]])) * weight
+                    merged = re.sub(r"(?<=attn1)\.to_[qkv]$", "", path)
+                    step[merged] += sum(rows(sizes[given[0].shape[1]])) * weight
             elif isinstance(module, Attention):
                 size = sizes[given[0].shape[1]]
                 text = options.get("encoder_hidden_states")
@@ -85,7 +94,7 @@ def by_hand(
         unet(*inputs[0], **inputs[1])
     for handle in handles:
         handle.remove()
-    return {k: v for k, v in step.items() if v}, {k: v for k, v in once.items() if v}
+    return nonzero(step), nonzero(edit), nonzero(base)
 
 
 def nonzero(by_module: Any) -> dict[str, int]:
@@ -113,7 +122,7 @@ def test_each_module_of_a_step_has_the_macs_of_its_rows(
     in_batch = masks.repeat(batch // len(masks), 1, 1)
     inputs = unets.inputs(arch, batch, size)
     expected = by_hand(unets.dense(arch), inputs, in_batch, attention=attention, dense_below=dense_below)
-    assert (nonzero(count.by_module), nonzero(counter.prompt.by_module)) == expected
+    assert tuple(nonzero(each.by_module) for each in (count, counter.prompt, counter.timestep)) == expected
     for breakdown in (count.by_op, count.by_resolution, count.by_module):
         assert sum(breakdown.values()) == count.total
     assert next(iter(count.by_resolution)) == "{}x{}".format(*size)
@@ -123,15 +132,16 @@ def test_each_module_of_a_step_has_the_macs_of_its_rows(
 
 @pytest.mark.parametrize("attention", ["full", "masked"])
 @pytest.mark.parametrize(("batch", "size"), [(2, (16, 16)), (4, (13, 10))])
-def test_a_step_of_the_whole_picture_is_a_dense_call_without_the_text(
+def test_a_step_of_the_whole_picture_is_a_dense_call_without_text_and_time(
     unets: UNets, batch: int, size: tuple[int, int], attention: str
 ) -> None:
-    """The only difference is what moved to the prompt: taps outside the picture count in both, norms in neither."""
+    """All that differs is what moved to prompt and base: taps outside the picture count in both, norms in neither."""
     sparse = unets.sparse("micro", attention=attention)
     counter = MacCounter(sparse.program(unets.call(sparse, "micro", batch, size)), check=False)
     whole = counter.report(edit_size=1.0)
     assert whole.edit_size == 1.0
-    assert whole.total + counter.prompt.total == counter.dense.total == count_dense(counter.program, check=False).total
+    once = counter.prompt.total + counter.timestep.total
+    assert whole.total + once == counter.dense.total == count_dense(counter.program, check=False).total
     assert counter.prompt.by_op == {"convolution": 0, "linear": counter.prompt.total, "attention": 0}
 
 
@@ -159,7 +169,7 @@ def sd2() -> MacCounter:
 
 
 def test_figures_of_stable_diffusion_2(sd2: MacCounter) -> None:
-    measured = {0.05: 196.328, 0.15: 409.872, 0.30: 737.651}
+    measured = {0.05: 196.273, 0.15: 409.816, 0.30: 737.596}
     for edit_size, most, ratio in ((0.05, 200e9, 10.5), (0.15, 415e9, 5.0), (0.30, 745e9, 2.8)):
         report = sd2.report(edit_size=edit_size)
         assert report.edit_size == pytest.approx(edit_size, rel=0.05)
@@ -187,7 +197,8 @@ def test_figures_of_the_real_masks(sd2: MacCounter) -> None:
     assert counts.mean_with_empty < counts.mean.total <= 670e9
     assert counts.mean.ratio >= 3.2
     assert counts.percentile(5) < counts.percentile(50) < counts.percentile(95) < sd2.dense.total
-    assert counts.of_empty == counts.mean.by_resolution["12x12"] + sd2.dense.by_resolution["none"] - sd2.prompt.total
+    assert counts.of_empty == counts.mean.by_resolution["12x12"]
+    assert sd2.dense.by_resolution["none"] == sd2.prompt.total + sd2.timestep.total
 
 
 def test_the_mean_of_masks_is_that_of_their_counts(unets: UNets) -> None:
@@ -215,6 +226,7 @@ def test_a_model_is_counted_in_one_call(unets: UNets) -> None:
     assert (report.height, report.width, report.batch, report.attention) == (40, 52, 2, "masked")
     assert report.prompt is not None
     assert report.total < report.dense.total - report.prompt.total
+    assert report.by_resolution.get("none", 0) == 0  # text and time embedding are no part of a step
     assert report.dense == count_macs(pipeline, height=40, width=52).dense
     row = report.to_dict()
     assert (row["macs_sparse"], row["macs_prompt"]) == (report.total, report.prompt.total)
@@ -272,7 +284,9 @@ def test_an_edit_reports_its_macs(unets: UNets) -> None:
     sparse = unets.sparse("micro", attention="masked")
     call = unets.call(sparse, "micro", 2, (16, 16))
     prepared = sparse.plan(call, random_mask(1, 16, 16, share=0.2))
-    run: Any = SimpleNamespace(unet=sparse, _first_call=call, _prepared=prepared)
+    run: Any = SimpleNamespace(unet=sparse, _first_call=call, _prepared=prepared, ran_dense=False)
     macs, program = EditRun.macs(run), sparse.program(call)
     dense, step = count_dense(program, check=False).total, count_step(program, prepared.plan, check=False).total
     assert macs == {"dense_step": dense, "sparse_step": step, "ratio": dense / step}
+    run.ran_dense = True  # a mask over ``dense_above``
+    assert EditRun.macs(run) == {"dense_step": dense, "sparse_step": dense, "ratio": 1.0}

@@ -67,6 +67,25 @@ def test_cached_equals_the_reference(dtype: torch.dtype, tile: AttentionTile, he
     assert_close(out, attention_cached_reference(*(t.double() for t in (q, k, v, base_k, base_v)), *arguments))
 
 
+@pytest.mark.parametrize("tile", [WHOLE, SPLIT], ids=["whole", "split"])
+@pytest.mark.parametrize("counts", [(0, 0), (1, 0), (6, 19)])
+def test_padding_behind_the_last_offset_is_never_read(tile: AttentionTile, counts: tuple[int, int]) -> None:
+    real, pixels, samples = sum(counts), 35, offsets(*counts)
+    index = torch.cat([b * pixels + torch.randperm(pixels)[:n].sort().values for b, n in enumerate(counts)])
+    q, k, v = (rows(30, 16, torch.float32, seed) for seed in range(3))
+    for padded in (q, k, v):
+        padded[real:] = torch.nan
+    base_k, base_v = (rows(2 * pixels, 16, torch.float32, seed) for seed in (3, 4))
+    padded_index = torch.cat([index, index.new_zeros(30 - real)])
+    with poisoned():
+        out = rows_kernel.attention_rows_triton(q, k, v, samples, samples, None, tile)
+        cached = cached_kernel.attention_cached_triton(q, k, v, base_k, base_v, padded_index, samples, None, tile)
+    q, k, v = (t[:real].double() for t in (q, k, v))
+    assert_close(out[:real], attention_rows_reference(q, k, v, samples, samples, None), torch.float32)
+    expected = attention_cached_reference(q, k, v, base_k.double(), base_v.double(), index, samples, None)
+    assert_close(cached[:real], expected, torch.float32)
+
+
 def test_parts_of_merged_projections_are_read_where_they_are() -> None:
     merged = rows(12, 3 * 16, torch.float32, 0).view(12, 3, HEADS, 16)
     q, k, v = merged.unbind(1)
@@ -89,4 +108,5 @@ def test_every_pixel_finds_its_row(count: int) -> None:
     expected = torch.full((300,), -1, dtype=torch.int32)
     expected[index] = torch.arange(count, dtype=torch.int32)
     with poisoned():
-        assert torch.equal(cached_kernel.row_of_pixels(index, 300), expected)
+        count = torch.tensor([len(index)], dtype=torch.int32)
+        assert torch.equal(cached_kernel.row_of_pixels(index, count, 300), expected)

@@ -11,8 +11,12 @@ from poison import poisoned
 
 import fisedit_compile.kernels.ops  # noqa: F401  (registers torch.ops.fisedit)
 from fisedit_compile.kernels.attention_rows import attention_cached_reference, attention_rows_reference
-from fisedit_compile.kernels.conv2d_rows import conv2d_rows_reference
-from fisedit_compile.kernels.group_norm_rows import group_norm_rows_reference
+from fisedit_compile.kernels.cat_norm_rows import cat_norm_rows_reference
+from fisedit_compile.kernels.conv2d_rows import conv2d_rows_and_norm_reference, conv2d_rows_reference
+from fisedit_compile.kernels.copy_rows import RowCopies
+from fisedit_compile.kernels.group_norm_rows import group_norm_rows_reference, group_norm_whole_reference
+from fisedit_compile.kernels.layer_norm_rows import layer_norm_rows_reference
+from fisedit_compile.kernels.linear_rows import linear_rows_and_norm_reference, linear_rows_reference
 from fisedit_compile.neighbour_table import Taps, neighbour_table
 from fisedit_compile.sample_masks import square_mask
 from fisedit_compile.testing import assert_close
@@ -45,9 +49,11 @@ def check(op: Op, reference: Op, *arguments: Any) -> None:
     """Every element written, right within the dtype's tolerance, and the same bits in a second run."""
     with poisoned():
         out, again = op(*arguments), op(*arguments)
-    assert torch.equal(out, again)
     wide = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
-    assert_close(out, reference(*wide))
+    results = [(each,) if isinstance(each, torch.Tensor) else each for each in (out, again, reference(*wide))]
+    for first, second, wanted in zip(*results, strict=True):
+        assert torch.equal(first, second)
+        assert_close(first, wanted)
 
 
 def conv_inputs(
@@ -100,9 +106,75 @@ def test_tf32_only_where_torch_allows_it(
 def test_group_norm(dtype: torch.dtype, side: int, channels: int) -> None:
     sample = active(0.15, side).nonzero()[:, 0]
     rows = normal(len(sample), channels, dtype=dtype) * 2 + 3
-    mean, rstd = normal(BATCH, 32) + 3, normal(BATCH, 32).abs() + 0.5
+    scale, shift = normal(BATCH, channels), normal(BATCH, channels)
+    ops = torch.ops.fisedit
+    for silu in (False, True):
+        check(ops.group_norm_rows, group_norm_rows_reference, rows, sample, scale, shift, silu)
+    left, right = rows[:, :128], rows[:, 128:]
+    check(ops.cat_norm_rows, cat_norm_rows_reference, left, right, sample, scale, shift, True)
     weight, bias = normal(channels, dtype=dtype), normal(channels, dtype=dtype)
-    check(torch.ops.fisedit.group_norm_rows, group_norm_rows_reference, rows, sample, mean, rstd, weight, bias)
+    check(ops.layer_norm_rows, layer_norm_rows_reference, rows, weight, bias, 1e-5)
+    whole = normal(BATCH * side * side, channels, dtype=dtype) * 2 + 3
+    check(ops.group_norm_whole, group_norm_whole_reference, whole, BATCH, 32, weight, bias, 1e-5, True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize(("side", "channels"), [(96, 320), (48, 640), (24, 1280)])
+def test_linear_layers_and_every_epilogue(dtype: torch.dtype, share: float, side: int, channels: int) -> None:
+    sample = active(share, side).nonzero()[:, 0].contiguous()
+    rows, residual = (normal(len(sample), channels, dtype=dtype) for _ in range(2))
+    bias, time = normal(8 * channels, dtype=dtype), normal(BATCH, channels, dtype=dtype)
+    scale, shift = normal(BATCH, channels), normal(BATCH, channels)
+    weight = normal(8 * channels, channels, dtype=dtype) / channels**0.5
+    square = (weight[:channels], bias[:channels])
+    ops = torch.ops.fisedit
+    check(ops.linear_rows, linear_rows_reference, rows, weight[: 3 * channels], None)
+    check(ops.linear_rows, linear_rows_reference, rows, *square, None, None, None, residual)
+    geglu = (None, None, None, None, None, None, "geglu")
+    check(ops.linear_rows, linear_rows_reference, rows, weight, bias, *geglu)
+    epilogue = (None, sample, time, residual, scale, shift, "silu")
+    check(ops.linear_rows_and_norm, linear_rows_and_norm_reference, rows, *square, *epilogue)
+    rows, halo, weight, bias, table = conv_inputs(share, side, channels, channels, dtype)
+    owner = (torch.arange(len(table), device="cuda") * 2 >= len(table)).long()
+    epilogue = (None, owner, time, normal(len(table), channels, dtype=dtype), scale, shift, "silu")
+    convolution = (rows, halo, weight, bias, table)
+    check(ops.conv2d_rows_and_norm, conv2d_rows_and_norm_reference, *convolution, *epilogue)
+
+
+@pytest.mark.parametrize("real", [0, 1, 700])
+def test_padding_is_neither_computed_nor_read(real: int) -> None:
+    rows, halo, weight, bias, table = conv_inputs(0.05, 96, 320, 320, torch.bfloat16)
+    table[real:] = -1
+    residual = normal(len(table), 320, dtype=torch.bfloat16)
+    residual[real:] = torch.nan
+    count = torch.tensor([real], dtype=torch.int32, device="cuda")
+    arguments = (rows, halo, weight, bias, table, count, None, None, residual)
+    with poisoned():
+        out = torch.ops.fisedit.conv2d_rows(*arguments)
+        linear = torch.ops.fisedit.linear_rows(residual, weight[:, :320], bias, count, None, None, residual)
+    wide = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
+    assert_close(out[:real], conv2d_rows_reference(*wide)[:real])
+    own = residual[:real].double()
+    assert_close(linear[:real], linear_rows_reference(own, weight[:, :320].double(), bias.double()) + own)
+
+
+def test_many_copies_in_one_launch() -> None:
+    sources = [normal(500, 320, dtype=torch.bfloat16), normal(2, 77, 64), normal(18432, 4, dtype=torch.float16)]
+    indices = [torch.randperm(500, device="cuda")[:300], None, torch.arange(0, 18432, 3, device="cuda")]
+    lengths = [300, 2, 6144]
+    targets = [s.new_empty(n, *s.shape[1:]) for n, s in zip(lengths, sources, strict=True)]
+    counts = torch.tensor([200, 0, 6144], dtype=torch.int32, device="cuda")
+    with poisoned():
+        copies = RowCopies(targets, indices, counts)
+        addresses = copies.addresses(sources)
+        for target in targets:
+            target.fill_(-7)
+        copies.run(addresses)
+    assert torch.equal(targets[0][:200], sources[0][indices[0][:200]])
+    assert (targets[0][200:] == -7).all()
+    assert torch.equal(targets[1], sources[1])
+    assert torch.equal(targets[2], sources[2][::3])
 
 
 # (side, heads, head dim): self-attention of SD2 at 768, and the head dims of SD1.5
@@ -138,7 +210,7 @@ def test_no_operator_waits_for_the_device_and_all_replay_in_a_graph() -> None:
     rows, halo, weight, bias, table = conv_inputs(0.05, 48, 64, 64, torch.bfloat16)
     mask = active(0.05, 48)
     index, offsets = mask.flatten().nonzero().flatten(), offsets_of(mask)
-    sample, statistics = mask.nonzero()[:, 0].contiguous(), normal(BATCH, 32)
+    sample, statistics = mask.nonzero()[:, 0].contiguous(), normal(BATCH, 64)
     q = normal(len(index), 2, 32, dtype=torch.bfloat16)
     base = normal(mask.numel(), 2, 32, dtype=torch.bfloat16)
     x = q.flatten(1)
@@ -147,7 +219,13 @@ def test_no_operator_waits_for_the_device_and_all_replay_in_a_graph() -> None:
     def call() -> list[torch.Tensor]:
         return [
             ops.conv2d_rows(rows, halo, weight, bias, table),
-            ops.group_norm_rows(x, sample, statistics, statistics, None, None),
+            ops.linear_rows(x, weight[:, :64], bias),
+            ops.linear_rows(x, weight[:, :64], bias, None, None, None, x),
+            ops.group_norm_rows(x, sample, statistics, statistics),
+            ops.group_norm_whole(base.flatten(1), BATCH, 8, None, None, 1e-5),
+            ops.layer_norm_rows(x, None, None, 1e-5),
+            ops.cat_norm_rows(x[:, :32], x[:, 32:], sample, statistics, statistics)[1],
+            ops.scatter_rows(x, base.flatten(1), index, [BATCH, 64, 48, 48], [0, 2, 3, 1], 3, offsets[-1:]),
             ops.attention_rows(q, q, q, offsets, offsets, None),
             ops.attention_cached(q, q, q, base, base, index, offsets, None),
         ]

@@ -12,11 +12,11 @@ import sys
 from collections.abc import Sequence
 
 from fisedit_compile import __version__
-from fisedit_compile.cli import bench, edit, macs
+from fisedit_compile.cli import bench, blocks, edit, macs
 from fisedit_compile.errors import FiseditError
 
 PROGRAM = "fisedit-compile"
-SUBCOMMANDS = (edit, bench, macs)
+SUBCOMMANDS = (edit, bench, macs, blocks)
 
 
 def build_parser() -> argparse.ArgumentParser:

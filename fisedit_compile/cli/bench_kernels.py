@@ -13,13 +13,15 @@ from fisedit_compile.cli.runtime import add_runtime_options, describe, share, st
 
 _EDIT_SIZES = (0.05, 0.15, 0.30, 1.0)
 
+_SWEEP_SECONDS = 150.0
+
 _METHOD = """\
 Shapes are those of Stable Diffusion 2 at 768x768 with guidance; masks are squares in the middle. A time is the median
 of replays of a CUDA graph with the L2 cache emptied before each (triton.testing.do_bench). The floor is the greater of
 the bytes that must move at 4.3 TB/s and the multiply-accumulates at 790 TFLOP/s, both as measured on an H200 with bf16.
 
---sweep times the tiles of the convolution for each shape and prints the best beside the one that the size heuristic
-picks; --json keeps every time, to fit the heuristic to."""
+--sweep times the tiles of the product of rows (convolution and linear layer) at many sizes, beside cuBLAS. With --json
+its file is what the choice of tiles reads: kernels/row_product_tiles.json."""
 
 
 def add_parser(what: Any) -> None:
@@ -64,18 +66,17 @@ def run_kernels(args: argparse.Namespace) -> None:
         conditions = {"command": args.command_line, **describe(device, dtype)}
         rows: list[dict[str, Any]]
         if args.sweep:
-            rows, skipped = sweep(args.edit_size, device, dtype)
-            shown = [["rows", "in", "out", "best tile", "us", "heuristic", "us", "x best"]]
+            rows, skipped = sweep(device, dtype, _SWEEP_SECONDS)
+            shown = [["rows", "depth", "out", "geglu", "best tile", "us", "cuBLAS us"]]
             shown += [
                 [
-                    *(str(row[name]) for name in ("rows", "channels", "filters")),
-                    row["best"], f"{row['best_us']:.1f}", row["chosen"], f"{row['chosen_us']:.1f}",
-                    f"{row['chosen_us'] / row['best_us']:.2f}",
+                    *(str(row[name]) for name in ("rows_out", "depth", "filters_out", "geglu")), _tile(row),
+                    f"{row['us']:.1f}", f"{row['library_us']:.1f}",
                 ]
                 for row in rows
             ]  # fmt: skip
             if skipped:
-                print(f"out of time: variants of {skipped} shapes were not timed", file=sys.stderr)
+                print(f"out of time: {skipped} sizes were not timed", file=sys.stderr)
         else:
             rows = [asdict(measure(case)) for case in all_cases(args.edit_size, device, dtype)]
             shown = [["kernel", "shape", "edit", "rows", "us", "dense us", "x dense", "floor us", "x floor"]]
@@ -90,4 +91,9 @@ def run_kernels(args: argparse.Namespace) -> None:
     print(f"{conditions['device_name']}, {conditions['dtype']}, torch {conditions['versions']['torch']}")
     print(text_table(shown, left=(0, 1)))
     if args.json:
-        args.json.write_text(json.dumps({**conditions, "rows": rows}, indent=2) + "\n")
+        args.json.write_text(json.dumps({**conditions, "best" if args.sweep else "rows": rows}, indent=2) + "\n")
+
+
+def _tile(row: dict[str, Any]) -> str:
+    second = "+" if row["second_kernel"] else ""
+    return f"{row['rows']}x{row['filters']}x{row['channels']} /{row['splits']}{second} w{row['warps']} s{row['stages']}"

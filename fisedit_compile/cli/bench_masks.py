@@ -11,6 +11,9 @@ from torch import Tensor
 from fisedit_compile.sample_masks import read_masks, square_mask
 from fisedit_compile.user_mask import as_mask
 
+#: Places of squares follow one another by the golden ratio, so that no few of them lie in a row.
+_GOLDEN = (5**0.5 - 1) / 2
+
 
 @dataclass(frozen=True)
 class MaskSet:
@@ -56,6 +59,23 @@ class MaskSet:
         spaced = torch.linspace(0, len(filled) - 1, min(most, len(filled))).round().long()
         pooled = [as_mask(mask, samples=1, size=size) for mask in filled[spaced]]
         return cls(_mean_share(pooled), pooled, path.name, empty=len(masks) - len(filled))
+
+
+def scattered_squares(edit_size: float, size: tuple[int, int], count: int) -> list[Tensor]:
+    """``count`` squares of one area at different places, as far as there is room: each bool ``[1, h, w]``.
+
+    See :func:`~fisedit_compile.sample_masks.square_mask` for ``edit_size`` and ``size``.
+    """
+    middle = square_mask(edit_size, size)[0]
+    rows, columns = int(middle.any(1).sum()), int(middle.any(0).sum())
+    squares = []
+    for i in range(count):
+        top = round((i + 0.5) / count * (size[0] - rows))
+        left = round((i + 1) * _GOLDEN % 1 * (size[1] - columns))
+        square = torch.zeros(1, *size, dtype=torch.bool)
+        square[:, top : top + rows, left : left + columns] = True
+        squares.append(square)
+    return squares
 
 
 def _mean_share(masks: list[Tensor]) -> float:

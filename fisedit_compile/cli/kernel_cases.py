@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 
 import fisedit_compile.kernels.ops  # noqa: F401  (registers torch.ops.fisedit)
-from fisedit_compile.kernels.group_norm_rows_triton import group_norm_rows_triton
+from fisedit_compile.cli.kernel_timing import microseconds
 from fisedit_compile.neighbour_table import Taps, neighbour_table
 from fisedit_compile.sample_masks import square_mask
 
@@ -97,16 +98,6 @@ def normal(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, device=device, dtype=torch.float32).to(dtype)
 
 
-def microseconds(run: Callable[[], object], warmup: int = 10, rep: int = 50) -> float:
-    """Median time of a CUDA graph's replay: without the gaps of Python between launches, with a cold L2 cache."""
-    run()  # compiles, and lets cuDNN choose
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return 1e3 * float(triton.testing.do_bench(graph.replay, warmup=warmup, rep=rep, return_mode="median"))
-
-
 # A dense counterpart is timed once, not at every edit size; keys are (kernel, shape).
 _dense_times: dict[tuple[str, str], float] = {}
 
@@ -127,28 +118,49 @@ def all_cases(edit_sizes: Sequence[float], device: torch.device, dtype: torch.dt
     torch.manual_seed(0)
     for side, channels, filters in CONVOLUTIONS:
         for edit_size in edit_sizes:
-            yield _convolution(edit_size, side, channels, filters, device, dtype)
+            yield from _convolution(edit_size, side, channels, filters, device, dtype)
     for side, channels, heads in MAPS:
         for edit_size in edit_sizes:
             mask = square(edit_size, side, device)
             yield _group_norm(edit_size, mask, side, channels, dtype)
+            yield from _linear(edit_size, mask, side, channels, dtype)
             yield from _gather_and_scatter(edit_size, mask, side, channels, dtype)
             yield from _attention(edit_size, mask, side, channels, heads, dtype)
 
 
 def _convolution(
     edit_size: float, side: int, channels: int, filters: int, device: torch.device, dtype: torch.dtype
-) -> Case:
-    inputs = convolution_inputs(square(edit_size, side, device), side, channels, filters, dtype)
+) -> Iterator[Case]:
+    mask = square(edit_size, side, device)
+    inputs = convolution_inputs(mask, side, channels, filters, dtype)
     rows, halo, weight, bias, table = inputs
     x = normal(BATCH, channels, side, side, device=device, dtype=dtype).to(memory_format=torch.channels_last)
     kernel = weight.view(filters, 3, 3, channels).permute(0, 3, 1, 2)  # channels_last, as cuDNN likes it
     count = table.shape[0]
     values = rows.numel() + halo.numel() + weight.numel() + count * filters
-    return Case(
-        "conv2d_rows", f"{side}x{side} {channels}->{filters}", edit_size, count,
-        run=lambda: torch.ops.fisedit.conv2d_rows(*inputs), dense=lambda: F.conv2d(x, kernel, bias, padding=1),
-        bytes=values * dtype.itemsize + table.numel() * 4, macs=count * 9 * channels * filters,
+    moved = values * dtype.itemsize + table.numel() * 4
+    common: dict[str, Any] = {
+        "shape": f"{side}x{side} {channels}->{filters}", "edit_size": edit_size, "rows": count,
+        "macs": count * 9 * channels * filters,
+    }  # fmt: skip
+    yield Case(
+        kernel="conv2d_rows", run=lambda: torch.ops.fisedit.conv2d_rows(*inputs),
+        dense=lambda: F.conv2d(x, kernel, bias, padding=1), bytes=moved, **common,
+    )  # fmt: skip
+    time = normal(BATCH, filters, device=device, dtype=dtype)
+    residual = normal(count, filters, device=device, dtype=dtype)
+    scale, shift = (normal(BATCH, filters, device=device, dtype=torch.float32) for _ in range(2))
+    whole = torch.empty_like(F.conv2d(x, kernel, bias, padding=1)).normal_()
+
+    def dense() -> Tensor:
+        raw = F.conv2d(x, kernel, bias, padding=1) + time[:, :, None, None] + whole
+        return F.silu(F.group_norm(raw, _GROUPS, bias, bias))
+
+    fused = partial(torch.ops.fisedit.conv2d_rows_and_norm, *inputs, None, mask.sample)
+    yield Case(
+        kernel="conv2d_rows + time + residual + norm + silu",
+        run=lambda: fused(time, residual, scale, shift, "silu"), dense=dense,
+        bytes=moved + 2 * residual.numel() * dtype.itemsize + 8 * count, **common,
     )  # fmt: skip
 
 
@@ -156,14 +168,40 @@ def _group_norm(edit_size: float, mask: Mask, side: int, channels: int, dtype: t
     device, count = mask.index.device, mask.index.shape[0]
     rows, x = (normal(n, channels, device=device, dtype=dtype) for n in (count, BATCH * side * side))
     dense = x.view(BATCH, side, side, channels).permute(0, 3, 1, 2)
-    mean, rstd = (normal(BATCH, _GROUPS, device=device, dtype=torch.float32) for _ in range(2))
+    scale, shift = (normal(BATCH, channels, device=device, dtype=torch.float32) for _ in range(2))
     weight, bias = (normal(channels, device=device, dtype=dtype) for _ in range(2))
     return Case(
         "group_norm_rows + silu", f"{side}x{side} {channels}", edit_size, count,
-        run=lambda: group_norm_rows_triton(rows, mask.sample, mean, rstd, weight, bias, silu=True),
+        run=lambda: torch.ops.fisedit.group_norm_rows(rows, mask.sample, scale, shift, True),
         dense=lambda: F.silu(F.group_norm(dense, _GROUPS, weight, bias)),
         bytes=2 * rows.numel() * dtype.itemsize + 8 * count, macs=0,
     )  # fmt: skip
+
+
+def _linear(edit_size: float, mask: Mask, side: int, channels: int, dtype: torch.dtype) -> Iterator[Case]:
+    device, count = mask.index.device, mask.index.shape[0]
+    op, pixels = torch.ops.fisedit.linear_rows, BATCH * side * side
+    for name, wide, out, geglu in (
+        ("qkv", channels, 3 * channels, False),
+        ("out + residual", channels, channels, False),
+        ("geglu", channels, 4 * channels, True),
+        ("4C->C + residual", 4 * channels, channels, False),
+    ):
+        filters = out * (2 if geglu else 1)
+        rows, x = (normal(n, wide, device=device, dtype=dtype) for n in (count, pixels))
+        weight, bias = (
+            normal(filters, wide, device=device, dtype=dtype) / wide**0.5,
+            normal(filters, device=device, dtype=dtype),
+        )
+        residual = normal(count, out, device=device, dtype=dtype) if "residual" in name else None
+        activation = "geglu" if geglu else "none"
+        yield Case(
+            f"linear_rows {name} / cuBLAS", f"{side}x{side} {wide}->{out}", edit_size, count,
+            run=partial(op, rows, weight, bias, residual=residual, activation=activation),
+            dense=partial(F.linear, x, weight, bias),
+            bytes=(rows.numel() + weight.numel() + count * out * (2 if residual is not None else 1)) * dtype.itemsize,
+            macs=count * wide * filters,
+        )  # fmt: skip
 
 
 def _gather_and_scatter(edit_size: float, mask: Mask, side: int, channels: int, dtype: torch.dtype) -> Iterator[Case]:
@@ -201,6 +239,14 @@ def _attention(
         "attention_rows", run=lambda: torch.ops.fisedit.attention_rows(q, k, v, mask.offsets, mask.offsets, None),
         bytes=4 * q.numel() * size, macs=2 * count * (count // BATCH) * channels, **common,
     )  # fmt: skip
+    if dtype.itemsize == 2:  # torch's ragged attention; the longest sequence is on the device, so it gets all rows
+        offsets, same = mask.offsets, {"shape": f"{count} x {heads} heads of {width}"}
+        op = torch.ops.fisedit.attention_rows
+        yield Case(
+            "attention_rows / varlen_attn", run=lambda: op(q, k, v, offsets, offsets, None),
+            bytes=4 * q.numel() * size, macs=2 * count * (count // BATCH) * channels,
+            **(common | same | {"dense": lambda: varlen_attn(q, k, v, offsets, offsets, count, count)}),
+        )  # fmt: skip
     inputs = (q, k, v, base_k, base_v, mask.index, mask.offsets, None)
     yield Case(
         "attention_cached", run=lambda: torch.ops.fisedit.attention_cached(*inputs),

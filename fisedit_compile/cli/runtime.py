@@ -18,8 +18,9 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _PACKAGES = ("torch", "diffusers", "transformers", "triton", "numpy")
 
 
-def add_runtime_options(parser: argparse.ArgumentParser) -> None:
-    """``--device``, ``--dtype`` and ``--threads``, which :func:`start` reads."""
+def add_runtime_options(parser: argparse.ArgumentParser, *, cuda_dtype: str = "fp16") -> None:
+    """``--device``, ``--dtype`` (on CUDA ``cuda_dtype`` by default) and ``--threads``, which :func:`start` reads."""
+    parser.set_defaults(cuda_dtype=cuda_dtype)
     group = parser.add_argument_group("where it runs")
     group.add_argument(
         "--device", default="auto", metavar="auto|cpu|cuda", help="auto takes CUDA where there is one (default: auto)"
@@ -28,7 +29,7 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("auto", *DTYPES),
         default="auto",
-        help="of weights and activations; auto is fp32 on the CPU and fp16 on CUDA (default: auto)",
+        help=f"of weights and activations; auto is fp32 on the CPU and {cuda_dtype} on CUDA (default: auto)",
     )
     group.add_argument(
         "--threads", type=whole_number(1), metavar="N", help="threads of torch on the CPU (default: torch's own choice)"
@@ -53,7 +54,7 @@ def start(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
         raise ValueError(f"--device {name}: choose auto, cpu, cuda or cuda:N")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA device(s); use --device cpu")
-    dtype = args.dtype if args.dtype != "auto" else ("fp16" if kind == "cuda" else "fp32")
+    dtype = args.dtype if args.dtype != "auto" else (getattr(args, "cuda_dtype", "fp16") if kind == "cuda" else "fp32")
     return torch.device(name), getattr(torch, DTYPES[dtype])
 
 
@@ -69,6 +70,8 @@ def describe(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:  # triton is there on Linux alone
             continue
+    if torch.version.cuda:
+        versions["cuda"] = torch.version.cuda
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {
         "device": str(device),

@@ -17,6 +17,7 @@ from fisedit_compile.passes.manager import SPARSE_PASSES
 from fisedit_compile.passes.record_activations import record_activations
 from fisedit_compile.passes.report import PassReport
 from fisedit_compile.passes.requests import CacheEntry, requests_of
+from fisedit_compile.passes.reuse_timestep import is_timestep
 from fisedit_compile.plan import PlanTensor, plan_edit
 from fisedit_compile.testing import assert_close
 
@@ -133,9 +134,12 @@ class Snapshots:
     ) -> torch.Tensor:
         """Run a graph between two passes on the inputs ``edit``, over what a base kept, with the plan of ``mask``."""
         requests = requests_of(graph_module.graph)
-        plan = plan_edit(mask, [request for request in requests if isinstance(request, PlanTensor)], batch=len(edit[0]))
-        asked = [kept[r] if isinstance(r, CacheEntry) else plan.tensor(r) for r in requests]
-        return graph_module(*edit, *asked)
+        plan_requests = [request for request in requests if isinstance(request, PlanTensor)]
+        plan = plan_edit(mask, plan_requests, batch=len(edit[0]), dense_below=self.config.dense_below)
+        names = [node.target for node in placeholders_of(self.dense)]
+        values: dict[Any, torch.Tensor] = {**dict(zip(names, edit, strict=True)), **kept}
+        values.update((request, plan.tensor(request)) for request in plan_requests)
+        return graph_module(*(values[n.meta.get("request", n.target)] for n in placeholders_of(graph_module)))
 
     def run_final(self, base: int, edit: int, mask: torch.Tensor) -> torch.Tensor:
         """The sparse graph on the inputs of seed ``edit``, over the base of seed ``base``."""
@@ -166,11 +170,11 @@ def snapshots(dense: GraphModule, config: SparsityConfig = CONFIG) -> Snapshots:
 
 
 def inputs(graph_module: GraphModule, seed: int) -> list[torch.Tensor]:
-    """Values for the placeholders of a dense graph; seed 0 stands for the base, others for edits."""
+    """Values for the placeholders of a dense graph; seed 0 stands for the base, others for edits at its timestep."""
     random = torch.Generator().manual_seed(seed)
     return [
-        torch.randn(node.meta["val"].shape, generator=random, dtype=torch.float64)
-        for node in graph_module.graph.find_nodes(op="placeholder")
+        node.meta["val"] if is_timestep(node) else torch.randn(node.meta["val"].shape, generator=random).double()
+        for node in placeholders_of(graph_module)
     ]
 
 
@@ -212,6 +216,23 @@ def assert_every_step_means_the_same(done: Snapshots, *, statistics: bool = Fals
                 assert_close(done.run(graph_module, kept, edit, mask), meant)
     if not statistics:
         assert_close(done.run(done.final, kept, edit, MASKS["all"]), done.dense(*edit))
+
+
+def assert_means_the_same(done: Snapshots, rewrite: Callable[..., PassReport]) -> None:
+    """Hold the graph after one pass to the one before it: changed inputs, any mask."""
+    kept, edit = done.record(inputs(done.dense, 0)), inputs(done.dense, 1)
+    for mask in MASKS.values():
+        before, after = (done.run(graph, kept, edit, mask) for graph in (done.before(rewrite), done.after(rewrite)))
+        assert_close(after, before)
+
+
+def arguments(node: Node) -> list[Any]:
+    """What is passed: a request, the target of an operation, or a number."""
+    return [arg.meta.get("request") or arg.target if isinstance(arg, Node) else arg for arg in node.args]
+
+
+def placeholders_of(graph_module: GraphModule) -> list[Node]:
+    return list(graph_module.graph.find_nodes(op="placeholder"))
 
 
 def targets(graph_module: GraphModule) -> list[Any]:

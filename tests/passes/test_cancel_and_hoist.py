@@ -7,6 +7,7 @@ import torch
 from hand_built import (
     BATCH,
     CHANNELS,
+    CONFIG,
     SIZE,
     TOKENS,
     HandBuilt,
@@ -15,18 +16,27 @@ from hand_built import (
     aten,
     inputs,
     only,
+    placeholders_of,
     snapshots,
     some_mask,
     targets,
 )
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 from fisedit_compile.passes import ops
 from fisedit_compile.passes.cancel_scatter_gather import cancel_scatter_gather
-from fisedit_compile.passes.hoist_invariants import HOISTED_STAGES, split_stages
-from fisedit_compile.passes.requests import CacheEntry, Hoisted, requests_of
-from fisedit_compile.plan import PlanTensor, plan_edit
+from fisedit_compile.passes.hoist_invariants import (
+    HOISTED_STAGES,
+    fetched_rows,
+    hoist_invariants,
+    is_fetch,
+    split_stages,
+)
+from fisedit_compile.passes.requests import CacheEntry, Hoisted, Inputs, requests_of
+from fisedit_compile.plan import PlanTensor, Taps, plan_edit
 from fisedit_compile.testing import assert_close
+
+TAPS = Taps(SIZE, SIZE, kernel=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1))
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -101,8 +111,7 @@ class TestHoist:
         assert stages["constant"] == {"conv1", "conv2", "attn2"}  # packed weights, offsets of the text
         assert stages["prompt"] >= {"to_k"}
         assert stages["fetch"] == {"conv1", "conv2"}  # halo rows
-        assert "time_embedding" in stages["step"]
-        assert not stages["step"] & {"to_k"}
+        assert not stages["step"] & {"to_k", "time_embedding"}  # the time embedding is the base's
         hoisted = sum(node.meta.get("stage", "step") != "step" for node in done.final.graph.nodes)
         assert done.reports["hoist_invariants"].changed == hoisted
 
@@ -118,14 +127,14 @@ class TestHoist:
         assert kinds["fetch"] == {PlanTensor, CacheEntry}
         assert Hoisted in kinds["step"]
         inputs_of = {
-            name: [n.target for n in graph.graph.find_nodes(op="placeholder") if "request" not in n.meta]
+            name: [n.target for n in placeholders_of(graph) if "request" not in n.meta]
             for name, graph in stages.items()
         }
         assert inputs_of == {
             "constant": [],
             "prompt": ["encoder_hidden_states"],
             "fetch": [],
-            "step": ["sample", "timestep"],
+            "step": ["sample"],
         }
         assert aten.index_select.default not in [
             node.target for node in stages["step"].graph.nodes if node.meta.get("module_path") in ("conv1", "conv2")
@@ -136,11 +145,11 @@ class TestHoist:
         requests = requests_of(done.final.graph)
         plan = plan_edit(mask, [request for request in requests if isinstance(request, PlanTensor)], batch=BATCH)
         kept, edit = done.record(inputs(done.dense, 0)), inputs(done.dense, 1)
-        names = [node.target for node in done.dense.graph.find_nodes(op="placeholder")]
+        names = [node.target for node in placeholders_of(done.dense)]
         values: dict[object, torch.Tensor] = {**dict(zip(names, edit, strict=True)), **kept}
         values.update({request: plan.tensor(request) for request in requests if isinstance(request, PlanTensor)})
         for name, stage in split_stages(done.final).items():
-            asked = [n.meta.get("request", n.target) for n in stage.graph.find_nodes(op="placeholder")]
+            asked = [n.meta.get("request", n.target) for n in placeholders_of(stage)]
             out = stage(*(values[request] for request in asked))
             if name != "step":
                 hoisted = [Hoisted(name, value) for value in stage.graph.output_node().meta["values"]]
@@ -157,6 +166,40 @@ class TestHoist:
         done = snapshots(build.output(build.op(aten.add.Tensor, build.conv(sample), emb)))
         stages = {node.meta.get("module_path"): node.meta.get("stage") for node in done.final.graph.nodes}
         assert (stages["pooled"], stages["emb"]) == ("prompt", "step")
+
+    def test_only_halos_are_fetched(self, done: Snapshots) -> None:
+        fetched = fetched_rows(done.final)
+        selects = done.final.graph.find_nodes(op="call_function", target=aten.index_select.default)
+        assert list(fetched) == [Hoisted("fetch", node.name) for node in selects]  # the embedding's is in its product
+        assert {node.meta["stage"] for node in selects} == {"fetch"}
+        assert [entry.kind for entry, _ in fetched.values()] == ["map", "map"]
+        assert {rows for _, rows in fetched.values()} == {PlanTensor("halo", TAPS)}
+
+    @pytest.mark.parametrize(
+        ("base", "dim", "index", "stage"),
+        [
+            (CacheEntry("conv", "map"), 0, PlanTensor("halo", TAPS), "fetch"),
+            (CacheEntry("temb", "value"), 0, PlanTensor("sample", SIZE), "step"),
+            (CacheEntry("conv", "map"), 0, PlanTensor("index", SIZE), "step"),
+            (CacheEntry("conv", "map"), 0, "timestep", "step"),
+            ("text", 0, PlanTensor("halo", TAPS), "step"),
+        ],
+    )
+    def test_what_a_fetch_is(self, base: object, dim: int, index: object, stage: str) -> None:
+        graph = Graph()
+        graph.placeholder("sample").meta["val"] = torch.empty(BATCH, CHANNELS, *SIZE)
+        asked = Inputs(graph)
+        given = {"timestep": torch.empty(BATCH), "text": torch.empty(BATCH, TOKENS, CHANNELS)}
+        nodes = []
+        for request in (base, index):
+            nodes.append(graph.placeholder(request) if isinstance(request, str) else asked(request))
+            if isinstance(request, str):
+                nodes[-1].meta["val"] = given[request]
+        select = graph.call_function(aten.index_select.default, (nodes[0], dim, nodes[1]))
+        graph.output(select)
+        hoist_invariants(GraphModule({}, graph), CONFIG)
+        assert select.meta["stage"] == stage
+        assert is_fetch(select) == (stage == "fetch")
 
     def test_two_resolutions_have_their_own_plan_tensors(self) -> None:
         build = HandBuilt()

@@ -22,12 +22,21 @@ def test_exact_rewriting_of_one_value() -> None:
     done = snapshots(build.output(silu))
     graph_module = done.after(insert_gather_scatter)
     placeholders = graph_module.graph.find_nodes(op="placeholder")
-    assert [node.target for node in placeholders] == ["sample", "plan_index_6_5", "base_map_silu_default"]
-    assert requests_of(graph_module.graph) == [PlanTensor("index", SIZE), CacheEntry("silu_default", "map")]
+    assert [node.target for node in placeholders] == [
+        "sample",
+        "plan_index_6_5",
+        "plan_count_6_5",
+        "base_map_silu_default",
+    ]
+    assert requests_of(graph_module.graph) == [
+        PlanTensor("index", SIZE),
+        PlanTensor("count", SIZE),
+        CacheEntry("silu_default", "map"),
+    ]
     value, gather, scatter = (only(graph_module, op) for op in (silu.target, ops.GATHER_ROWS, ops.SCATTER_ROWS))
-    _, index, base = placeholders
+    _, index, count, base = placeholders
     assert gather.args == (value, index, [0, 2, 3, 1], 3)
-    assert scatter.args == (gather, base, index, [BATCH, CHANNELS, *SIZE], [0, 2, 3, 1], 3)
+    assert scatter.args == (gather, base, index, [BATCH, CHANNELS, *SIZE], [0, 2, 3, 1], 3, count)
     assert graph_module.graph.output_node().args == (scatter,)
     assert value.users == {gather: None}
     assert scatter.meta["layout"] == gather.meta["rows"] == silu.meta["layout"]

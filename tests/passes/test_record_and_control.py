@@ -22,8 +22,9 @@ from hand_built import (
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
+from fisedit_compile.kernels.group_norm_rows import norm_scale_shift
 from fisedit_compile.passes.control_cross_attention import control_cross_attention, cross_attentions
-from fisedit_compile.passes.record_activations import group_norm_statistics, record_activations
+from fisedit_compile.passes.record_activations import record_activations
 from fisedit_compile.passes.requests import CacheEntry, ControlTensor, requests_of
 from fisedit_compile.testing import assert_close
 
@@ -77,26 +78,59 @@ def test_what_is_kept_is_no_view_of_an_input() -> None:
     assert torch.equal(kept, before)
 
 
-def test_statistics_of_a_group_norm_are_computed_once_for_both() -> None:
-    dense = attentions()
+def affine(weight: bool, bias: bool) -> tuple[GraphModule, list[torch.Tensor | None]]:
+    """One group norm; its weight and bias, None where it has none."""
+    build = HandBuilt()
+    sample = build.latents()
+    given = [build.weight(CHANNELS) if wanted else None for wanted in (weight, bias)]
+    dense = build.output(build.op(aten.group_norm.default, sample, 2, *given, 1e-3))
+    return dense, [node and node.meta["val"] for node in given]
+
+
+@pytest.mark.parametrize("weight", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_group_norm_is_kept_as_what_it_does_to_each_channel(weight: bool, bias: bool) -> None:
+    dense, (scales, shifts) = affine(weight, bias)
     recorder = copy_of(dense)
-    record_activations(recorder, [CacheEntry("group_norm_default", kind) for kind in ("rstd", "mean")], BATCH)
-    assert len(recorder.graph.find_nodes(op="call_function", target=group_norm_statistics)) == 1
-    values = inputs(dense, 0)
-    _, (rstd, mean) = recorder(*values)
-    groups = values[0].view(BATCH, 2, -1)
-    assert_close(mean, groups.mean(2))
-    assert_close(rstd, (groups.var(2, correction=0) + 1e-3) ** -0.5)
+    record_activations(recorder, [CacheEntry("group_norm_default", kind) for kind in ("shift", "scale")], BATCH)
+    assert len(recorder.graph.find_nodes(op="call_function", target=norm_scale_shift)) == 1  # once for both
+    (sample,) = inputs(dense, 0)
+    out, (shift, scale) = recorder(sample)
+    assert scale.shape == shift.shape == (BATCH, CHANNELS)
+    assert_close(sample * scale[:, :, None, None] + shift[:, :, None, None], out)
+    groups = sample.view(BATCH, 2, -1)
+    rstd = ((groups.var(2, correction=0) + 1e-3) ** -0.5).repeat_interleave(CHANNELS // 2, 1)
+    assert_close(scale, rstd if scales is None else rstd * scales)
+    mean = groups.mean(2).repeat_interleave(CHANNELS // 2, 1)
+    assert_close(shift, -mean * scale if shifts is None else shifts - mean * scale)
 
 
-def test_statistics_are_at_least_fp32() -> None:
+def test_scale_and_shift_are_at_least_fp32() -> None:
     x = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0)).half() * 100
+    weight, bias = (torch.randn(8, generator=torch.Generator().manual_seed(seed)).half() for seed in (1, 2))
     for dtype, wide in ((torch.half, torch.float32), (torch.bfloat16, torch.float32), (torch.double, torch.double)):
-        mean, rstd = group_norm_statistics(x.to(dtype), 2, 1e-5)
-        assert mean.dtype == rstd.dtype == wide
+        scale, shift = norm_scale_shift(x.to(dtype), 2, weight.to(dtype), bias.to(dtype), 1e-5)
+        assert scale.dtype == shift.dtype == wide
         exact = x.to(dtype).double().view(2, 2, -1)
-        assert_close(mean.float(), exact.mean(2))
-        assert_close(rstd.float(), (exact.var(2, correction=0) + 1e-5) ** -0.5)
+        rstd, mean = (
+            each.repeat_interleave(4, 1) for each in ((exact.var(2, correction=0) + 1e-5) ** -0.5, exact.mean(2))
+        )
+        assert_close(scale.float(), rstd * weight.to(dtype).double())
+        assert_close(shift.float(), bias.to(dtype).double() - mean * rstd * weight.to(dtype).double())
+
+
+def test_a_value_of_the_timestep_is_kept_as_it_is_and_no_view_of_an_input() -> None:
+    build = HandBuilt()
+    sample, timestep = build.latents(), build.input("timestep", BATCH)
+    embedding = build.op(aten.reshape.default, timestep, [BATCH, 1, 1, 1])
+    dense = build.output(build.op(aten.add.Tensor, sample, embedding))
+    recorder = copy_of(dense)
+    record_activations(recorder, [CacheEntry(embedding.name, "value")], BATCH)
+    values = [each.clone() for each in inputs(dense, 0)]
+    _, (kept,) = recorder(*values)
+    before = values[1].clone()
+    values[1].zero_()
+    assert torch.equal(kept, before.view(BATCH, 1, 1, 1))
 
 
 def test_attention_maps_are_those_of_the_last_samples() -> None:

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import pytest
-from hand_built import CONFIG, MASKS, SIZE, HandBuilt, assert_every_step_means_the_same, aten, inputs, only, snapshots
+from hand_built import (
+    CONFIG,
+    MASKS,
+    SIZE,
+    HandBuilt,
+    assert_every_step_means_the_same,
+    aten,
+    copy_of,
+    inputs,
+    only,
+    snapshots,
+    targets,
+)
 from torch.fx import GraphModule
 
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.errors import SparsifyError
 from fisedit_compile.passes import ops
+from fisedit_compile.passes.insert_gather_scatter import insert_gather_scatter
+from fisedit_compile.passes.requests import requests_of
 from fisedit_compile.passes.select_region import select_region
+from fisedit_compile.plan import PlanTensor
 from fisedit_compile.testing import assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,18 +43,42 @@ def region(graph_module: GraphModule) -> list[str]:
     return [node.meta["module_path"] for node in graph_module.graph.nodes if node.meta.get("region")]
 
 
-@pytest.mark.parametrize(
-    ("dense_below", "chosen"),
-    [(1, ["in", "down", "mid", "out"]), (3, ["in", "down", "mid", "out"]), (4, ["in", "out"]), (5, ["in", "out"])],
-)
-def test_the_shorter_side_decides(dense_below: int, chosen: list[str]) -> None:
+@pytest.mark.parametrize(("dense_below", "whole"), [(1, []), (3, []), (4, ["down", "mid"]), (5, ["down", "mid"])])
+def test_the_shorter_side_decides_which_pixels_are_rows(dense_below: int, whole: list[str]) -> None:
     graph_module = down_and_up()
     report = select_region(graph_module, SparsityConfig(dense_below=dense_below))
-    assert region(graph_module) == chosen
-    assert report.changed == len(chosen)
+    assert region(graph_module) == ["in", "down", "mid", "out"]
+    assert [change.module_path for change in report.changes] == [
+        path for path in ("in", "down", "mid", "out") if path not in whole
+    ]
     left = [(skip.module_path, skip.reason) for skip in report.skipped]
-    reason = f"resolution 3x3 is below dense_below={dense_below}"
-    assert left == [(path, reason) for path in ("down", "mid") if path not in chosen]
+    assert left == [(path, f"resolution 3x3 is below dense_below={dense_below}") for path in whole]
+
+
+def test_a_whole_level_is_rows_without_a_gather_or_a_scatter_of_its_own() -> None:
+    done = snapshots(down_and_up(), SparsityConfig(dense_below=4))
+    operations = targets(done.final)
+    assert operations.count(ops.CONV2D_ROWS) == 3
+    assert ops.GATHER_ROWS not in operations
+    assert operations.count(ops.SCATTER_ROWS) == 1
+    kinds = [(r.kind, r.where) for r in requests_of(done.final.graph) if isinstance(r, PlanTensor)]
+    assert ("index", (3, 3)) not in kinds
+    assert ("count", (3, 3)) not in kinds
+
+
+@pytest.mark.parametrize(("dense_below", "computed"), [(1, [(1, 1)]), (4, [(1, 1), (2, 1)])])
+def test_a_whole_level_is_computed_beyond_the_mask_too(dense_below: int, computed: list[tuple[int, int]]) -> None:
+    """Pixel (3, 2) of sample 1 is read by two pixels of the level below; one of them lies under the mask."""
+    done = snapshots(down_and_up(), SparsityConfig(dense_below=dense_below))
+    kept, edit = done.record(inputs(done.dense, 0)), inputs(done.dense, 1)
+    graph_module = copy_of(done.after(insert_gather_scatter))
+    *_, scattered = (node for node in graph_module.graph.nodes if node.meta.get("module_path") == "mid")
+    assert scattered.target is ops.SCATTER_ROWS
+    graph_module.graph.output_node().args = (scattered,)
+    graph_module.recompile()
+    base = done.run(graph_module, kept, edit, MASKS["none"])
+    changed = (done.run(graph_module, kept, edit, MASKS["one pixel"]) - base).abs().amax(1) > 1e-9
+    assert changed.nonzero().tolist() == [[1, *pixel] for pixel in computed]
 
 
 @pytest.mark.parametrize("dense_below", [1, 4])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hand_built import (
@@ -14,6 +16,7 @@ from hand_built import (
     SIZE,
     TOKENS,
     HandBuilt,
+    arguments,
     assert_every_step_means_the_same,
     aten,
     inputs,
@@ -21,9 +24,10 @@ from hand_built import (
     snapshots,
     targets,
 )
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.nn import functional as F
 
+from fisedit_compile.config import SparsityConfig
 from fisedit_compile.passes import ops
 from fisedit_compile.passes.requests import CacheEntry, requests_of
 from fisedit_compile.passes.sparsify_attention import sparsify_attention
@@ -32,6 +36,7 @@ from fisedit_compile.testing import assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+WHOLE = SparsityConfig(dense_below=5)
 ATTENTION = aten.scaled_dot_product_attention.default
 
 
@@ -84,11 +89,6 @@ def test_cross_attention_sees_the_text_in_both_modes(config: object, options: di
     done = snapshots(cross_attention(**options), config)
     assert done.skips() == []
     assert_every_step_means_the_same(done)
-
-
-def arguments(attention: Node) -> list[object]:
-    """What is passed: a request, the target of an operation, or a number."""
-    return [arg.meta.get("request") or arg.target if isinstance(arg, Node) else arg for arg in attention.args]
 
 
 def test_exact_rewriting_in_full_mode() -> None:
@@ -150,3 +150,20 @@ def test_text_shared_by_the_batch() -> None:
     keys = build.heads(text)
     out = build.op(ATTENTION, build.heads(build.tokens(sample)), keys, keys, path="attn2")
     assert_every_step_means_the_same(snapshots(build.output(build.unheads(out))))
+
+
+@pytest.mark.parametrize("config", [WHOLE, dataclasses.replace(WHOLE, attention="masked")], ids=["full", "masked"])
+def test_on_a_whole_level_every_token_is_fresh_in_both_modes(config: SparsityConfig) -> None:
+    """So neither mode asks the base for keys: there is none that the step does not compute."""
+    build = HandBuilt()
+    small = build.conv(build.latents(), stride=[2, 2])
+    tokens = build.tokens(small)
+    q, k, v = (build.heads(build.op(aten.linear.default, tokens, build.weight(CHANNELS, CHANNELS))) for _ in range(3))
+    attended = build.op(aten.transpose.int, build.op(ATTENTION, q, k, v), 1, 2)
+    small = build.op(aten.permute.default, build.op(aten.reshape.default, attended, [BATCH, 3, 3, 4]), [0, 3, 1, 2])
+    large = build.op(aten.upsample_nearest2d.vec, small, list(SIZE), None)
+    done = snapshots(build.output(build.conv(large)), config)
+    offsets = PlanTensor("offsets", (3, 3))
+    attention = only(done.after(sparsify_attention), ops.ATTENTION_ROWS)
+    assert arguments(attention) == [*[ops.GATHER_ROWS] * 3, offsets, offsets, None]
+    assert_every_step_means_the_same(done)

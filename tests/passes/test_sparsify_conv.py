@@ -11,6 +11,7 @@ from hand_built import (
     MASKS,
     SIZE,
     HandBuilt,
+    Snapshots,
     assert_every_step_means_the_same,
     aten,
     only,
@@ -20,7 +21,7 @@ from hand_built import (
 
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.passes import ops
-from fisedit_compile.passes.lower_dense_convs import lower_dense_convs
+from fisedit_compile.passes.cancel_scatter_gather import cancel_scatter_gather
 from fisedit_compile.passes.requests import CacheEntry, requests_of
 from fisedit_compile.passes.sparsify_conv import sparsify_conv
 from fisedit_compile.plan import PlanTensor, Taps, plan_edit
@@ -93,12 +94,13 @@ def test_exact_rewriting_of_a_convolution_of_the_latents() -> None:
     build = HandBuilt()
     done = snapshots(build.output(build.conv(build.latents())))
     taps = Taps(SIZE, SIZE, kernel=THREE, stride=ONE, padding=ONE, dilation=ONE, dense=True)
-    pixels, halo, _, _, table = only(done.final, ops.CONV2D_ROWS).args
+    pixels, halo, _, _, table, count = only(done.final, ops.CONV2D_ROWS).args
     assert halo is None
     assert pixels.target is aten.flatten.using_ints
     assert pixels.args[1:] == (0, 2)
     assert pixels.args[0].args[1] == [0, 2, 3, 1]
     assert table.meta["request"] == PlanTensor("table", taps)
+    assert count.meta["request"] == PlanTensor("count", SIZE)
     assert not [r for r in requests_of(done.final.graph) if isinstance(r, PlanTensor) and r.kind == "halo"]
 
 
@@ -122,7 +124,7 @@ def test_a_pointwise_convolution_is_a_linear_layer_and_keeps_no_map() -> None:
     build = HandBuilt()
     silu = build.op(aten.silu.default, build.latents())
     done = snapshots(build.output(build.conv(silu, out=7, kernel=1, path="proj")))
-    linear = only(done.final, ops.LINEAR)
+    linear = only(done.after(cancel_scatter_gather), ops.LINEAR)
     assert linear.args[0].target is aten.silu.default
     assert linear.args[1].target is aten.flatten.using_ints
     assert linear.args[1].args[1:] == (1,)
@@ -144,24 +146,16 @@ def test_convolutions_of_one_geometry_share_their_table() -> None:
     x = build.conv(build.conv(build.conv(build.latents())))
     done = snapshots(build.output(build.conv(x)))
     kinds = [request.kind for request in requests_of(done.final.graph) if isinstance(request, PlanTensor)]
-    assert sorted(kinds) == ["halo", "index", "table", "table"]  # one of the latents, one of the rows
+    assert sorted(kinds) == ["count", "halo", "index", "table", "table"]  # one of the latents, one of the rows
 
 
-def test_the_first_convolution_behind_a_dense_level_reads_pixels() -> None:
-    build = HandBuilt()
-    small = build.conv(build.conv(build.latents()), stride=[2, 2], path="down")
-    large = build.op(aten.upsample_nearest2d.vec, small, list(SIZE), None)
-    done = snapshots(build.output(build.conv(large, path="out")), SparsityConfig(dense_below=5))
-    taps = Taps((3, 3), SIZE, kernel=THREE, stride=ONE, padding=ONE, dilation=ONE, upsampled=SIZE, dense=True)
-    assert PlanTensor("table", taps) in requests_of(done.final.graph)
-    assert_every_step_means_the_same(done)
+class TestWholeLevels:
+    """Below ``dense_below`` every pixel is a row: no halo, and nothing scattered on the way down and up."""
 
-
-class TestLowerDenseConvs:
-    """What stays dense runs as a product over all its pixels where that is faster (on the CPU)."""
+    BELOW = SparsityConfig(dense_below=5)
 
     @staticmethod
-    def bottleneck(*geometries: dict[str, Any]) -> Any:
+    def bottleneck(*geometries: dict[str, Any]) -> Snapshots:
         build = HandBuilt()
         small = build.conv(build.conv(build.latents()), stride=[2, 2], path="down")
         branches = [build.conv(small, path=f"branch{i}", **given) for i, given in enumerate(geometries)]
@@ -169,31 +163,58 @@ class TestLowerDenseConvs:
         for branch in branches[1:]:
             total = build.op(aten.add.Tensor, total, branch)
         large = build.op(aten.upsample_nearest2d.vec, total, list(SIZE), None)
-        return snapshots(build.output(build.conv(large)), SparsityConfig(dense_below=5))
+        return snapshots(build.output(build.conv(large, path="up")), TestWholeLevels.BELOW)
 
-    def test_they_are_rewritten_and_mean_the_same(self) -> None:
+    def test_exact_rewriting(self) -> None:
+        done = self.bottleneck({})
+        products = {
+            node.meta["module_path"]: node
+            for node in done.final.graph.find_nodes(op="call_function", target=ops.CONV2D_ROWS)
+        }
+        small: dict[str, Any] = {"kernel": THREE, "padding": ONE, "dilation": ONE}
+        down = Taps(SIZE, (3, 3), stride=(2, 2), **small)
+        within = Taps((3, 3), (3, 3), stride=ONE, **small)
+        up = Taps((3, 3), SIZE, stride=ONE, upsampled=SIZE, **small)
+        # On the way down the region above still has a mask, so the halo is the base's.
+        assert products["down"].args[1].args[2].meta["request"] == PlanTensor("halo", down)
+        for path, taps in (("branch0", within), ("up", up)):
+            source, halo, _, _, table, *_ = products[path].args
+            assert source.target is ops.CONV2D_ROWS
+            assert halo is None
+            assert table.meta["request"] == PlanTensor("table", taps)
+        # Only rows that a mask decides have a count; the two below have none.
+        counts = {path: product.args[5:] for path, product in products.items()}
+        assert (counts["down"], counts["branch0"]) == ((), ())
+        assert counts["up"][0].meta["request"] == PlanTensor("count", SIZE)
+
+    def test_no_map_of_the_level_is_kept_and_none_is_made(self) -> None:
         done = self.bottleneck({}, {"kernel": 1})
-        assert done.reports["lower_dense_convs"].changed == 3
-        assert ops.CONV in targets(done.before(lower_dense_convs))
-        assert ops.CONV not in targets(done.final)
+        kept = {r.node for r in requests_of(done.final.graph) if isinstance(r, CacheEntry)}
+        sizes = {node.name: node.meta["layout"].size for node in done.dense.graph.nodes if node.name in kept}
+        assert set(sizes.values()) == {SIZE}
+        assert targets(done.final).count(ops.SCATTER_ROWS) == 1
+        assert not done.final.graph.find_nodes(op="call_function", target=ops.CONV)
         assert_every_step_means_the_same(done)
 
     def test_two_of_one_size_and_another_dilation_do_not_share_a_table(self) -> None:
-        assert_every_step_means_the_same(self.bottleneck({}, {"dilation": [2, 2], "padding": [2, 2]}))
+        done = self.bottleneck({}, {"dilation": [2, 2], "padding": [2, 2]})
+        tables = [r for r in requests_of(done.final.graph) if isinstance(r, PlanTensor) and r.kind == "table"]
+        assert len(tables) == len(set(tables)) == 5
+        assert_every_step_means_the_same(done)
 
-    def test_large_ones_and_grouped_ones_are_left(self) -> None:
-        build = HandBuilt()
-        x = build.input("sample", 1, CHANNELS, 20, 20)
-        done = snapshots(build.output(build.conv(build.conv(x, groups=2, path="grouped"), path="out")))
+    def test_an_empty_mask_still_computes_the_level(self) -> None:
+        done = self.bottleneck({})
+        requests = [request for request in requests_of(done.final.graph) if isinstance(request, PlanTensor)]
+        plan = plan_edit(MASKS["none"], requests, batch=2, dense_below=5)
+        assert plan.counts == {SIZE: 0, (3, 3): 18}
+        halo = Taps(SIZE, (3, 3), kernel=THREE, stride=(2, 2), padding=ONE, dilation=ONE)
+        assert len(plan.tensor(PlanTensor("halo", halo))) == 60  # all that the level reads is the base's
+
+    def test_a_grouped_convolution_between_is_dense_and_the_region_starts_anew(self) -> None:
+        done = self.bottleneck({"groups": 2}, {})
         assert targets(done.final).count(ops.CONV) == 1
-        assert done.skips("lower_dense_convs") == []
-        build = HandBuilt()
-        big = build.conv(build.input("sample", 1, CHANNELS, 40, 17), path="big")
-        done = snapshots(
-            build.output(build.conv(build.op(aten.upsample_nearest2d.vec, big, [40, 20], None))),
-            SparsityConfig(dense_below=20),
-        )
-        assert done.skips("lower_dense_convs") == [("big", "more than 256 pixels: oneDNN is as fast")]
+        assert [path for path, _ in done.skips("annotate_layout")] == ["branch0"]
+        assert_every_step_means_the_same(done)
 
 
 def test_an_empty_mask_leaves_no_row_and_a_full_one_no_halo() -> None:
@@ -202,5 +223,5 @@ def test_an_empty_mask_leaves_no_row_and_a_full_one_no_halo() -> None:
     requests = [request for request in requests_of(done.final.graph) if isinstance(request, PlanTensor)]
     for name, rows, halos in (("none", 0, 0), ("all", 60, 0)):
         plan = plan_edit(MASKS[name], requests, batch=2)
-        counts = {request.kind: len(plan.tensor(request)) for request in requests}
+        counts = {request.kind: len(plan.tensor(request)) for request in requests if request.kind != "count"}
         assert counts == {"index": rows, "table": rows, "halo": halos}

@@ -12,6 +12,7 @@ from hand_built import (
     MASKS,
     SIZE,
     HandBuilt,
+    arguments,
     assert_every_step_means_the_same,
     aten,
     inputs,
@@ -20,8 +21,9 @@ from hand_built import (
     targets,
 )
 
+from fisedit_compile.config import SparsityConfig
 from fisedit_compile.passes import ops
-from fisedit_compile.passes.requests import CacheEntry
+from fisedit_compile.passes.requests import CacheEntry, requests_of
 from fisedit_compile.passes.sparsify_norm import sparsify_norm
 from fisedit_compile.plan import PlanTensor
 from fisedit_compile.testing import assert_close
@@ -58,14 +60,30 @@ def test_exact_rewriting() -> None:
     norm = build.op(aten.group_norm.default, x, 2, build.weight(CHANNELS), build.weight(CHANNELS), 1e-6, path="norm1")
     done = snapshots(build.output(norm))
     graph_module = done.after(sparsify_norm)
-    rows, sample, mean, rstd, weight, bias = only(graph_module, ops.GROUP_NORM_ROWS).args
+    rows, sample, scale, shift = only(graph_module, ops.GROUP_NORM_ROWS).args
     assert rows.target is ops.GATHER_ROWS
     assert sample.meta["request"] == PlanTensor("sample", SIZE)
-    assert mean.meta["request"] == CacheEntry("group_norm_default", "mean")
-    assert rstd.meta["request"] == CacheEntry("group_norm_default", "rstd")
-    assert (weight.name, bias.name) == (norm.args[2].name, norm.args[3].name)
+    assert scale.meta["request"] == CacheEntry("group_norm_default", "scale")
+    assert shift.meta["request"] == CacheEntry("group_norm_default", "shift")
     assert only(done.final, ops.GROUP_NORM_ROWS).meta["module_path"] == "norm1"
     assert done.reports["sparsify_norm"].changed == 1
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_exact_rewriting_on_a_whole_level(affine: bool) -> None:
+    """Every pixel is a row, so the norm takes its own statistics: as exact as the dense one, and nothing is kept."""
+    build = HandBuilt()
+    weights = [build.weight(CHANNELS), build.weight(CHANNELS)] if affine else [None, None]
+    small = build.conv(build.latents(), stride=[2, 2])
+    norm = build.op(aten.group_norm.default, small, 2, *weights, 1e-3, path="norm1")
+    large = build.op(aten.upsample_nearest2d.vec, norm, list(SIZE), None)
+    done = snapshots(build.output(build.conv(large)), SparsityConfig(dense_below=5))
+    whole = only(done.after(sparsify_norm), ops.GROUP_NORM_WHOLE)
+    names = [weight and weight.target for weight in weights]
+    assert arguments(whole) == [ops.GATHER_ROWS, BATCH, 2, *names, 1e-3]
+    assert whole.meta["module_path"] == "norm1"
+    assert {r.kind for r in requests_of(done.final.graph) if isinstance(r, CacheEntry)} == {"map"}
+    assert_every_step_means_the_same(done)  # for changed inputs too: no statistics of the base
 
 
 def test_its_input_s_map_is_not_kept() -> None:

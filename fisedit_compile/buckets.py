@@ -1,0 +1,155 @@
+"""Padding: the few sizes that row counts are rounded up to, so that a step's shapes do not depend on the mask.
+
+A CUDA graph is recorded for fixed shapes. A *bucket* fixes how many rows each resolution and how many halo rows each
+convolution may have; a mask takes the smallest bucket that holds it. Kernels skip what is padding (``count``, see
+``kernels/ops.py``), so that a bucket that is too large costs little, but tiles are chosen for its size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fisedit_compile.neighbour_table import Size, Taps
+from fisedit_compile.plan import EditPlan, PlanTensor
+
+#: Shares of the latents that masks are rounded up to: steps of about a quarter.
+SHARES = (0.03, 0.05, 0.07, 0.09, 0.12, 0.16, 0.2, 0.25, 0.31, 0.39, 0.5, 0.63, 0.8, 1.0)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How ragged masks may be: what any-pooling adds to their share, and how many halo rows they have.
+
+    Attributes:
+        factor, summand: of the share, with each halving of the resolution.
+        halo, halo_growth: halo rows as a share of a convolution's source, and more with each halving.
+    """
+
+    factor: float
+    summand: float
+    halo: float
+    halo_growth: float
+
+
+#: Of squares, of most masks that the paper's authors released (23 % become 29 % and 40 %), and of the others.
+SHAPES = {
+    "compact": Shape(1.1, 0.01, 0.03, 0.04),
+    "ragged": Shape(1.25, 0.02, 0.14, 0.1),
+    "shreds": Shape(1.4, 0.08, 0.3, 0.15),
+}
+
+#: Rows are padded to a multiple.
+MULTIPLE = 32
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Room for rows at each resolution and for the halo rows of each convolution, all samples together."""
+
+    name: str
+    rows: Mapping[Size, int]
+    halo: Mapping[Taps, int]
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def holds(self, other: Bucket) -> bool:
+        """Whether everything of ``other`` has room here."""
+        return all(count <= self.rows[size] for size, count in other.rows.items()) and all(
+            count <= self.halo[taps] for taps, count in other.halo.items()
+        )
+
+
+class Buckets:
+    """The buckets of one U-Net.
+
+    Args:
+        requests: what its sparse graph asks of a plan.
+        batch: U-Net batch.
+        latents: (height, width) of the latents.
+        dense_below: see :class:`~fisedit_compile.SparsityConfig`.
+    """
+
+    def __init__(self, requests: Collection[PlanTensor], *, batch: int, latents: Size, dense_below: int) -> None:
+        self._sizes: list[Size] = [each.where for each in requests if each.kind == "index"]  # type: ignore[misc]
+        self._taps: list[Taps] = [each.where for each in requests if each.kind == "halo"]  # type: ignore[misc]
+        for taps in (each.where for each in requests if isinstance(each.where, Taps)):
+            self._sizes += [taps.target] if taps.dense else [taps.source, taps.target]
+        self._sizes = sorted(
+            set(self._sizes) | {s.where for s in requests if not isinstance(s.where, Taps)}, reverse=True
+        )
+        self._batch, self._latents, self._dense_below = batch, latents, dense_below
+        self.ladder: list[Bucket] = list(self._made())
+
+    def choose(self, plan: EditPlan) -> Bucket:
+        """The smallest bucket that holds a plan; one of its own size for a mask that is unlike any other."""
+        needed = Bucket(
+            "needed", plan.counts, {taps: len(plan.tensor(PlanTensor("halo", taps))) for taps in self._taps}
+        )
+        fitting = [bucket for bucket in self.ladder if bucket.holds(needed)]
+        if fitting:
+            return min(fitting, key=lambda bucket: sum(bucket.rows.values()))
+        rows = {size: self._round(1.25 * count, size) for size, count in needed.rows.items()}
+        halo = {taps: self._round(1.25 * count, taps.source) for taps, count in needed.halo.items()}
+        own = Bucket(f"rows {list(rows.values())}, halo {list(halo.values())}", rows, halo)
+        self.ladder.append(own)
+        return own
+
+    def _made(self) -> Iterator[Bucket]:
+        for name, shape in SHAPES.items():
+            for share in SHARES:
+                rows, halo = {}, {}
+                for size in self._sizes:
+                    level = self._level(size)
+                    grown = share * shape.factor**level + shape.summand * level
+                    rows[size] = self._round(grown * self._pixels(size), size)
+                for taps in self._taps:
+                    room = shape.halo + shape.halo_growth * self._level(taps.source)
+                    room = 1.0 if self._is_whole(taps.target) else min(room, 1.0)
+                    halo[taps] = self._round(room * self._pixels(taps.source), taps.source)
+                yield Bucket(f"{share:.0%} {name}", rows, halo)
+
+    def _round(self, count: float, size: Size) -> int:
+        pixels = self._pixels(size)
+        return pixels if self._is_whole(size) else min(pixels, -(-math.ceil(count) // MULTIPLE) * MULTIPLE)
+
+    def _pixels(self, size: Size) -> int:
+        return self._batch * math.prod(size)
+
+    def _is_whole(self, size: Size) -> bool:
+        return min(size) < self._dense_below
+
+    def _level(self, size: Size) -> int:
+        """How often the latents' resolution is halved."""
+        return max(0, round(math.log2(self._latents[0] / size[0])))
+
+
+def pad_plan(plan: EditPlan, bucket: Bucket, requests: Collection[PlanTensor]) -> dict[PlanTensor, Tensor]:
+    """The tensors of a plan with the sizes of a bucket.
+
+    Padded rows are pixel 0 of sample 0, their taps lie outside the picture, and no entry of a table names one; halo
+    rows of a table stand behind the padded rows.
+    """
+    padded = {}
+    for request in requests:
+        tensor, where = plan.tensor(request), request.where
+        if request.kind in ("index", "sample"):
+            assert not isinstance(where, Taps)
+            tensor = F.pad(tensor, (0, bucket.rows[where] - len(tensor)))
+        elif request.kind == "halo":
+            assert isinstance(where, Taps)
+            tensor = F.pad(tensor, (0, bucket.halo[where] - len(tensor)))
+        elif request.kind == "table":
+            assert isinstance(where, Taps)
+            if not where.dense:
+                rows = plan.counts[where.source]
+                tensor = torch.where(tensor >= rows, tensor + (bucket.rows[where.source] - rows), tensor)
+            tensor = F.pad(tensor, (0, 0, 0, bucket.rows[where.target] - len(tensor)), value=-1)
+        padded[request] = tensor
+    return padded

@@ -1,0 +1,96 @@
+"""``fisedit-compile bench start``: what a fresh process spends until sparse steps run at full speed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from fisedit_compile.cli.json_file import check_json_path, write_json
+from fisedit_compile.cli.model_options import add_model_options, image_size
+from fisedit_compile.cli.progress import say
+from fisedit_compile.cli.runtime import add_runtime_options, describe, share, start
+
+#: Where compiled kernels are kept: Inductor's, Triton's and the driver's own.
+_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
+
+_METHOD = """\
+Two processes run one after the other, the first with empty caches of compiled kernels (in a temporary folder), the
+second with what the first left there. Weights are random and made on the device: reading a checkpoint is in neither.
+"total" is the whole process as its parent sees it."""
+
+
+def add_parser(what: Any) -> None:
+    """Add the subcommand to those of ``bench``."""
+    parser = what.add_parser(
+        "start",
+        help="start-up of a process, with empty and with filled caches",
+        description="Time the start of a process up to its second sparse step, with empty and with filled caches.",
+        epilog=_METHOD,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model_options(parser)
+    parser.add_argument(
+        "--edit-size", type=share, default=0.15, metavar="SHARE", help="of the picture that is edited (default: 0.15)"
+    )
+    parser.add_argument("--attention", choices=("masked", "full"), default="full", help="(default: full)")
+    parser.add_argument("--compile", action="store_true", help="lower the sparse graphs through torch.compile, too")
+    add_runtime_options(parser, cuda_dtype="bf16")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures and conditions to FILE")
+    parser.set_defaults(run=run_start)
+
+
+def run_start(args: argparse.Namespace) -> None:
+    """Run both processes, print the table, write the file."""
+    check_json_path(args.json)
+    device, dtype = start(args)
+
+    from fisedit_compile.architectures import latent_size
+    from fisedit_compile.text_table import text_table
+
+    settings = {
+        "arch": args.arch,
+        "size": image_size(args),
+        "batch": args.batch,
+        "edit_size": args.edit_size,
+        "attention": args.attention,
+        "compile_sparse": args.compile,
+    }
+    latent_size(settings["size"], settings["size"])  # refuses a size before anything is started
+    conditions = {"command": args.command_line, **settings, **describe(device, dtype)}
+    wanted = {**settings, **{name: conditions[name] for name in ("device", "dtype", "threads")}}
+    seconds = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, caches in (("first", "empty"), ("second", "filled")):
+            say(f"{name} process, {caches} caches ...")
+            seconds[name] = _process(wanted, Path(folder))
+    print(
+        f"{settings['size']}x{settings['size']}, {args.arch}, batch {args.batch}, {conditions['dtype']}, "
+        f"{conditions['device_name']}, torch {conditions['versions']['torch']}; seconds"
+    )
+    rows = [["", "empty caches", "filled caches"]]
+    rows += [[stage, *(f"{seconds[name][stage]:.2f}" for name in seconds)] for stage in seconds["first"]]
+    print(text_table(rows))
+    write_json(args.json, {**conditions, "seconds": seconds})
+
+
+def _process(wanted: dict[str, Any], caches: Path) -> dict[str, float]:
+    """Seconds of each stage of a fresh process.
+
+    Raises:
+        ValueError: it failed; its own words are on stderr.
+    """
+    environment = {**os.environ, **{name: str(caches / name.lower()) for name in _CACHES}}
+    command = [sys.executable, "-m", "fisedit_compile.cli.start_stages", json.dumps(wanted)]
+    begin = time.perf_counter()
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    total = time.perf_counter() - begin
+    if done.returncode:
+        raise ValueError(f"the process that was to be timed ended with status {done.returncode}")
+    return {**json.loads(done.stdout.splitlines()[-1]), "total": total}

@@ -1,0 +1,141 @@
+"""``fisedit-compile blocks``: what each way to cover a mask (APSC) takes, predicted and measured."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fisedit_compile.cli.runtime import add_runtime_options, describe, share, start, whole_number
+from fisedit_compile.config import SparsityConfig
+
+if TYPE_CHECKING:
+    from fisedit_compile.block_report import Comparison
+    from fisedit_compile.calibration import Calibration
+
+_EDIT_SIZES = (0.05, 0.15, 0.30)
+_MASKS = 5
+
+_METHOD = """\
+For each resolution, all its layers together: convolutions, linear layers and attentions, and the gather of halo rows.
+"pixel" computes the mask itself, "paper" the tiles of the block that the paper's printed objective chooses, "whole"
+every pixel, and "measured" the candidate that is predicted to take the least time. Predictions come from timing each
+distinct layer at six counts of rows; "measured us" from timing it at the very counts of each choice. Norms, and the
+padding of rows to a CUDA graph's sizes, are in neither. Attention divides the rows evenly among the samples.
+
+A mask of --edit-size is a square in the middle of the latents. Of the masks of a file (see fisedit-compile macs
+--help), --max-masks are taken, evenly spaced over those that are not empty, and the columns are means over them;
+"error" is the mean relative error of the predictions. On the CPU only the tiny architectures are measured."""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the subcommand."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "blocks",
+        help="compare the ways to cover a mask: the paper's blocks, pixel by pixel, whole",
+        description="Predict and measure what each choice of blocks takes, resolution by resolution.",
+        epilog=_METHOD,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--arch", required=True, metavar="tiny|sd15|sd2|sdxl", help="shape of the U-Net")
+    parser.add_argument("--size", type=whole_number(1), metavar="PX", help="of the square image (default: the model's)")
+    parser.add_argument(
+        "--batch", type=whole_number(1), default=2, metavar="N", help="2 is one picture with guidance (default: 2)"
+    )
+    parser.add_argument(
+        "--edit-size",
+        type=share,
+        nargs="+",
+        default=list(_EDIT_SIZES),
+        metavar="SHARE",
+        help="of the picture that is edited (default: 0.05 0.15 0.30)",
+    )
+    parser.add_argument("--masks", type=Path, metavar="FILE.npz", help="also masks of a file")
+    parser.add_argument(
+        "--max-masks", type=whole_number(1), default=_MASKS, metavar="N", help=f"of the file (default: {_MASKS})"
+    )
+    parser.add_argument(
+        "--attention",
+        choices=("masked", "full"),
+        default=SparsityConfig.attention,
+        help=f"what a recomputed pixel attends to (default: {SparsityConfig.attention})",
+    )
+    add_runtime_options(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures and conditions to FILE")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Calibrate, compare, print the table, write the file."""
+    if args.json and not args.json.resolve().parent.is_dir():
+        raise ValueError(f"--json {args.json}: there is no folder {args.json.resolve().parent}")
+    device, dtype = start(args)
+    if device.type == "cpu" and not args.arch.startswith("tiny"):
+        raise ValueError(
+            f"blocks --arch {args.arch} on the CPU: timing its layers takes minutes there; "
+            "give a tiny architecture or --device cuda"
+        )
+
+    from fisedit_compile.architectures import VAE_SCALE_FACTOR, build_unet, unet_inputs
+    from fisedit_compile.block_report import BlockComparer
+    from fisedit_compile.calibration import calibrate
+    from fisedit_compile.capture import bind
+    from fisedit_compile.cli.bench_masks import MaskSet
+    from fisedit_compile.layer_timing import LayerTimer
+    from fisedit_compile.program import Program
+    from fisedit_compile.row_costs import RowCosts
+    from fisedit_compile.row_layers import row_layers
+
+    unet = build_unet(args.arch, device="meta", dtype=dtype)  # shapes are all that the time of a layer depends on
+    size = args.size or VAE_SCALE_FACTOR * unet.config["sample_size"]
+    inputs, keywords = unet_inputs(unet, batch=args.batch, height=size, width=size)
+    height, width = inputs[0].shape[2:]
+    latents = (int(height), int(width))
+    sets = [MaskSet.square(edit_size, latents) for edit_size in args.edit_size]
+    if args.masks:
+        sets.append(MaskSet.of_file(args.masks, latents, args.max_masks))
+    program = Program(unet, bind(unet, inputs, keywords), SparsityConfig(attention=args.attention))
+    layers = tuple(row_layers(program))
+    costs = RowCosts(layers, calibrate(layers, device, dtype))
+    comparer = BlockComparer(program, costs, LayerTimer(device, dtype))
+    rows: list[Comparison] = []
+    for masks in sets:
+        several = f", {len(masks.masks)} masks" if masks.source != "square" else ""
+        rows += comparer.compare(f"{masks.source} {masks.active:.1%}{several}", masks.masks)
+    conditions = {"command": args.command_line, **describe(device, dtype), "attention": args.attention}
+    print(f"{args.arch}, image {size}x{size}, batch {args.batch}, {args.attention} attention")
+    print(f"{conditions['device_name']}, {conditions['dtype']}, torch {conditions['versions']['torch']}")
+    print(f"{_remark(costs.calibration)}\n")
+    print(_table(rows))
+    if args.json:
+        result = {**conditions, "arch": args.arch, "size": size, "batch": args.batch}
+        result["calibration"] = costs.calibration.to_dict()
+        args.json.write_text(json.dumps({**result, "rows": [row.to_dict() for row in rows]}, indent=2) + "\n")
+
+
+def _remark(calibration: Calibration) -> str:
+    """The model that predicts, and how well it met points that it was not given."""
+    errors = [f"{name} {error:.1%}" for name, error in calibration.held_out.items()]
+    return f"cost model: {calibration.model} (error at points left out: {', '.join(errors) or 'unknown'})"
+
+
+def _table(rows: Sequence[Comparison]) -> str:
+    """Every choice at every resolution of each set of masks, and their sums over the resolutions."""
+    from fisedit_compile.block_report import CHOICES
+    from fisedit_compile.text_table import text_table
+
+    shown = [["masks", "size", "choice", "block", "rows", "predicted us", "measured us", "error"]]
+    for source in dict.fromkeys(row.source for row in rows):
+        own = [row for row in rows if row.source == source]
+        for row in own:
+            height, width = row.size
+            shown.append([
+                source, f"{height}x{width}", row.choice, row.blocks, f"{row.mean('rows'):.0f}",
+                f"{row.mean('predicted'):.1f}", f"{row.mean('measured'):.1f}", f"{row.mean_error:.1%}",
+            ])  # fmt: skip
+        for choice in CHOICES:
+            sums = [sum(row.mean(of) for row in own if row.choice == choice) for of in ("predicted", "measured")]
+            shown.append([source, "all", choice, "", "", *(f"{each:.1f}" for each in sums), ""])
+    return text_table(shown, left=(0, 1, 2, 3))

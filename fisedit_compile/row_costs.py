@@ -1,0 +1,72 @@
+"""The predicted time of a resolution's layers at a number of rows: what ``blocks="measured"`` minimises."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from fisedit_compile.calibration import Calibration, calibrate
+from fisedit_compile.neighbour_table import Size
+from fisedit_compile.row_layers import LayerShape, RowLayer, row_layers
+
+if TYPE_CHECKING:
+    from fisedit_compile.program import Program
+
+
+@dataclass(frozen=True)
+class RowCosts:
+    """Predicts each resolution of a program.
+
+    Attributes:
+        layers: of the program.
+        calibration: of the device that it runs on.
+    """
+
+    layers: tuple[RowLayer, ...]
+    calibration: Calibration
+
+    @classmethod
+    def of(cls, program: Program) -> RowCosts:
+        """The costs of a program on its own device; layers that were not timed yet are.
+
+        Raises:
+            ValueError: the program's U-Net is on the meta device.
+        """
+        layers = tuple(row_layers(program))
+        sample = program.dense.graph.find_nodes(op="placeholder")[0].meta["val"]
+        return cls(layers, calibrate(layers, sample.device, sample.dtype))
+
+    @cached_property
+    def sizes(self) -> list[Size]:
+        """The resolutions with layers, from the largest."""
+        return sorted({layer.size for layer in self.layers}, reverse=True)
+
+    def __call__(self, size: Size, rows: int, halo: int) -> float:
+        """Microseconds of all layers of a resolution.
+
+        Args:
+            size: the resolution (height, width).
+            rows: computed there, all samples together.
+            halo: rows of it that convolutions read besides.
+        """
+        shapes, channels = self.work(size)
+        computed = sum(n * self.calibration.microseconds(shape, rows) for shape, n in shapes.items())
+        return computed + self.calibration.fetch_microseconds(channels, halo)
+
+    def work(self, size: Size) -> tuple[Counter[LayerShape], int]:
+        """How many layers of each shape have their rows at a resolution, and the channels of a halo pixel of it.
+
+        The channels are those of all maps together that convolutions read halo rows of.
+        """
+        return self._work.get(size, (Counter(), 0))
+
+    @cached_property
+    def _work(self) -> dict[Size, tuple[Counter[LayerShape], int]]:
+        halos: Counter[Size] = Counter()
+        for layer in self.layers:
+            if layer.halo is not None:
+                halos[layer.halo] += layer.shape.channels
+        shapes = {size: Counter(layer.shape for layer in self.layers if layer.size == size) for size in self.sizes}
+        return {size: (shapes[size], halos[size]) for size in self.sizes}

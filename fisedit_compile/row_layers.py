@@ -1,0 +1,167 @@
+"""The layers of a sparse step whose work grows with the rows of a resolution, and what each multiplies and moves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.node import map_arg
+
+from fisedit_compile.neighbour_table import Size
+from fisedit_compile.passes import ops
+
+if TYPE_CHECKING:
+    from fisedit_compile.program import Program
+
+Kind = Literal["convolution", "linear", "self_attention", "cached_attention", "text_attention"]
+
+_CONVOLUTIONS = (ops.CONV2D_ROWS, ops.CONV2D_ROWS_AND_NORM)
+_LINEARS = (ops.LINEAR_ROWS, ops.LINEAR_ROWS_AND_NORM)
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What the time of a layer depends on, besides its rows.
+
+    Attributes:
+        kind: ``self_attention`` sees the rows of its sample, ``cached_attention`` all its pixels,
+            ``text_attention`` the tokens of its text.
+        channels: of an input row.
+        filters: of the product; of attention, those of the output.
+        taps: pixels that an output row reads.
+        geglu: the product's second half gates the first, so that the output is half as wide.
+        samples, heads, keys: of attention; ``keys`` of a sample, 0 where they are its rows.
+    """
+
+    kind: Kind
+    channels: int
+    filters: int
+    taps: int = 1
+    geglu: bool = False
+    samples: int = 1
+    heads: int = 1
+    keys: int = 0
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it has a weight."""
+        return self.kind in ("convolution", "linear")
+
+    def macs(self, rows: int) -> float:
+        """Multiply-accumulates of ``rows`` output rows; those of attention divide evenly among its samples."""
+        if self.is_product:
+            return rows * self.taps * self.channels * self.filters
+        return 2 * rows * self._keys(rows) * self.channels
+
+    def bytes(self, rows: int, itemsize: int) -> float:
+        """Bytes that must move: the weights or keys and values once, rows in, rows out, and the neighbour table."""
+        if self.is_product:
+            out = self.filters // 2 if self.geglu else self.filters
+            table = 4 * self.taps * rows if self.kind == "convolution" else 0
+            return itemsize * (self.taps * self.channels * self.filters + rows * (self.channels + out)) + table
+        return itemsize * 2 * self.channels * (rows + self.samples * self._keys(rows))
+
+    def __str__(self) -> str:
+        taps = f", {self.taps} taps" if self.taps > 1 else ""
+        keys = f", {self.heads} heads, {self.keys or 'own'} keys" if not self.is_product else ""
+        return f"{self.kind} {self.channels} -> {self.filters}{taps}{keys}"
+
+    def _keys(self, rows: int) -> float:
+        return self.keys or rows / self.samples
+
+
+@dataclass(frozen=True)
+class RowLayer:
+    """One layer of a sparse step.
+
+    Attributes:
+        path: of its module.
+        shape: what its time depends on.
+        size: the resolution of its output, whose rows it computes.
+        most: rows where all pixels are.
+        halo: the resolution of the halo rows that are fetched for it; None without any.
+    """
+
+    path: str
+    shape: LayerShape
+    size: Size
+    most: int
+    halo: Size | None = None
+
+
+def row_layers(program: Program) -> list[RowLayer]:
+    """The convolutions, linear layers and attentions of a program's rows, in the order in which they run.
+
+    Norms, gathers and the resolutions at which every pixel is computed anyway (``config.is_whole``) are left out.
+    Shapes come from a run on the meta device, where nothing is computed.
+    """
+    from fisedit_compile.mac_tracing import to_meta
+    from fisedit_compile.plan import plan_edit
+    from fisedit_compile.step_shapes import step_shapes
+
+    batch, _, *latents = program.signature.sample_shape
+    full = torch.ones(1, latents[0], latents[1], dtype=torch.bool)
+    plan = plan_edit(full, program.plan_requests, batch=batch, dense_below=program.config.dense_below)
+    values = {**step_shapes(program), **{request: plan.tensor(request) for request in program.plan_requests}}
+    graph_module = to_meta(program.sparse)
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    walk = _Walk(graph_module)
+    with torch.no_grad():
+        walk.run(*(values[node.meta.get("request", node.target)].to("meta") for node in placeholders))
+    return [layer for layer in walk.layers if not program.config.is_whole(layer.size)]
+
+
+class _Walk(Interpreter):
+    """Collects the layers of a graph on the meta device while it runs."""
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        super().__init__(graph_module)
+        self.layers: list[RowLayer] = []
+
+    def run_node(self, n: Node) -> Any:
+        out = super().run_node(n)
+        if "rows" in n.meta and n.target in _READERS:
+            shape = _READERS[n.target](n, map_arg(n.args, self.env.__getitem__))
+            has_halo = n.target in _CONVOLUTIONS and n.args[1] is not None
+            halo = n.args[4].meta["request"].where.source if has_halo else None  # type: ignore[union-attr]
+            most = (out[0] if isinstance(out, tuple) else out).shape[0]
+            self.layers.append(RowLayer(n.meta["module_path"], shape, n.meta["rows"].size, most, halo))
+        return out
+
+
+def _convolution(node: Node, args: Any) -> LayerShape:
+    rows, _, weight, _, table = args[:5]
+    return LayerShape("convolution", rows.shape[1], weight.shape[0], taps=table.shape[1])
+
+
+def _linear(node: Node, args: Any) -> LayerShape:
+    rows, weight = args[:2]
+    return LayerShape("linear", rows.shape[1], weight.shape[0], geglu="geglu" in node.args)
+
+
+def _attention_rows(node: Node, args: Any) -> LayerShape:
+    query, key, _, offsets = args[:4]
+    if node.args[3] is node.args[4]:
+        return _attention("self_attention", query, offsets, keys=0)
+    return _attention("text_attention", query, offsets, key.shape[0] // (offsets.shape[0] - 1))
+
+
+def _attention_cached(node: Node, args: Any) -> LayerShape:
+    query, base_key, offsets = args[0], args[3], args[6]
+    return _attention("cached_attention", query, offsets, base_key.shape[0] // (offsets.shape[0] - 1))
+
+
+def _attention(kind: Kind, query: Tensor, offsets: Tensor, keys: int) -> LayerShape:
+    heads, width = query.shape[1:]
+    return LayerShape(kind, heads * width, heads * width, samples=offsets.shape[0] - 1, heads=heads, keys=keys)
+
+
+_READERS: dict[Any, Any] = {
+    **dict.fromkeys(_CONVOLUTIONS, _convolution),
+    **dict.fromkeys(_LINEARS, _linear),
+    ops.ATTENTION_ROWS: _attention_rows,
+    ops.ATTENTION_CACHED: _attention_cached,
+}

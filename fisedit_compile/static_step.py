@@ -1,0 +1,224 @@
+"""The sparse step at fixed shapes and addresses: on a GPU one CUDA graph for each bucket of sizes.
+
+Some three hundred kernels take longer to launch one by one than to run. A graph launches them together, but always for
+the same shapes and addresses. So a step has buffers of its own, padded to its bucket, and everything that changes is
+copied into them: the plan once an edit, the prompt's values once an edit, and before each step, by one launch, the
+base's halo rows, norms and time embeddings. Another mask is another plan to copy, never another graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisedit_compile.announce import announce
+from fisedit_compile.buckets import Bucket, pad_plan
+from fisedit_compile.kernels.copy_rows import RowCopies
+from fisedit_compile.kernels.semaphores import new_semaphores, use_semaphores
+from fisedit_compile.passes.requests import CacheEntry, Hoisted
+from fisedit_compile.plan import EditPlan, PlanTensor
+from fisedit_compile.stage import Stage
+from fisedit_compile.step_cache import CacheDescription, Recorded, StepCache
+
+_ALIGNMENT = 256  # bytes, as torch's own allocator aligns
+
+Shapes = Mapping[Any, tuple[Sequence[int], torch.dtype]]
+
+
+class Packed:
+    """Tensors of several shapes and dtypes in one buffer, so that one copy brings all of them."""
+
+    def __init__(
+        self, shapes: Shapes, device: torch.device, *, pin: bool = False, buffer: Tensor | None = None
+    ) -> None:
+        starts, end = [], 0
+        for shape, dtype in shapes.values():
+            starts.append(end)
+            end += -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+        if buffer is None:
+            buffer = torch.empty(end, dtype=torch.uint8, device=device, pin_memory=pin)
+        self.shapes, self.buffer = shapes, buffer[:end]
+        self.tensors: dict[Any, Tensor] = {
+            key: buffer[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(*shape)
+            for start, (key, (shape, dtype)) in zip(starts, shapes.items(), strict=True)
+        }
+
+
+class Shared:
+    """What the buckets of a program share: memory, because one of them runs at a time, and the prompt's values."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.prompt: dict[Any, Tensor] = {}
+        self.captures = 0
+        self._prompt_of: object = None
+        self._fetched: Tensor | None = None
+        self._cuda = device.type == "cuda"
+        self._done: torch.cuda.Event | None = None
+        self._done_on: torch.cuda.Stream | None = None
+        if self._cuda:
+            self.stream = torch.cuda.Stream(device)
+            self.pool = torch.cuda.graph_pool_handle()
+            self.semaphores = new_semaphores(device)
+
+    @contextlib.contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """One step after the other, also where they are on different streams; on the current stream of the device."""
+        if not self._cuda:
+            yield
+            return
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream()
+            if self._done is not None and self._done_on != stream:
+                stream.wait_event(self._done)
+            yield
+            self._done = self._done or torch.cuda.Event()
+            self._done.record(stream)
+            self._done_on = stream
+
+    def bring_prompt(self, values: Mapping[Any, Tensor], owner: object) -> None:
+        """Copy the prompt's values to where the graphs read them; ``owner`` tells one edit's from another's."""
+        if not self.prompt:
+            self.prompt = {
+                key: torch.empty_like(each, memory_format=torch.contiguous_format) for key, each in values.items()
+            }
+        if self._prompt_of is not owner and values:
+            torch._foreach_copy_(list(self.prompt.values()), [values[key] for key in self.prompt])
+            self._prompt_of = owner
+
+    def memory(self, shapes: Shapes) -> Packed:
+        """Buffers for what is fetched before each step; every bucket uses the same memory while it is large enough."""
+        packed = Packed(shapes, torch.device("meta"))
+        if self._fetched is None or packed.buffer.numel() > self._fetched.numel():
+            self._fetched = torch.empty(packed.buffer.numel(), dtype=torch.uint8, device=self.device)
+        return Packed(shapes, self.device, buffer=self._fetched)
+
+
+class StaticStep:
+    """The step of one bucket.
+
+    Args:
+        step: the stage that runs.
+        fetches: for each value of the stage ``fetch``, the base's entry and the plan's rows of it that it is.
+        cache: the entries of the base.
+        bucket: its sizes.
+        requests: the plan's tensors that the program reads.
+        constants: values of the stage ``constant``.
+        shared: what all buckets share.
+    """
+
+    def __init__(
+        self,
+        step: Stage,
+        fetches: Mapping[Hoisted, tuple[CacheEntry, PlanTensor]],
+        cache: CacheDescription,
+        bucket: Bucket,
+        requests: Sequence[PlanTensor],
+        constants: Mapping[Any, Tensor],
+        shared: Shared,
+    ) -> None:
+        self.bucket, self._step, self._constants, self._shared = bucket, step, constants, shared
+        self._requests = requests
+        self._sources: dict[Any, CacheEntry] = {}  # what each fetched buffer is filled from
+        shapes: dict[Any, tuple[Sequence[int], torch.dtype]] = {}
+        self._rows: dict[Any, PlanTensor] = {}
+        for name in step.names:
+            if isinstance(name, CacheEntry):
+                self._sources[name], shapes[name] = name, cache.shapes[name]
+            elif name in fetches:
+                entry, rows = fetches[name]
+                shape, dtype = cache.shapes[entry]
+                self._sources[name], self._rows[name] = entry, rows
+                shapes[name] = ((bucket.halo[rows.where], *shape[1:]), dtype)  # type: ignore[index]
+        self._fetched = shared.memory(shapes).tensors
+        self._plan: Packed | None = None
+        self._plan_of: Packed | None = None
+        self._copies: RowCopies | None = None
+        self._inputs: dict[str, Tensor] = {}
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._out: Tensor | None = None
+
+    def pack(self, plan: EditPlan) -> Packed:
+        """A plan's tensors padded to the bucket, in one buffer on the device."""
+        padded: dict[Any, Tensor] = dict(pad_plan(plan, self.bucket, self._requests))
+        padded["counts"] = torch.tensor(
+            [
+                len(plan.tensor(self._rows[name])) if name in self._rows else len(buffer)
+                for name, buffer in self._fetched.items()
+            ],
+            dtype=torch.int32,
+        )
+        shapes = {key: (tensor.shape, tensor.dtype) for key, tensor in padded.items()}
+        host = Packed(shapes, torch.device("cpu"), pin=self._shared.device.type == "cuda")
+        for key, tensor in padded.items():
+            host.tensors[key].copy_(tensor)
+        device = self._shared.device
+        return Packed(shapes, device, buffer=host.buffer.to(device, non_blocking=True))
+
+    def run(self, inputs: Mapping[str, Tensor], cache: StepCache, plan: Packed, prompt: Mapping[Any, Tensor]) -> Tensor:
+        """One step; ``plan`` is of :meth:`pack`, ``prompt`` the values of the prompt's stage."""
+        if self._plan is None:
+            self._plan = Packed(plan.shapes, self._shared.device)
+            indices = [self._plan.tensors[self._rows[n]] if n in self._rows else None for n in self._fetched]
+            self._copies = RowCopies(list(self._fetched.values()), indices, self._plan.tensors["counts"])
+        assert self._copies is not None
+        with self._shared.in_turn(), torch.no_grad():
+            if self._plan_of is not plan:
+                self._plan.buffer.copy_(plan.buffer)
+                self._plan_of = plan
+            self._shared.bring_prompt(prompt, prompt)
+            self._copies.run(self._addresses(cache))
+            for name in self._step.names:
+                if isinstance(name, str):
+                    if name not in self._inputs:
+                        self._inputs[name] = torch.empty_like(inputs[name])
+                    self._inputs[name].copy_(inputs[name])
+            return self._replay().clone()
+
+    def _addresses(self, cache: StepCache) -> Any:
+        """Where the base's tensors lie, on the device; kept with the cache of a recorded call."""
+        if isinstance(cache, Recorded) and cache.addresses is not None and cache.addresses[0] is self._shared:
+            return cache.addresses[1]
+        assert self._copies is not None
+        addresses = self._copies.addresses([cache[entry] for entry in self._sources.values()])
+        if isinstance(cache, Recorded):
+            cache.addresses = (self._shared, addresses)
+        return addresses
+
+    def _replay(self) -> Tensor:
+        if self._shared.device.type != "cuda":
+            result: Tensor = self._step(self._values())
+            return result
+        if self._graph is None:
+            self._capture()
+        assert self._graph is not None
+        assert self._out is not None
+        self._graph.replay()
+        return self._out
+
+    def _values(self) -> dict[Any, Tensor]:
+        assert self._plan is not None
+        return {**self._constants, **self._shared.prompt, **self._fetched, **self._plan.tensors, **self._inputs}
+
+    def _capture(self) -> None:
+        """Record the step as a CUDA graph; the run before it compiles kernels, which a recording may not."""
+        start = time.perf_counter()
+        if not self._shared.captures:
+            announce("first sparse step: compiling kernels (their cache serves later processes) ...")
+        shared, values = self._shared, self._values()
+        shared.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(shared.stream), use_semaphores(shared.semaphores):
+            self._step(values)
+        torch.cuda.current_stream().wait_stream(shared.stream)
+        graph = torch.cuda.CUDAGraph()
+        with use_semaphores(shared.semaphores), torch.cuda.graph(graph, pool=shared.pool, stream=shared.stream):
+            self._out = self._step(values)
+        self._graph = graph
+        shared.captures += 1
+        announce(f"recorded the step for masks of {self.bucket.name} in {time.perf_counter() - start:.1f} s")

@@ -1,0 +1,103 @@
+"""What a base keeps of one U-Net call, and whether it is what a sparse graph reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph
+
+from fisedit_compile.capture import Signature
+from fisedit_compile.errors import BaseMismatchError
+from fisedit_compile.passes.requests import CacheEntry
+
+#: What the base keeps of one U-Net call.
+StepCache = Mapping[CacheEntry, Tensor]
+
+
+class Recorded(dict[CacheEntry, Tensor]):
+    """The cache of one recorded call: read only, as everything of a base.
+
+    Attributes:
+        signature: of the call.
+        timesteps: the timesteps of the call that the host knows without waiting for a device, None for others.
+        checked: the description of the graphs that it was found to fit.
+        addresses: of its tensors, on the device, by the static step that reads them; see ``static_step``.
+    """
+
+    def __init__(
+        self, signature: Signature, timesteps: tuple[Tensor | None, ...], kept: Mapping[CacheEntry, Tensor]
+    ) -> None:
+        super().__init__(kept)
+        self.signature = signature
+        self.timesteps = timesteps
+        self.checked: object = None
+        self.addresses: tuple[object, Any] | None = None
+
+
+class CacheDescription:
+    """The entries that a sparse graph reads of a base, and the shape and dtype of each.
+
+    Args:
+        graph: the annotated dense graph.
+        entries: what the sparse graph asks for.
+    """
+
+    def __init__(self, graph: Graph, entries: Iterable[CacheEntry]) -> None:
+        nodes = {node.name: node for node in graph.nodes}
+        self.shapes: dict[CacheEntry, tuple[torch.Size, torch.dtype]] = {}
+        for entry in entries:
+            node = nodes[entry.node]
+            val: Tensor = node.meta["val"]
+            dtype = val.dtype
+            if entry.kind == "map":  # [B*H*W, *channels]
+                layout = node.meta["layout"]
+                pixels = math.prod(val.shape[dim] for dim in layout.order[: layout.pixel_dims])
+                shape = torch.Size((pixels, *layout.channels(val.shape)))
+            elif entry.kind in ("scale", "shift"):  # [B, C]
+                shape, dtype = val.shape[:2], torch.promote_types(dtype, torch.float32)
+            else:
+                shape = val.shape
+            self.shapes[entry] = (shape, dtype)
+
+    def check(self, cache: StepCache, signature: Signature, timesteps: tuple[Tensor | None, ...]) -> None:
+        """Hold the cache of a call to what the sparse graph reads; one that was found to fit is not looked at again.
+
+        Raises:
+            BaseMismatchError: an entry is missing, or is of another shape or dtype, or the call was another one.
+        """
+        if isinstance(cache, Recorded):
+            _check_timesteps(cache.timesteps, timesteps)
+            if cache.checked is self:
+                return
+            if cache.signature.sample_shape != signature.sample_shape:
+                raise BaseMismatchError(
+                    f"the cache is of a call with latents {cache.signature.sample_shape}, not "
+                    f"{signature.sample_shape}: record this one"
+                )
+        if missing := [entry for entry in self.shapes if entry not in cache]:
+            raise BaseMismatchError(
+                f"the cache holds nothing for {missing[0].node} and {len(missing) - 1} more: record the call with "
+                "this U-Net and this config first"
+            )
+        for entry, (shape, dtype) in self.shapes.items():
+            kept = cache[entry]
+            if kept.shape != shape or kept.dtype is not dtype:
+                raise BaseMismatchError(
+                    f"the cache holds {entry.node} as {tuple(kept.shape)} {kept.dtype}, this call reads {tuple(shape)} "
+                    f"{dtype}: record the base with inputs of this batch, size and dtype"
+                )
+        if isinstance(cache, Recorded):
+            cache.checked = self
+
+
+def _check_timesteps(recorded: tuple[Tensor | None, ...], now: tuple[Tensor | None, ...]) -> None:
+    for old, new in zip(recorded, now, strict=False):
+        if old is not None and new is not None and not torch.equal(old, new):
+            raise BaseMismatchError(
+                f"the cache is of timestep {old.tolist()}, this call is of {new.tolist()}: a sparse step repeats the "
+                "timestep that its base was recorded at"
+            )

@@ -1,0 +1,166 @@
+"""How a product of rows is launched: which tile or library, how many splits, and the epilogue in it or behind it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+
+from fisedit_compile.kernels.epilogue import check_epilogue
+from fisedit_compile.kernels.row_product_tiles import Library, Tile, choose_tile
+from fisedit_compile.kernels.row_product_triton import finish_kernel, row_product_kernel
+from fisedit_compile.kernels.semaphores import semaphores
+from fisedit_compile.kernels.triton_launch import aligned, check_dtypes, input_precision, launch_on
+
+# Tiles of rows that run one after the other over all filters: together they read a few MB, which stay in L2.
+_GROUP = 8
+# Of a program of the second kernel.
+_FINISH_ROWS, _FINISH_FILTERS = 8, 128
+
+
+def launch_row_product(
+    op: str,
+    rows: torch.Tensor,
+    halo: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    table: torch.Tensor | None,
+    count: torch.Tensor | None,
+    sample: torch.Tensor | None,
+    sample_bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    activation: str,
+    *,
+    keep_raw: bool,
+    tile: Tile | Library | None,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Launch the kernel for ``conv2d_rows``, or without a table for ``linear_rows``.
+
+    Returns:
+        The result before norm and activation (None unless ``keep_raw``) and the result.
+
+    Raises:
+        ValueError: arguments that do not fit, or dtypes that differ or that the kernel does not take.
+    """
+    check_dtypes(op, rows, halo, weight, bias, sample_bias, residual)
+    check_epilogue(op, sample, sample_bias, residual, scale, shift, activation)
+    (active, channels), filters = rows.shape, weight.shape[0]
+    there, taps = (active, 1) if table is None else table.shape
+    if weight.shape[1] != taps * channels or (halo is not None and halo.shape[1] != channels):
+        raise ValueError(
+            f"{op}: weight [{filters}, {weight.shape[1]}] does not fit rows of {channels} channels and {taps} taps; "
+            f"give [Cout, {taps * channels}], and a halo with the channels of the rows"
+        )
+    geglu = activation == "geglu"
+    width = filters // 2 if geglu else filters
+    finish = _Finish(
+        there, width, rows, count, (bias, sample, sample_bias, residual, scale, shift), activation, keep_raw
+    )
+    if finish.out.numel() == 0:
+        return finish.raw, finish.out
+    if tile is None:
+        size = (there, taps, channels, width)
+        tile = choose_tile(*size, rows.dtype, geglu=geglu, linear=table is None, plain=finish.plain)
+    if isinstance(tile, Library):
+        product = F.linear(rows, weight, bias)  # its own epilogue adds the bias
+        if finish.plain:
+            return None, product
+        finish.epilogue[0] = None
+        finish.launch(product, 1, part_stride=filters, to_gate=width)
+        return finish.raw, finish.out
+
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    table = None if table is None else table.contiguous()
+    halo = halo.contiguous() if halo is not None and halo.numel() else None
+    steps = taps * triton.cdiv(channels, tile.channels)
+    span = triton.cdiv(steps, tile.splits)
+    splits = triton.cdiv(steps, span)  # none without a step
+    tiles = triton.cdiv(there, tile.rows) * triton.cdiv(width, tile.filters)
+    parts = arrived = None
+    apart = splits > 1 and tile.second_kernel
+    if apart:
+        parts = rows.new_empty(splits * (1 + geglu), there, width, dtype=torch.float32)
+    elif splits > 1:
+        parts = rows.new_empty(tiles * splits * (1 + geglu), tile.rows, tile.filters, dtype=torch.float32)
+        arrived = semaphores(rows.device, tiles)
+    with launch_on(rows):
+        row_product_kernel[(tiles, splits)](
+            rows,
+            halo,
+            weight.contiguous(),
+            table,
+            count,
+            *([None] * len(finish.epilogue) if apart else finish.epilogue),
+            None if apart else finish.raw,
+            finish.out,
+            parts,
+            arrived,
+            there,
+            active,
+            channels,
+            width,
+            rows.stride(0),
+            span,
+            TAPS=taps,
+            BM=tile.rows,
+            BN=tile.filters,
+            BK=tile.channels,
+            GROUP=_GROUP,
+            WHOLE=channels % tile.channels == 0,
+            ALIGNED=aligned(channels, halo) and aligned(rows.stride(0), rows),
+            SPLITS=2 if apart else splits,
+            SILU=activation == "silu" and not apart,
+            GEGLU=geglu,
+            PRECISION=input_precision(rows.dtype),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    if apart:
+        finish.launch(parts, splits, part_stride=width, to_gate=splits * there * width)
+    return finish.raw, finish.out
+
+
+class _Finish:
+    """The results of a product, the arguments of its epilogue, and its launch as a kernel of its own."""
+
+    def __init__(
+        self,
+        there: int,
+        width: int,
+        rows: torch.Tensor,
+        count: torch.Tensor | None,
+        epilogue: tuple[torch.Tensor | None, ...],
+        activation: str,
+        keep_raw: bool,
+    ) -> None:
+        self.out = rows.new_empty(there, width)
+        self.raw = torch.empty_like(self.out) if keep_raw else None
+        self.epilogue: list[Any] = [None if each is None else each.contiguous() for each in epilogue]
+        self.plain = activation == "none" and not keep_raw and all(each is None for each in epilogue[1:])
+        self._count, self._activation = count, activation
+
+    def launch(self, parts: torch.Tensor | None, splits: int, *, part_stride: int, to_gate: int) -> None:
+        there, width = self.out.shape
+        block = _FINISH_ROWS if splits > 1 else 2 * _FINISH_ROWS
+        with launch_on(self.out):
+            finish_kernel[(triton.cdiv(there, block), triton.cdiv(width, _FINISH_FILTERS))](
+                parts,
+                self._count,
+                *self.epilogue,
+                self.raw,
+                self.out,
+                there,
+                width,
+                part_stride,
+                to_gate,
+                BM=block,
+                BN=_FINISH_FILTERS,
+                SPLITS=splits,
+                SILU=self._activation == "silu",
+                GEGLU=self._activation == "geglu",
+                num_warps=4,
+            )

@@ -1,0 +1,251 @@
+"""Pass 11: what follows a product of rows pixel by pixel is done before the product is stored (``kernels/epilogue``).
+
+1.  A linear layer of rows becomes ``linear_rows``, which can take an epilogue as ``conv2d_rows`` can.
+2.  silu(group_norm_rows(%x, ...))                   ->  group_norm_rows(%x, ..., silu)          and group_norm_whole
+3.  add(product(%x), %t[sample])                     ->  product(%x, sample_bias=%t)             the time embedding
+4.  add(product(%x), %rows)                          ->  product(%x, residual=%rows)
+5.  group_norm_rows(product(%x), scale, shift, silu) ->  product(%x, scale, shift, silu)
+    and where the product itself is read as well     ->  product_and_norm(%x, ...), which stores both
+6.  silu(product(%x))                                ->  product(%x, silu)
+7.  mul(%a, gelu(%b)) with %a, %b = chunk(linear(%x))->  linear_rows(%x, geglu)
+8.  group_norm_rows(%ab, ...) with %ab = cat([%a, %b]) ->  %ab, %normed = cat_norm_rows(%a, %b, ...)
+9.  layer_norm(%rows, [C], ...)                       ->  layer_norm_rows(%rows, ...)              which skips padding
+
+A group norm with the base's statistics works on each pixel alone, so that 5. takes it out of the ResNet altogether: the
+first convolution of a ResNet stores what the second reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Graph, GraphModule, Node
+
+from fisedit_compile.config import SparsityConfig
+from fisedit_compile.layout import Layout
+from fisedit_compile.passes import ops
+from fisedit_compile.passes.report import PassReport
+from fisedit_compile.passes.requests import Inputs
+from fisedit_compile.passes.rewriting import prune
+from fisedit_compile.plan import PlanTensor
+
+aten = ops.aten
+
+#: Of a product that is read as it is, too.
+_WITH_NORM = {
+    ops.CONV2D_ROWS: ops.CONV2D_ROWS_AND_NORM,
+    ops.LINEAR_ROWS: ops.LINEAR_ROWS_AND_NORM,
+}
+#: Pointwise operations on rows that may be left, and why.
+_LEFT: dict[Any, str] = {
+    **dict.fromkeys(ops.UNARY | ops.BINARY, "it follows no product that it alone reads"),
+    ops.GROUP_NORM_ROWS: "it follows no product and joins no two values",
+    **dict.fromkeys(ops.CAT, "no norm with the base's statistics reads it"),
+}
+#: Arguments of a product in front of its epilogue.
+_PRODUCT_ARGUMENTS = {ops.CONV2D_ROWS: 5, ops.LINEAR_ROWS: 3}
+
+
+def fuse_pointwise(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
+    """Move pointwise operations on rows into the products before them."""
+    report = PassReport("fuse_pointwise")
+    graph = graph_module.graph
+    inputs = Inputs(graph)
+
+    def count_at(layout: Layout) -> Node | None:
+        return None if config.is_whole(layout.size) else inputs(PlanTensor("count", layout.size))
+
+    _silu_into_norms(graph, report)
+    _layer_norms(graph, count_at, report)
+    for node in [node for node in graph.nodes if node.target in (ops.CONV2D_ROWS, ops.LINEAR)]:
+        layout = node.meta.get("rows")
+        if layout is None or layout.roles.count("c") != 1:
+            continue  # a linear layer of the text or the time embedding, or of each head
+        if node.target is ops.LINEAR:
+            node.target, node.args = ops.LINEAR_ROWS, (*node.args, None)[:3]
+        _fuse(graph, node, count_at(layout), report)
+    _group_norms(graph, count_at, report)
+    prune(graph)
+    for node in graph.nodes:
+        if "rows" in node.meta and node.target in _LEFT:
+            report.skip(node, _LEFT[node.target])
+    return report
+
+
+def _silu_into_norms(graph: Graph, report: PassReport) -> None:
+    for target in (ops.GROUP_NORM_ROWS, ops.GROUP_NORM_WHOLE):
+        for norm in graph.find_nodes(op="call_function", target=target):
+            silu = _only_user(norm)
+            if silu is not None and silu.target is aten.silu.default:
+                norm.args = (*norm.args, True)
+                silu.replace_all_uses_with(norm)
+                graph.erase_node(silu)
+                report.change(silu)
+
+
+def _layer_norms(graph: Graph, count_at: Callable[[Layout], Node | None], report: PassReport) -> None:
+    for norm in graph.find_nodes(op="call_function", target=ops.LAYER_NORM):
+        if "rows" not in norm.meta or len(norm.args[1]) != 1 or norm.meta["rows"].roles.count("c") != 1:
+            continue
+        args: list[Any] = [*norm.args, *(None, None, None, None, 1e-5)[len(norm.args) :]]
+        rows, _, weight, bias, eps = args[:5]
+        norm.target, norm.args = ops.LAYER_NORM_ROWS, (rows, weight, bias, eps, count_at(norm.meta["rows"]))
+        report.change(norm)
+
+
+def _group_norms(graph: Graph, count_at: Callable[[Layout], Node | None], report: PassReport) -> None:
+    """Case 8, and the count of the other norms that no product took."""
+    for norm in graph.find_nodes(op="call_function", target=ops.GROUP_NORM_ROWS):
+        rows, *rest = norm.args
+        rest = [*rest[:3], len(rest) > 3 and rest[3], count_at(norm.meta["rows"])]
+        parts = rows.args[0] if rows.target is aten.cat.default and rows.args[1:] == (1,) else ()
+        if len(parts) != 2:
+            norm.args = (rows, *rest)
+            continue
+        with graph.inserting_before(rows):
+            both = graph.call_function(ops.CAT_NORM_ROWS, (*parts, *rest))
+            both.meta.update(norm.meta)
+            joined, normed = (graph.call_function(ops.GETITEM, (both, i)) for i in (0, 1))
+        for new, old in ((normed, norm), (joined, rows)):
+            new.meta.update(old.meta)
+            old.replace_all_uses_with(new)
+        report.change(rows)
+        report.change(norm)
+
+
+@dataclass
+class _Epilogue:
+    """The epilogue found so far, and the last operation that it takes in."""
+
+    last: Node
+    sample: Node | None = None
+    sample_bias: Node | None = None
+    residual: Node | None = None
+    scale: Node | None = None
+    shift: Node | None = None
+    activation: str = "none"
+    norm: Node | None = None  # of a product that is read before it, too
+
+    def arguments(self, count: Node | None) -> tuple[Node | str | None, ...]:
+        parts: tuple[Node | str | None, ...]
+        parts = (count, self.sample, self.sample_bias, self.residual, self.scale, self.shift, self.activation)
+        while parts and parts[-1] in (None, "none"):
+            parts = parts[:-1]
+        return parts
+
+
+def _fuse(graph: Graph, product: Node, count: Node | None, report: PassReport) -> None:
+    found = _Epilogue(product)
+    taken = []
+    while (user := _next(found, product.meta["rows"])) is not None:
+        taken.append(user)
+    target: Any = product.target
+    arguments = (*product.args[: _PRODUCT_ARGUMENTS[target]], *found.arguments(count))
+    for user in taken:
+        report.change(user)
+    if found.norm is None:
+        if _geglu(graph, product, found, count, report):
+            return
+        with graph.inserting_before(found.last):
+            fused = graph.call_function(target, arguments)
+        _stands_for(fused, found.last, product)
+    else:
+        with graph.inserting_after(found.last):
+            fused = graph.call_function(_WITH_NORM[target], arguments)
+        fused.meta.update(product.meta)
+        with graph.inserting_after(fused):
+            raw, normed = (graph.call_function(ops.GETITEM, (fused, i)) for i in (0, 1))
+        _stands_for(normed, found.norm, product)
+        _stands_for(raw, found.last, product)
+
+
+def _stands_for(new: Node, old: Node, product: Node) -> None:
+    new.meta.update(rows=product.meta["rows"], module_path=product.meta["module_path"])
+    old.replace_all_uses_with(new)
+
+
+def _next(found: _Epilogue, layout: Layout) -> Node | None:
+    """Take in the operation behind ``found.last``, if it fits; returns it."""
+    if found.scale is not None or found.activation != "none":
+        return None
+    user = _only_user(found.last)
+    if user is None:
+        norms = [each for each in found.last.users if each.target is ops.GROUP_NORM_ROWS]
+        if norms:
+            found.norm = norms[0]
+            _take_norm(found, norms[0])
+        return found.norm
+    if user.target is aten.add.Tensor and not user.kwargs:
+        other = user.args[1] if user.args[0] is found.last else user.args[0]
+        if not isinstance(other, Node) or other is found.last or not _take_sum(found, other, layout):
+            return None
+    elif user.target is ops.GROUP_NORM_ROWS:
+        _take_norm(found, user)
+    elif user.target is aten.silu.default:
+        found.activation = "silu"
+    else:
+        return None
+    found.last = user
+    return user
+
+
+def _take_sum(found: _Epilogue, other: Node, layout: Layout) -> bool:
+    if other.target is aten.index_select.default and _is_sample(other.args[2]):
+        if found.sample_bias is not None or _is_one_number(other.args[0]):
+            return False
+        found.sample_bias, found.sample = other.args[0], other.args[2]  # type: ignore[assignment]
+        return True
+    rows = other.meta.get("rows")
+    if found.residual is not None or rows is None or rows.size != layout.size:
+        return False
+    found.residual = other
+    return True
+
+
+def _is_one_number(value: object) -> bool:
+    """Whether a value of each sample, ``reshape(..., [B, channels])``, is one number for all channels."""
+    if not isinstance(value, Node) or value.target is not aten.reshape.default:
+        return False
+    shape = value.args[1]
+    return isinstance(shape, list | tuple) and bool(shape[-1] == 1)
+
+
+def _take_norm(found: _Epilogue, norm: Node) -> None:
+    _, found.sample, found.scale, found.shift, *silu = norm.args  # type: ignore[assignment]
+    found.activation = "silu" if silu and silu[0] else "none"
+
+
+def _geglu(graph: Graph, product: Node, found: _Epilogue, count: Node | None, report: PassReport) -> bool:
+    """Case 7; False where the product is something else."""
+    chunk = _only_user(product)
+    if product.target is not ops.LINEAR_ROWS or found.last is not product or chunk is None:
+        return False
+    if chunk.target is not aten.chunk.default or chunk.args[1:] != (2, 1) or len(chunk.users) != 2:
+        return False
+    value, gate = sorted(chunk.users, key=lambda piece: int(piece.args[1]))  # type: ignore[arg-type]
+    if (value.args[1], gate.args[1]) != (0, 1):
+        return False
+    gelu, mul = _only_user(gate), _only_user(value)
+    if gelu is None or mul is None or gelu.target is not aten.gelu.default:
+        return False
+    if gelu.kwargs.get("approximate", "none") != "none":
+        return False
+    if mul.target is not aten.mul.Tensor or set(mul.args) != {value, gelu}:
+        return False
+    with graph.inserting_before(mul):
+        fused = graph.call_function(ops.LINEAR_ROWS, (*product.args[:3], count, None, None, None, None, None, "geglu"))
+    _stands_for(fused, mul, product)
+    for node in (chunk, gelu, mul):
+        report.change(node)
+    return True
+
+
+def _is_sample(node: object) -> bool:
+    request = node.meta.get("request") if isinstance(node, Node) else None
+    return isinstance(request, PlanTensor) and request.kind == "sample"
+
+
+def _only_user(node: Node) -> Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None

@@ -1,0 +1,123 @@
+"""Pass 10: linear layers that read the same value become one, of all their outputs side by side.
+
+    %q = linear(%x, %wq, %bq); %k = linear(%x, %wk, %bk); %v = linear(%x, %wv, %bv)
+->  %qkv = linear(%x, cat([%wq, %wk, %wv]), cat([%bq, %bk, %bv]))
+    %q, %k, %v = split(%qkv)
+
+One product of three times the width fills a GPU better than three, and reads %x once. The weights are joined in the
+stage ``constant``, once a model. So do the keys and values of all cross-attentions, which read the same text, and
+where the pooled text enters it (SDXL) the projections of the time embedding, once its activation, which each ResNet
+computes for itself, is one value.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch.fx import Graph, GraphModule, Node
+
+from fisedit_compile.config import SparsityConfig
+from fisedit_compile.passes import ops
+from fisedit_compile.passes.report import PassReport
+
+aten = ops.aten
+
+
+def merge_linears(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
+    """Join the linear layers of each value that several read."""
+    report = PassReport("merge_linears")
+    graph = graph_module.graph
+    _share_activations(graph)
+    readers: dict[Node, list[Node]] = defaultdict(list)
+    for node in graph.find_nodes(op="call_function", target=ops.LINEAR):
+        readers[node.args[0]].append(node)
+    for linears in readers.values():
+        if len(linears) == 1:
+            continue
+        if reason := _differ(linears):
+            for node in linears:
+                report.skip(node, reason)
+            continue
+        _merge(graph, linears)
+        for node in linears:
+            report.change(node)
+    return report
+
+
+def _share_activations(graph: Graph) -> None:
+    """Equal pointwise operations of one value become one."""
+    first: dict[object, Node] = {}
+    for node in list(graph.nodes):
+        if node.target not in ops.UNARY or node.kwargs:
+            continue
+        shared = first.setdefault((node.target, node.args), node)
+        if shared is not node:
+            node.replace_all_uses_with(shared)
+            graph.erase_node(node)
+
+
+def _differ(linears: Sequence[Node]) -> str | None:
+    """Why linear layers of one value cannot be one."""
+    if len({_bias(node) is None for node in linears}) > 1:
+        return "only some of the layers that read this value have a bias"
+    if any(_source(node.args[1]).op != "get_attr" for node in linears):
+        return "its weight is computed"
+    return None
+
+
+def _merge(graph: Graph, linears: Sequence[Node]) -> None:
+    first = linears[0]
+    widths = [_width(node) for node in linears]
+    for node in linears[1:]:
+        _bring_before(first, node.args[1:])
+    with graph.inserting_before(first):
+        weight = graph.call_function(aten.cat.default, ([node.args[1] for node in linears],))
+        biases = [_bias(node) for node in linears]
+        bias = graph.call_function(aten.cat.default, (biases,)) if biases[0] is not None else None
+        merged = graph.call_function(ops.LINEAR, (first.args[0], weight, bias))
+        pieces = graph.call_function(aten.split_with_sizes.default, (merged, widths, -1))
+        for made in (weight, bias, merged, pieces):
+            if made is not None:
+                made.meta["module_path"] = _common_path([each.meta["module_path"] for each in linears])
+        for i, node in enumerate(linears):
+            piece = graph.call_function(ops.GETITEM, (pieces, i))
+            piece.meta.update(node.meta)
+            node.replace_all_uses_with(piece)
+    if "rows" in first.meta:
+        merged.meta["rows"] = first.meta["rows"]
+    for node in linears:
+        graph.erase_node(node)
+
+
+def _bring_before(first: Node, weights: Iterable[Any]) -> None:
+    """Move the weights of a later layer to where the joined one stands, with what flattens them."""
+    for weight in weights:
+        if isinstance(weight, Node) and weight > first:
+            _bring_before(first, weight.args)
+            first.prepend(weight)
+
+
+def _bias(node: Node) -> Node | None:
+    return node.args[2] if len(node.args) > 2 else None  # type: ignore[return-value]
+
+
+def _source(weight: object) -> Node:
+    """The parameter behind a weight; a 1x1 convolution's is flattened first."""
+    assert isinstance(weight, Node)
+    return weight if weight.target is not aten.flatten.using_ints else _source(weight.args[0])
+
+
+def _width(node: Node) -> int:
+    return int(_source(node.args[1]).meta["val"].shape[0])
+
+
+def _common_path(paths: Sequence[str]) -> str:
+    """The innermost module that holds all of these."""
+    shared = []
+    for parts in zip(*(path.split(".") for path in paths), strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared)

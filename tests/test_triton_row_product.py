@@ -1,0 +1,217 @@
+"""The product of rows in Triton's interpreter, convolution and linear layer, against the references in fp64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from interpreter import INTERPRETED_DTYPES, MARKS
+from poison import poisoned
+from random_rows import normal
+
+from fisedit_compile.kernels.conv2d_rows import conv2d_rows_and_norm_reference, conv2d_rows_reference
+from fisedit_compile.kernels.linear_rows import linear_rows_and_norm_reference, linear_rows_reference
+from fisedit_compile.kernels.row_product_tiles import Library, Tile
+from fisedit_compile.kernels.semaphores import new_semaphores, semaphores, use_semaphores
+from fisedit_compile.testing import assert_close
+
+conv = pytest.importorskip("fisedit_compile.kernels.conv2d_rows_triton", reason="Triton is not installed")
+linear = pytest.importorskip("fisedit_compile.kernels.linear_rows_triton", reason="Triton is not installed")
+product = pytest.importorskip("fisedit_compile.kernels.row_product_launch", reason="Triton is not installed")
+pytestmark = MARKS
+
+Arguments = dict[str, Any]
+WHOLE, SPLIT = Tile(32, 16, 16, 4, 2), Tile(16, 32, 16, 4, 2, splits=3)
+APART = Tile(16, 16, 16, 4, 2, splits=2, second_kernel=True)
+tiles = pytest.mark.parametrize("tile", [WHOLE, SPLIT, APART], ids=["whole", "split", "second kernel"])
+dtypes = pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
+
+EPILOGUES: dict[str, set[str]] = {
+    "none": set(),
+    "time": {"sample_bias"},
+    "residual": {"residual"},
+    "norm": {"scale", "shift"},
+    "all": {"sample_bias", "residual", "scale", "shift", "silu"},
+    "silu": {"silu"},
+    "geglu": {"geglu"},
+}
+
+
+def epilogue(parts: set[str], count: int, width: int, dtype: torch.dtype) -> Arguments:
+    """The arguments of an epilogue for ``count`` rows of three samples."""
+    given: Arguments = {}
+    if parts & {"sample_bias", "scale"}:
+        given["sample"] = torch.arange(count) * 3 // max(count, 1)
+    if "sample_bias" in parts:
+        given["sample_bias"] = normal(3, width, dtype=dtype, seed=11)
+    if "residual" in parts:
+        given["residual"] = normal(count, width, dtype=dtype, seed=12)
+    if "scale" in parts:
+        given["scale"], given["shift"] = (normal(3, width, dtype=torch.float32, seed=seed) for seed in (13, 14))
+    for activation in parts & {"silu", "geglu"}:
+        given["activation"] = activation
+    return given
+
+
+def conv_arguments(
+    dtype: torch.dtype, count: int, rows: int, halo: int | None, channels: int, filters: int, taps: int = 9
+) -> Arguments:
+    x, halo_rows = (None if n is None else normal(n, channels, dtype=dtype, seed=n) for n in (rows, halo))
+    weight = normal(filters, taps * channels, dtype=dtype, seed=2) / (taps * channels) ** 0.5
+    table = torch.randint(-1, rows + (halo or 0), (count, taps), generator=torch.Generator().manual_seed(count)).int()
+    return {
+        "rows": x,
+        "halo": halo_rows,
+        "weight": weight,
+        "bias": normal(filters, dtype=dtype, seed=3),
+        "table": table,
+    }
+
+
+def wide(arguments: Arguments) -> Arguments:
+    return {
+        name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in arguments.items()
+    }
+
+
+def check(
+    launch: Any, reference: Any, arguments: Arguments, tile: Tile | Library | None, real: int | None = None
+) -> None:
+    """Right within the tolerance, twice the same bits, and the counters zero again; ``real`` rows are compared."""
+    with poisoned():
+        first, again = (launch(**arguments, tile=tile) for _ in range(2))
+    wanted = reference(**wide(arguments))
+    for out, same, right in zip(*(t if isinstance(t, tuple) else (t,) for t in (first, again, wanted)), strict=True):
+        assert out.dtype == arguments["rows"].dtype
+        assert torch.equal(out[:real], same[:real])
+        assert_close(out[:real], right[:real])
+    assert not semaphores(torch.device("cpu"), 1).any()
+
+
+@dtypes
+@tiles
+@pytest.mark.parametrize("channels", [16, 21])
+@pytest.mark.parametrize("halo", [None, 0, 9])
+def test_convolution(dtype: torch.dtype, tile: Tile, channels: int, halo: int | None) -> None:
+    check(conv.conv2d_rows_triton, conv2d_rows_reference, conv_arguments(dtype, 37, 29, halo, channels, 20), tile)
+
+
+@dtypes
+@tiles
+@pytest.mark.parametrize("channels", [16, 21, 80])
+def test_linear_layer(dtype: torch.dtype, tile: Tile, channels: int) -> None:
+    arguments = {
+        "rows": normal(37, channels, dtype=dtype, seed=1),
+        "weight": normal(20, channels, dtype=dtype, seed=2) / channels**0.5,
+        "bias": None,
+    }
+    check(linear.linear_rows_triton, linear_rows_reference, arguments, tile)
+
+
+@dtypes
+@tiles
+@pytest.mark.parametrize("parts", EPILOGUES.values(), ids=EPILOGUES)
+@pytest.mark.parametrize("kind", ["convolution", "linear"])
+def test_every_epilogue(dtype: torch.dtype, tile: Tile, parts: set[str], kind: str) -> None:
+    count, filters = 41, 24
+    arguments = conv_arguments(dtype, count, 41, 9, 32, filters) | epilogue(parts, count, filters, dtype)
+    if kind == "convolution":
+        check(conv.conv2d_rows_triton, conv2d_rows_reference, arguments, tile)
+        if "geglu" not in parts:
+            check(conv.conv2d_rows_and_norm_triton, conv2d_rows_and_norm_reference, arguments, tile)
+        return
+    del arguments["halo"], arguments["table"]
+    arguments["weight"] = arguments["weight"][:, :32] * 3
+    for each in (tile, Library()):
+        check(linear.linear_rows_triton, linear_rows_reference, arguments, each)
+        if "geglu" not in parts:
+            check(linear.linear_rows_and_norm_triton, linear_rows_and_norm_reference, arguments, each)
+
+
+@tiles
+@pytest.mark.parametrize("real", [0, 1, 16, 33, 70, 80])
+def test_padding_is_not_computed(tile: Tile, real: int) -> None:
+    parts = EPILOGUES["all"]
+    arguments = conv_arguments(torch.float32, 70, 50, 9, 32, 24) | epilogue(parts, 70, 24, torch.float32)
+    arguments["residual"][real:] = torch.nan
+    arguments["table"][real:] = -1
+    arguments["count"] = torch.tensor([real], dtype=torch.int32)
+    check(conv.conv2d_rows_and_norm_triton, conv2d_rows_and_norm_reference, arguments, tile, real)
+    del arguments["halo"], arguments["table"]
+    rows = normal(70, 32, dtype=torch.float32, seed=1)
+    rows[real:] = torch.nan
+    arguments |= {"rows": rows, "weight": arguments["weight"][:, :32]}
+    for each in (tile, Library()):
+        check(linear.linear_rows_triton, linear_rows_reference, arguments, each, real)
+
+
+@dtypes
+@pytest.mark.parametrize(("channels", "filters"), [(4, 40), (48, 4)])
+def test_the_channels_of_latents_with_the_tile_of_the_heuristic(
+    dtype: torch.dtype, channels: int, filters: int
+) -> None:
+    check(conv.conv2d_rows_triton, conv2d_rows_reference, conv_arguments(dtype, 70, 61, 9, channels, filters), None)
+
+
+@tiles
+def test_one_row_one_tap_and_no_bias(tile: Tile) -> None:
+    for count, rows, taps in ((1, 1, 9), (5, 7, 1)):
+        arguments = conv_arguments(torch.float32, count, rows, None, 48, 5, taps) | {"bias": None}
+        check(conv.conv2d_rows_triton, conv2d_rows_reference, arguments, tile)
+
+
+def test_more_tiles_of_rows_than_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "_GROUP", 2)
+    arguments = conv_arguments(torch.float32, 70, 30, 3, 8, 40, 2)
+    for splits in (1, 2):
+        check(conv.conv2d_rows_triton, conv2d_rows_reference, arguments, Tile(16, 16, 8, 4, 2, splits))
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_no_active_rows(splits: int) -> None:
+    tile = Tile(16, 16, 16, 4, 2, splits=splits)
+    for count, rows in ((6, 0), (0, 5)):  # the halo alone; nothing to compute
+        check(conv.conv2d_rows_triton, conv2d_rows_reference, conv_arguments(torch.float32, count, rows, 4, 8, 8), tile)
+    rows, bias = torch.empty(0, 8), torch.arange(8.0)
+    table = torch.full((3, 9), -1, dtype=torch.int32)  # nothing inside the picture
+    out = conv.conv2d_rows_triton(rows, None, torch.ones(8, 72), bias, table, tile=tile)
+    assert torch.equal(out, bias.expand(3, 8))
+
+
+@tiles
+def test_strided_inputs(tile: Tile) -> None:
+    rows, weight = normal(9, 64, dtype=torch.float32, seed=0), normal(72, 8, dtype=torch.float32, seed=1)
+    table = torch.randint(-1, 9, (9, 8)).int()[:, :4]
+    for given in (rows[:, ::4], rows[:, 16:32]):  # a copy; a piece of a merged product, in place
+        arguments = {"rows": given, "halo": None, "weight": weight[:64].t(), "bias": None, "table": table}
+        check(conv.conv2d_rows_triton, conv2d_rows_reference, arguments, tile)
+        plain = {"rows": given, "weight": weight[:16].t(), "bias": None}
+        check(linear.linear_rows_triton, linear_rows_reference, plain, tile)
+
+
+def test_counters_of_ones_own() -> None:
+    own = new_semaphores(torch.device("cpu"))
+    assert semaphores(torch.device("cpu"), 1) is not own
+    with use_semaphores(own):
+        assert semaphores(torch.device("cpu"), 1) is own
+    assert semaphores(torch.device("cpu"), 1) is not own
+    with pytest.raises(ValueError, match="without splits"):
+        semaphores(torch.device("cpu"), 10**6)
+
+
+def test_refuses_what_does_not_fit() -> None:
+    rows, weight, table = torch.zeros(2, 8), torch.zeros(4, 72), torch.zeros(2, 9, dtype=torch.int32)
+    with pytest.raises(ValueError, match="float16, float32"):
+        conv.conv2d_rows_triton(rows.half(), None, weight, None, table)
+    with pytest.raises(ValueError, match=r"give \[Cout, 72\]"):
+        conv.conv2d_rows_triton(rows, None, weight[:, :9], None, table)
+    with pytest.raises(ValueError, match="give the sample of each row"):
+        conv.conv2d_rows_triton(rows, None, weight, None, table, sample_bias=torch.zeros(1, 4))
+    with pytest.raises(ValueError, match="give both or neither"):
+        linear.linear_rows_triton(rows, weight[:, :8], None, scale=torch.zeros(1, 4))
+    with pytest.raises(ValueError, match="geglu halves the width"):
+        linear.linear_rows_triton(rows, weight[:, :8], None, residual=torch.zeros(2, 4), activation="geglu")
+    with pytest.raises(ValueError, match="'none', 'silu' or 'geglu'"):
+        linear.linear_rows_triton(rows, weight[:, :8], None, activation="relu")
