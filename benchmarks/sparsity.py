@@ -70,8 +70,12 @@ def macs_by_tile(counter: MacCounter, shares: dict[str, dict[int, Share]]) -> di
     active, counted once, gives any other. Where a tile is larger than a resolution, the whole resolution is computed.
     """
     everything = torch.ones(1, *counter.latents, dtype=torch.bool)
+    pixel = torch.zeros_like(everything)
+    pixel[:, 0, 0] = True
     full = counter.step(counter.plan(everything)).by_resolution
-    sparse = {"{}x{}".format(*size) for size in counter.plan(everything).counts}
+    few, all_of_them = counter.plan(pixel).counts, counter.plan(everything).counts
+    # Below the config's dense_below all pixels are computed, whatever the mask.
+    sparse = {"{}x{}".format(*size) for size, count in all_of_them.items() if few[size] < count}
     steps: dict[str, dict[str, float]] = {"dense": dict(counter.dense.by_resolution)}
     for tile in TILES:
         steps[str(tile)] = {

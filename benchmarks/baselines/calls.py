@@ -53,6 +53,7 @@ class CallLog:
         self._starts: list[Any] = []
         self._ends: list[Any] = []
         self._hooks: list[Any] = []
+        self._last: Tensor | None = None
 
     def __enter__(self) -> CallLog:
         self._hooks = [
@@ -65,9 +66,21 @@ class CallLog:
         for hook in self._hooks:
             hook.remove()
 
-    def seconds(self) -> float:
-        """From the start of the first call to the end of the last; waits for the device."""
-        return _seconds(self._starts[0], self._ends[-1])
+    def seconds(self, images: int = 1) -> float:
+        """From the start of the first call to the end of the last; waits for the device.
+
+        Of several pictures, which take as many calls each, the sum: what lies between them is no call's time.
+        """
+        calls, rest = divmod(len(self.keys), images)
+        if rest:
+            raise ValueError(f"{len(self.keys)} calls are not as many for each of {images} pictures")
+        firsts, lasts = self._starts[::calls], self._ends[calls - 1 :: calls]
+        return sum(_seconds(first, last) for first, last in zip(firsts, lasts, strict=True))
+
+    def finite(self) -> bool:
+        """Whether the last call answered with finite numbers; earlier ones fed it. Waits for the device."""
+        assert self._last is not None
+        return bool(self._last.isfinite().all())
 
     def milliseconds(self) -> dict[str, float]:
         """The median time of a call of each kind, by the words for its key.
@@ -93,6 +106,7 @@ class CallLog:
 
     def _after(self, unet: Any, args: tuple[Any, ...], out: Any) -> None:
         self._ends.append(_mark(args[0].device))
+        self._last = (out[0] if isinstance(out, tuple) else out.sample).detach()
 
 
 def _mark(device: torch.device) -> Any:

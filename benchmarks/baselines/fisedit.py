@@ -15,9 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from baselines.method import CallCount, Method
 from baselines.models import GUIDANCE, SOURCE, TARGET, Kit
-from fisedit_compile import Base, Editor, SparsityConfig
+from fisedit_compile import Base, Editor, SparsityConfig, sparsify
 from fisedit_compile.architectures import PROMPT_TOKENS, build_unet, unet_inputs
-from fisedit_compile.capture import bind
 from fisedit_compile.cli.bench_masks import MaskSet
 from fisedit_compile.macs import MacCounter
 
@@ -41,14 +40,16 @@ class FISEdit(Method):
         return self._base_for(self.steps)[0].unet
 
     def prepare(self, steps: int) -> None:
+        """The base, and edits that are not timed: graphs are built, compiled and recorded at their first use."""
         self.steps = steps
-        self._base_for(steps)
+        editor, base = self._base_for(steps)
+        # Compiled code and CUDA graphs may be new for each number of active pixels.
+        each = self._config.compile or self.kit.device.type == "cuda"
+        for mask in self._masks.masks if each else self._masks.masks[:1]:
+            editor.edit(base, TARGET, mask=mask)
 
     def warm_up(self, steps: int) -> None:
-        editor, base = self._base_for(steps)
-        # A compiled graph may meet each mask's number of rows for the first time.
-        for mask in self._masks.masks if self._config.compile else self._masks.masks[:1]:
-            editor.edit(base, TARGET, mask=mask)
+        """Done by :meth:`prepare`: fewer steps would be another base."""
 
     def kind(self, index: int) -> str:
         step, dense = index % self.steps, self._config.count_dense_steps(self.steps)
@@ -108,16 +109,16 @@ class _CountedGraphs:
 
     def __init__(self, kit: Kit, config: SparsityConfig) -> None:
         unet = build_unet(kit.arch, device="meta")
-        # Unchecked: fvcore's second count takes long, and the tests hold the two together.
-        program = MacCounter.of(unet, height=kit.size, width=kit.size, config=config).program
-        self._counter = MacCounter(program, check=False)
-        self.dense = self._counter.dense.total
         args, kwargs = unet_inputs(unet, batch=2, height=kit.size, width=kit.size)
-        call = bind(unet, args, kwargs)
-        _, maps = program.record(call, samples=1, activations=False, attention=True)
+        sparse = sparsify(unet, config)
+        call = sparse.call(*args, **kwargs)
+        # Unchecked: fvcore's second count takes long, and the tests hold the two together.
+        self._counter = MacCounter(sparse.program(call), check=False)
+        self.dense = self._counter.dense.total
+        _, maps = sparse.record(call, samples=1, activations=False, attention=True)
         mapper, keep = (torch.empty(1, *shape, device="meta") for shape in ((PROMPT_TOKENS,) * 2, (PROMPT_TOKENS,)))
         with FlopCounterMode(display=False) as flops:
-            program.controlled(call, maps, mapper, keep)
+            sparse.controlled(call, maps, mapper, keep)
         self.controlled = flops.get_total_flops() // 2
 
     def sparse(self, mask: torch.Tensor) -> tuple[int, int]:

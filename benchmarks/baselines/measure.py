@@ -20,7 +20,13 @@ from baselines.models import Kit
 #: Makes a method from a kit; called once to count and once to run.
 Factory = Callable[[Kit], Method]
 
+#: Tells people what is going on.
+Say = Callable[[str], None]
+
 OK, OUT_OF_MEMORY, COUNTED, FAILED = "ok", "out of memory", "counted only", "failed"
+
+#: In the messages of errors of other classes than OutOfMemoryError: torch on the CPU, the driver, cuBLAS.
+_NO_MEMORY = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
 
 
 @dataclass
@@ -34,9 +40,11 @@ class Row:
         macs: multiply-accumulates an output picture, of the U-Net alone.
         macs_a_step: those divided by the denoising steps that were asked for.
         seconds: wall time of a picture from words (and picture) to pixels, autoencoder and text encoder included.
-        calls_per_second: U-Net calls by the time from the start of the first to the end of the last; for several
-            pictures that includes what lies between them.
-        peak_gib: most memory that tensors held on the device during the run.
+        calls_per_second: U-Net calls by the time from the start of a picture's first to the end of its last.
+        held_gib: memory that tensors held on the device when the timed run began: the models, and FISEdit's base.
+        peak_gib: the most during the run, ``held_gib`` included.
+        finite: whether the last call of the U-Net answered with finite numbers; weights are random, and no trained
+            model keeps a method from running over in half precision.
     """
 
     name: str
@@ -52,36 +60,47 @@ class Row:
     macs_a_step: float | None = None
     seconds: float | None = None
     calls_per_second: float | None = None
+    held_gib: float | None = None
     peak_gib: float | None = None
+    finite: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Row:
+        """What :meth:`to_dict` made."""
+        return cls(**{**values, "kinds": [CallCount(**kind) for kind in values["kinds"]]})
 
-def measure(name: str, factory: Factory, kit: Kit | None, counting_kit: Kit, steps: int) -> Row:
+
+def measure(name: str, factory: Factory, kit: Kit | None, counting_kit: Kit, steps: int, say: Say) -> Row:
     """Count a method, and run it unless there is no ``kit``.
 
     What goes wrong with one method is said in its row, so that the others still get theirs.
     """
-    method: Any = factory.func if isinstance(factory, partial) else factory
-    row = Row(name, getattr(method, "title", name), method.source, method.needs_training, method.edits_part)
+    kind: Any = factory.func if isinstance(factory, partial) else factory
+    row = Row(name, getattr(kind, "title", name), kind.source, kind.needs_training, kind.edits_part)
     try:
+        say(f"{name}: counting")
         _count(row, factory(counting_kit), steps)
         if kit is None:
             row.status = COUNTED
         else:
-            _run(row, factory(kit), kit, steps)
+            say(f"{name}: building")
+            _run(row, factory(kit), kit, steps, say)
     except NotInstalledError as error:
         row.status = f"not installed: {error}"
     except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(each in str(error) for each in _NO_MEMORY):
             row.status = OUT_OF_MEMORY
         else:
             traceback.print_exc()
             row.status = f"{FAILED}: {type(error).__name__}: {error}".splitlines()[0]
+    # Behind the except clauses: an error holds the frames that it passed, and they the method.
     if kit is not None:
         _release(kit)
+    say(f"{name}: {_summary(row)}")
     return row
 
 
@@ -93,27 +112,44 @@ def _count(row: Row, method: Method, steps: int) -> None:
     row.macs_a_step = row.macs / steps
 
 
-def _run(row: Row, method: Method, kit: Kit, steps: int) -> None:
-    method.prepare(steps)
-    if kit.device.type == "cuda":
-        method.warm_up(steps)
-        torch.cuda.synchronize(kit.device)
-        torch.cuda.reset_peak_memory_stats(kit.device)
-    with CallLog(method.unet, method.kind) as log:
-        start = time.perf_counter()
-        method.run(steps)
-        if kit.device.type == "cuda":
+def _run(row: Row, method: Method, kit: Kit, steps: int, say: Say) -> None:
+    on_cuda = kit.device.type == "cuda"
+    try:
+        say(f"{row.name}: preparing and warming up")
+        method.prepare(steps)
+        if on_cuda:
+            method.warm_up(steps)
+            gc.collect()  # what the warm-up left; the allocator keeps its blocks, as from one picture to the next
             torch.cuda.synchronize(kit.device)
-        seconds = time.perf_counter() - start
+            torch.cuda.reset_peak_memory_stats(kit.device)
+            row.held_gib = torch.cuda.memory_allocated(kit.device) / 2**30
+        say(f"{row.name}: timing")
+        with CallLog(method.unet, method.kind) as log:
+            start = time.perf_counter()
+            method.run(steps)
+            if on_cuda:
+                torch.cuda.synchronize(kit.device)
+            seconds = time.perf_counter() - start
+        if on_cuda:
+            row.peak_gib = torch.cuda.max_memory_allocated(kit.device) / 2**30
+    finally:
+        method.close()
     ran, counted = Counter(map(str, log.keys)), {kind.kind: kind.calls for kind in row.kinds if kind.calls}
     if ran != counted:
         raise AssertionError(f"{dict(ran)} ran where {counted} were counted")
     row.seconds = seconds / method.images
-    row.calls_per_second = len(log.keys) / log.seconds()
+    row.calls_per_second = len(log.keys) / log.seconds(method.images)
     milliseconds = log.milliseconds()
     row.kinds = [replace(kind, milliseconds=milliseconds.get(kind.kind)) for kind in row.kinds]
-    if kit.device.type == "cuda":
-        row.peak_gib = torch.cuda.max_memory_allocated(kit.device) / 2**30
+    row.finite = log.finite()
+
+
+def _summary(row: Row) -> str:
+    """For people who wait."""
+    if row.seconds is None:
+        return row.status
+    memory = "" if row.peak_gib is None else f", {row.peak_gib:.1f} GiB"
+    return f"{row.status}, {row.seconds:.3g} s an image{memory}{'' if row.finite else ', NOT FINITE'}"
 
 
 def _release(kit: Kit) -> None:

@@ -76,6 +76,9 @@ class Method:
     def make(self) -> Any:
         raise NotImplementedError
 
+    def close(self) -> None:
+        """Let go of what would outlive the method."""
+
     def kind(self, index: int) -> str:
         """See :class:`baselines.calls.CallKey`; of call ``index`` of a run."""
         return ""

@@ -27,6 +27,7 @@ SOURCE, TARGET = "a photo of a cat on a chair", "a photo of a dog on a chair"
 GUIDANCE = 7.5
 
 _Pipeline = TypeVar("_Pipeline")
+_Model = TypeVar("_Model", bound=torch.nn.Module)
 _TINY_VAE = {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
 _SD_VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
 #: Width, layers, heads and activation of the text encoders: CLIP ViT-L for SD 1, OpenCLIP ViT-H less a layer for SD 2.
@@ -81,8 +82,11 @@ class Kit:
             unet.register_to_config(in_channels=in_channels)
         if self.counting:
             return CountedUNet.of(unet)
-        # The layout that cuDNN prefers: without it eager would look slower than it has to be.
-        return unet.to(memory_format=torch.channels_last) if self.device.type == "cuda" else unet
+        return self._laid_out(unet)
+
+    def _laid_out(self, model: _Model) -> _Model:
+        """In the layout that cuDNN prefers: without it eager would look slower than it has to be."""
+        return model.to(memory_format=torch.channels_last) if self.device.type == "cuda" else model
 
     @cached_property
     def vae(self) -> AutoencoderKL:
@@ -95,7 +99,7 @@ class Kit:
                 sample_size=self.size,
                 **(_TINY_VAE if tiny else _SD_VAE),
             )
-        return vae.to(self.dtype).eval().requires_grad_(False)
+        return self._laid_out(vae.to(self.dtype).eval().requires_grad_(False))
 
     @cached_property
     def text_encoder(self) -> CLIPTextModel:

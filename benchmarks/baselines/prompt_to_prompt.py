@@ -99,5 +99,5 @@ def _cross(q: Tensor, k: Tensor, v: Tensor, *, mapper: Tensor, keep: Tensor) -> 
 
 def _self(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The source's maps over the edit's own values: those of the source's queries and keys."""
-    takes = [*range(_TARGET), _SOURCE]
-    return F.scaled_dot_product_attention(q[takes], k[takes], v)
+    q, k = (torch.cat([x[:_TARGET], x[_SOURCE:_TARGET]]) for x in (q, k))
+    return F.scaled_dot_product_attention(q, k, v)

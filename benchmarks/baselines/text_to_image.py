@@ -53,3 +53,6 @@ class CompiledTextToImage(TextToImage):
     def prepare(self, steps: int) -> None:
         if not self.kit.counting:
             self.run(2)  # compiles
+
+    def close(self) -> None:
+        torch._dynamo.reset()  # forget the code, and with it the memory, of this U-Net

@@ -1,0 +1,148 @@
+"""Draw what ``fisedit-compile bench unet --json FILE`` measured: time of a sparse step over the active area.
+
+    fisedit-compile bench unet --arch sd2 --size 768 --curve --masks MASKS.npz --device cuda --json out/sd2.json
+    python benchmarks/plot_unet.py out/sd2.json --out out/sd2.svg        # needs matplotlib: pip install '.[plot]'
+
+One panel a file: a curve for each attention mode, the dense U-Net, eager and compiled (the fastest mode that was
+measured), as horizontal lines, a ring where dense overtakes, and a star for the mean of real masks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from fisedit_compile.cli.unet_curve import points
+
+_MODES = {"full": "#0b5fa5", "masked": "#d1495b"}
+_TITLES = {"tiny": "tiny", "sd15": "SD 1.5", "sd2": "SD 2.1", "sdxl": "SDXL"}
+_DOTS_PER_INCH = 200  # twice what screens have
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = argparse.ArgumentParser(description="Plot the time of a sparse step over the active area.")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE.json", help="of fisedit-compile bench unet --json")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the picture: .svg, .png or .pdf")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns 0, or 2 for a file that cannot be used."""
+    args = build_parser().parse_args(argv)
+    try:
+        results = [read_result(path) for path in args.files]
+        if not args.out.resolve().parent.is_dir():
+            raise ValueError(f"--out {args.out}: there is no folder {args.out.resolve().parent}")
+        draw(results, args.out)
+    except (ValueError, OSError) as error:
+        print(f"plot_unet: error: {error}", file=sys.stderr)
+        return 2
+    print(args.out)
+    return 0
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """The file of a benchmark.
+
+    Raises:
+        ValueError: a file of something else, or without a row.
+    """
+    try:
+        result = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(result, dict) or not {"arch", "size", "rows"} <= result.keys() or not result["rows"]:
+        raise ValueError(f"{path} is not of fisedit-compile bench unet --json, or has no rows")
+    return result
+
+
+def title(result: dict[str, Any]) -> str:
+    """The conditions of a result in two lines."""
+    return (
+        f"{_TITLES.get(result['arch'], result['arch'])}, {result['size']}x{result['size']}, batch {result['batch']}, "
+        f"{result['dtype']}\n{result['device_name']}, torch {result['versions']['torch']}"
+    )
+
+
+def draw(results: list[dict[str, Any]], out: Path) -> None:
+    """Write the picture; its kind is that of the file's name.
+
+    Raises:
+        ValueError: a kind that matplotlib does not write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(results), figsize=(5.6 * len(results), 4.4), squeeze=False, layout="constrained")
+    for axis, result in zip(axes[0], results, strict=True):
+        draw_panel(axis, result)
+    figure.savefig(out, dpi=_DOTS_PER_INCH)
+    plt.close(figure)
+
+
+def draw_panel(axis: Any, result: dict[str, Any]) -> None:
+    """One file's panel."""
+    rows = result["rows"]
+    for name, colour, style in dense_lines(rows):
+        ms = fmean(row["dense_ms"][name] for row in rows)
+        axis.axhline(ms, color=colour, linestyle=style, linewidth=1.2)
+        label = {"eager": "eager", "compile": "compiled"}.get(name, f"compiled ({name.removesuffix('-no-cudagraphs')})")
+        axis.annotate(
+            f"dense, {label}: {ms:.1f} ms", (1, ms), xytext=(0, 3), textcoords="offset points", fontsize=8, color=colour
+        )
+    for attention in dict.fromkeys(row["attention"] for row in rows):
+        draw_mode(axis, result, attention)
+    axis.set(xlabel="active share of the latents (%)", ylabel="time of one U-Net call (ms)", xlim=(0, 101))
+    axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
+    axis.set_title(title(result), fontsize=10)
+    axis.grid(color="#e5e5e5", linewidth=0.6)
+    axis.set_axisbelow(True)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    axis.legend(fontsize=8, frameon=False, loc="lower right")
+
+
+def dense_lines(rows: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """The dense calls to draw, with colour and style: eager, and of the compiled ones the fastest."""
+    compiled = [name for name in rows[0]["dense_ms"] if name != "eager"]
+    lines = [("eager", "#777777", ":")] if "eager" in rows[0]["dense_ms"] else []
+    if compiled:
+        fastest = min(compiled, key=lambda name: fmean(row["dense_ms"][name] for row in rows))
+        lines.append((fastest, "#222222", "--"))
+    return lines
+
+
+def draw_mode(axis: Any, result: dict[str, Any], attention: str) -> None:
+    """The curve, the crossover and the real masks of one attention mode."""
+    colour = _MODES.get(attention, "#2a9d8f")
+    rows = [row for row in result["rows"] if row["attention"] == attention]
+    curve = points(rows, attention)
+    if curve:
+        shares, ms = zip(*((100 * share, ms) for share, ms in curve), strict=True)
+        label = f"sparse step, {attention} attention"
+        axis.plot(shares, ms, color=colour, marker="o", markersize=3.5, linewidth=1.6, label=label)
+    share = result.get("crossover", {}).get(attention)
+    if share is not None:
+        at = (100 * share, min(min(row["dense_ms"].values()) for row in rows))
+        axis.plot(*at, marker="o", markersize=10, markerfacecolor="none", markeredgecolor=colour, linestyle="none")
+        white = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
+        axis.annotate(
+            f"{share:.0%}", at, xytext=(6, -15), textcoords="offset points", color=colour, fontsize=9, bbox=white
+        )
+    for row in rows:
+        if row["masks"]["source"] != "square":
+            label = f"mean of {row['masks']['used']} real masks, {attention}"
+            place = (100 * row["active"], row["sparse_ms"])
+            style = {"marker": "*", "markersize": 12, "markeredgecolor": "white", "linestyle": "none"}
+            axis.plot(*place, color=colour, label=label, **style)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
