@@ -45,12 +45,16 @@ types: $(READY_TO_TEST)
 smoke: $(READY_TO_TEST)
 	$(EDIT) --steps 6 --out out/smoke
 
-# Triton reads the variable when a kernel is defined: a process of its own.
+# Two workers of one thread each: the inputs are tiny, and a second thread makes such a test slower. A file stays in one
+# worker, because its U-Nets are captured once.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Triton reads the variable when a kernel is defined: processes of their own.
 interpreter: $(READY_TO_TEST)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter tests/test_triton_*.py
+	TRITON_INTERPRET=1 $(PYTEST) -m interpreter tests/test_triton_*.py
 
 pytest: $(READY_TO_TEST)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 format: $(READY_TO_TEST)
 	$(BIN)/python -m ruff check --fix .
