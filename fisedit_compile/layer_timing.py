@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import fisedit_compile.kernels.ops  # noqa: F401  (registers torch.ops.fisedit)
+from fisedit_compile.plan import row_of_pixels
 from fisedit_compile.row_layers import LayerShape
 
 #: Weights of a step do not fit a GPU's L2 cache: a timed run goes through so many bytes of them, in so many calls.
@@ -106,7 +107,8 @@ class LayerTimer:
             sample * shape.keys + torch.arange(last - first).clamp(max=shape.keys - 1)
             for sample, (first, last) in enumerate(pairwise(queries))
         ]).to(self.device)  # fmt: skip
-        call = lambda: torch.ops.fisedit.attention_cached(q, k, v, other_k, other_v, ids, offsets, None)  # noqa: E731
+        row_of = row_of_pixels(ids, pixels)
+        call = lambda: torch.ops.fisedit.attention_cached(q, k, v, other_k, other_v, row_of, offsets, None)  # noqa: E731
         return [call] * _CALLS[0]
 
     def _values(self, *shape: int) -> Tensor:

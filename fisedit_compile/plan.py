@@ -26,9 +26,9 @@ from fisedit_compile.passes.choose_blocks import (
     expand_to_tiles,
 )
 
-__all__ = ["EditPlan", "PlanTensor", "Size", "Taps", "plan_edit"]
+__all__ = ["EditPlan", "PlanTensor", "Size", "Taps", "plan_edit", "row_of_pixels"]
 
-_OF_SIZE = ("index", "sample", "offsets", "count")
+_OF_SIZE = ("index", "sample", "offsets", "count", "row_of")
 _OF_TAPS = ("table", "halo")
 
 
@@ -39,7 +39,8 @@ class PlanTensor:
     Attributes:
         kind: of a resolution: ``index`` int64 ``[M]`` pixel ids of the rows, ``sample`` int64 ``[M]`` their
             sample, ``offsets`` int32 ``[B + 1]`` cumulative row counts of the samples, ``count`` int32 ``[1]`` their
-            sum. Of a convolution: ``table`` int32 ``[M_target, K]`` and ``halo`` int64 ``[Hh]``, see
+            sum, ``row_of`` int32 ``[B * height * width]`` the row of each pixel, see :func:`row_of_pixels`. Of a
+            convolution: ``table`` int32 ``[M_target, K]`` and ``halo`` int64 ``[Hh]``, see
             :func:`~fisedit_compile.neighbour_table.neighbour_table`.
         where: the resolution (height, width), or the convolution's :class:`Taps`.
 
@@ -47,7 +48,7 @@ class PlanTensor:
         ValueError: ``where`` is not what ``kind`` needs, or a halo is asked of a dense source.
     """
 
-    kind: Literal["index", "sample", "offsets", "count", "table", "halo"]
+    kind: Literal["index", "sample", "offsets", "count", "row_of", "table", "halo"]
     where: Size | Taps
 
     def __post_init__(self) -> None:
@@ -228,10 +229,18 @@ def plan_edit(
             tensors[PlanTensor("sample", where)] = index[where] // (where[0] * where[1])
             offsets = F.pad(active[where].sum((1, 2)).cumsum(0), (1, 0)).int()
             tensors[PlanTensor("offsets", where)], tensors[PlanTensor("count", where)] = offsets, offsets[-1:]
+            tensors[PlanTensor("row_of", where)] = row_of_pixels(index[where], active[where].numel())
 
     counts = {size: len(i) for size, i in index.items()}
     pixel_counts = {s: copies * int(m.sum()) for s, m in pooled.items()} if tiles else counts
     return EditPlan(mask, batch, counts, pixel_counts, choices, measured, active, tensors)
+
+
+def row_of_pixels(index: Tensor, pixels: int) -> Tensor:
+    """int32 ``[pixels]``: the row of each pixel, -1 where none is; ``index`` int64 ``[M]`` has the rows' pixel ids."""
+    row_of = torch.full((pixels,), -1, dtype=torch.int32, device=index.device)
+    row_of[index] = torch.arange(len(index), dtype=torch.int32, device=index.device)
+    return row_of
 
 
 def _resolutions(requests: Collection[PlanTensor]) -> list[Size]:

@@ -55,22 +55,22 @@ def attention_cached_reference(
     v: torch.Tensor,
     base_k: torch.Tensor,
     base_v: torch.Tensor,
-    index: torch.Tensor,
+    row_of: torch.Tensor,
     offsets: torch.Tensor,
     scale: float | None,
 ) -> torch.Tensor:
     """Active queries attend to every pixel of their picture: fresh keys at the active pixels, the base's elsewhere.
 
     Shapes: q, k and v [M, heads, hd]; base_k and base_v [P, heads, hd], pixel-major over B = len(offsets) - 1 samples
-    of P / B pixels, only read; index int64 [M], the rows' pixel ids; offsets int32 [B + 1].
+    of P / B pixels, only read; row_of int32 [P], the row that replaces a pixel, -1 for none; offsets int32 [B + 1].
 
     Returns:
         [M, heads, hd], contiguous.
     """
     samples = offsets.shape[0] - 1
     pixels = base_k.shape[0] // samples
-    total = int(offsets[-1])
-    index, k, v = index[:total], k[:total], v[:total]
-    k, v = base_k.index_copy(0, index, k), base_v.index_copy(0, index, v)
+    pixel = (row_of >= 0).nonzero().squeeze(1)
+    row = row_of[pixel]
+    base_k, base_v = base_k.index_copy(0, pixel, k[row]), base_v.index_copy(0, pixel, v[row])
     k_offsets = torch.arange(0, (samples + 1) * pixels, pixels, dtype=torch.int32)
-    return attention_rows_reference(q, k, v, offsets, k_offsets, scale)
+    return attention_rows_reference(q, base_k, base_v, offsets, k_offsets, scale)

@@ -192,7 +192,7 @@ _register(
 )
 _register(
     "attention_cached",
-    "Tensor q, Tensor k, Tensor v, Tensor base_k, Tensor base_v, Tensor index, Tensor offsets, float? scale",
+    "Tensor q, Tensor k, Tensor v, Tensor base_k, Tensor base_v, Tensor row_of, Tensor offsets, float? scale",
     attention_cached_reference,
     _like_rows,
     _launcher("attention_cached_triton", "attention_cached_triton", attention_cached_reference),

@@ -4,7 +4,7 @@ Rows stay gathered from the first projection through self- and cross-attention t
 
 1.  Self-attention, ``attention="full"``: every key of the sample, the base's where a token is not active.
         gather(attention(%q, %k, %v))
-    ->  attention_cached(gather(%q), gather(%k), gather(%v), base %k, base %v, index, offsets)
+    ->  attention_cached(gather(%q), gather(%k), gather(%v), base %k, base %v, row of each pixel, offsets)
 2.  Self-attention, ``attention="masked"`` (the paper's): the active tokens of the sample alone.
     ->  attention_rows(gather(%q), gather(%k), gather(%v), offsets, offsets)
     and in either mode where every pixel is a row (``config.is_whole``).
@@ -50,9 +50,9 @@ def _attention_rows(build: RowBuilder, attention: Node, *, config: SparsityConfi
     rows = [build.rows(node) for node in (query, key, value)]
     if config.attention == "masked" or config.is_whole(size):
         return build.call(ops.ATTENTION_ROWS, *rows, offsets, offsets, scale)
-    index = build.inputs(PlanTensor("index", size))
+    row_of = build.inputs(PlanTensor("row_of", size))
     base = [node.args[1] for node in (key, value)]
-    return build.call(ops.ATTENTION_CACHED, *rows, *base, index, offsets, scale)
+    return build.call(ops.ATTENTION_CACHED, *rows, *base, row_of, offsets, scale)
 
 
 def _tokens(build: RowBuilder, value: Node) -> Node:

@@ -11,6 +11,7 @@ from random_rows import DTYPES, masks, normal, offsets_of, pixel_ids, samples_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fisedit_compile.kernels.ops  # noqa: F401  (registers torch.ops.fisedit)
+from fisedit_compile.plan import row_of_pixels
 from fisedit_compile.testing import assert_close
 
 HEADS, HEAD_DIM = 2, 8
@@ -63,7 +64,9 @@ def test_cached_attention_sees_fresh_keys_at_the_rows_and_the_base_elsewhere(
     q, k, v = random_rows(len(index), dtype, seed)
     _, base_k, base_v = random_rows(mask.numel(), dtype, seed + 10)
     kept = base_k.clone(), base_v.clone()
-    out = torch.ops.fisedit.attention_cached(q, k, v, base_k, base_v, index, offsets_of(mask), scale)
+    out = torch.ops.fisedit.attention_cached(
+        q, k, v, base_k, base_v, row_of_pixels(index, mask.numel()), offsets_of(mask), scale
+    )
     assert out.is_contiguous()
     assert torch.equal(base_k, kept[0])
     assert torch.equal(base_v, kept[1])
@@ -78,7 +81,8 @@ def test_cached_attention_of_unchanged_rows_is_the_dense_attention() -> None:
     mask = torch.rand(2, 4, 5, generator=torch.Generator().manual_seed(0)) < 0.4
     index = pixel_ids(mask)
     q, k, v = random_rows(mask.numel(), torch.float64, 0)
-    out = torch.ops.fisedit.attention_cached(q[index], k[index], v[index], k, v, index, offsets_of(mask), None)
+    row_of = row_of_pixels(index, mask.numel())
+    out = torch.ops.fisedit.attention_cached(q[index], k[index], v[index], k, v, row_of, offsets_of(mask), None)
     q, k, v = (t.unflatten(0, (2, 20)).transpose(1, 2) for t in (q, k, v))
     assert_close(out, F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)[index])
 
@@ -126,15 +130,15 @@ def test_rows_behind_the_last_offset_are_padding(first: int) -> None:
     q, k, v = random_rows(5, torch.float64, 0)
     offsets = torch.tensor([0, first, 4], dtype=torch.int32)
     base_k, base_v, _ = random_rows(12, torch.float64, 10)
-    index = torch.tensor([0, 5, 7, 8, 0]) if first == 1 else torch.tensor([0, 5, 6, 8, 0])
+    row_of = row_of_pixels(torch.tensor([0, 5, 7, 8]) if first == 1 else torch.tensor([0, 5, 6, 8]), 12)
     for rows in (q, k, v):
         rows[4] = torch.nan
     out = torch.ops.fisedit.attention_rows(q, k, v, offsets, offsets, None)
-    cached = torch.ops.fisedit.attention_cached(q, k, v, base_k, base_v, index, offsets, None)
+    cached = torch.ops.fisedit.attention_cached(q, k, v, base_k, base_v, row_of, offsets, None)
     assert out.shape == cached.shape == q.shape
-    q, k, v, index = q[:4], k[:4], v[:4], index[:4]
+    q, k, v = q[:4], k[:4], v[:4]
     assert torch.equal(out[:4], torch.ops.fisedit.attention_rows(q, k, v, offsets, offsets, None))
-    alone = torch.ops.fisedit.attention_cached(q, k, v, base_k, base_v, index, offsets, None)
+    alone = torch.ops.fisedit.attention_cached(q, k, v, base_k, base_v, row_of, offsets, None)
     assert torch.equal(cached[:4], alone)
 
 

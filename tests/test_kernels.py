@@ -14,6 +14,7 @@ from random_rows import DTYPES, normal
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fisedit_compile.kernels.ops
+from fisedit_compile.plan import row_of_pixels
 from fisedit_compile.testing import assert_close
 
 Arguments = dict[str, Any]
@@ -122,8 +123,9 @@ def attention_cached(rows: int, dtype: torch.dtype) -> Arguments:
     _, index, _, offsets = chosen(rows, dtype)
     q, k, v = (normal(rows, HEADS, 4, dtype=dtype, seed=seed) for seed in (1, 2, 3))
     base_k, base_v = (normal(PIXELS, HEADS, 4, dtype=dtype, seed=seed) for seed in (4, 5))
+    row_of = row_of_pixels(index, PIXELS)
     return {
-        "q": q, "k": k, "v": v, "base_k": base_k, "base_v": base_v, "index": index, "offsets": offsets, "scale": 0.3
+        "q": q, "k": k, "v": v, "base_k": base_k, "base_v": base_v, "row_of": row_of, "offsets": offsets, "scale": 0.3
     }  # fmt: skip
 
 

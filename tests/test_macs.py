@@ -22,6 +22,7 @@ from fisedit_compile.architectures import build_unet, unet_inputs
 from fisedit_compile.errors import CaptureError
 from fisedit_compile.mac_formulas import FORMULAS, UNCOUNTED, attention_rows, is_refused
 from fisedit_compile.macs import MacCount, MacReport, count_graph, count_macs
+from fisedit_compile.plan import row_of_pixels
 
 aten, fisedit = torch.ops.aten, torch.ops.fisedit
 
@@ -143,7 +144,7 @@ CASES: dict[str, tuple[Any, tuple[Any, ...], str, int]] = {
             *(normal(5, 2, 4) for _ in range(3)),
             normal(12, 2, 4),
             normal(12, 2, 4),
-            torch.arange(5),
+            row_of_pixels(torch.tensor([0, 2, 3, 5, 8]), 12),
             offsets(4, 1),
             None,
         ),

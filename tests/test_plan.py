@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fisedit_compile.errors import MaskError
 from fisedit_compile.passes.choose_blocks import expand_to_tiles
-from fisedit_compile.plan import EditPlan, PlanTensor, Size, Taps, plan_edit
+from fisedit_compile.plan import EditPlan, PlanTensor, Size, Taps, plan_edit, row_of_pixels
 from fisedit_compile.testing import assert_close
 
 
@@ -74,6 +74,14 @@ def pooled_by_hand(mask: torch.Tensor, size: Size) -> torch.Tensor:
 def pixels(x: torch.Tensor) -> torch.Tensor:
     """[B, C, H, W] -> [B*H*W, C]"""
     return x.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def test_every_pixel_finds_its_row() -> None:
+    index = torch.tensor([1, 4, 5, 11])
+    row_of = row_of_pixels(index, 12)
+    assert row_of.dtype == torch.int32
+    assert row_of.tolist() == [-1, 0, -1, -1, 1, 2, -1, -1, -1, -1, -1, 3]
+    assert row_of_pixels(index[:0], 3).tolist() == [-1, -1, -1]
 
 
 def requests_of(taps: Taps) -> list[PlanTensor]:

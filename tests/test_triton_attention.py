@@ -10,6 +10,7 @@ from random_rows import normal
 
 from fisedit_compile.kernels.attention_rows import attention_cached_reference, attention_rows_reference
 from fisedit_compile.kernels.attention_tiles import AttentionTile
+from fisedit_compile.plan import row_of_pixels
 from fisedit_compile.testing import assert_close
 
 rows_kernel = pytest.importorskip("fisedit_compile.kernels.attention_rows_triton", reason="Triton is not installed")
@@ -59,7 +60,7 @@ def test_cached_equals_the_reference(dtype: torch.dtype, tile: AttentionTile, he
     q, k, v = (rows(sum(counts), head_dim, dtype, seed) for seed in range(3))
     base_k, base_v = (rows(3 * pixels, head_dim, dtype, seed) for seed in (3, 4))
     before = base_k.clone(), base_v.clone()
-    arguments = (index, offsets(*counts), None)
+    arguments = (row_of_pixels(index, 3 * pixels), offsets(*counts), None)
     with poisoned():
         out = cached_kernel.attention_cached_triton(q, k, v, base_k, base_v, *arguments, tile)
     assert torch.equal(base_k, before[0])
@@ -76,13 +77,13 @@ def test_padding_behind_the_last_offset_is_never_read(tile: AttentionTile, count
     for padded in (q, k, v):
         padded[real:] = torch.nan
     base_k, base_v = (rows(2 * pixels, 16, torch.float32, seed) for seed in (3, 4))
-    padded_index = torch.cat([index, index.new_zeros(30 - real)])
+    row_of = row_of_pixels(index, 2 * pixels)
     with poisoned():
         out = rows_kernel.attention_rows_triton(q, k, v, samples, samples, None, tile)
-        cached = cached_kernel.attention_cached_triton(q, k, v, base_k, base_v, padded_index, samples, None, tile)
+        cached = cached_kernel.attention_cached_triton(q, k, v, base_k, base_v, row_of, samples, None, tile)
     q, k, v = (t[:real].double() for t in (q, k, v))
     assert_close(out[:real], attention_rows_reference(q, k, v, samples, samples, None), torch.float32)
-    expected = attention_cached_reference(q, k, v, base_k.double(), base_v.double(), index, samples, None)
+    expected = attention_cached_reference(q, k, v, base_k.double(), base_v.double(), row_of, samples, None)
     assert_close(cached[:real], expected, torch.float32)
 
 
@@ -96,17 +97,7 @@ def test_parts_of_merged_projections_are_read_where_they_are() -> None:
 
 def test_no_queries() -> None:
     empty, base = rows(0, 16, torch.float32, 0), rows(8, 16, torch.float32, 1)
-    nowhere = torch.empty(0, dtype=torch.int64)
+    nowhere = torch.full((8,), -1, dtype=torch.int32)
     out = cached_kernel.attention_cached_triton(empty, empty, empty, base, base, nowhere, offsets(0, 0), None)
     assert out.shape == (0, HEADS, 16)
     assert rows_kernel.attention_rows_triton(empty, base, base, offsets(0), offsets(8), None).shape == (0, HEADS, 16)
-
-
-@pytest.mark.parametrize("count", [0, 1, 7, 64, 300])
-def test_every_pixel_finds_its_row(count: int) -> None:
-    index = torch.randperm(300)[:count].sort().values
-    expected = torch.full((300,), -1, dtype=torch.int32)
-    expected[index] = torch.arange(count, dtype=torch.int32)
-    with poisoned():
-        count = torch.tensor([len(index)], dtype=torch.int32)
-        assert torch.equal(cached_kernel.row_of_pixels(index, count, 300), expected)

@@ -18,6 +18,7 @@ from fisedit_compile.kernels.group_norm_rows import group_norm_rows_reference, g
 from fisedit_compile.kernels.layer_norm_rows import layer_norm_rows_reference
 from fisedit_compile.kernels.linear_rows import linear_rows_and_norm_reference, linear_rows_reference
 from fisedit_compile.neighbour_table import Taps, neighbour_table
+from fisedit_compile.plan import row_of_pixels
 from fisedit_compile.sample_masks import square_mask
 from fisedit_compile.testing import assert_close
 
@@ -192,7 +193,10 @@ def test_attention(dtype: torch.dtype, share: float, side: int, heads: int, head
     text, text_offsets = normal(BATCH * 77, heads, head_dim, dtype=dtype), torch.tensor([0, 77, 154]).int().cuda()
     check(torch.ops.fisedit.attention_rows, attention_rows_reference, q, text, text, offsets, text_offsets, 0.2)
     base_k, base_v = (normal(mask.numel(), heads, head_dim, dtype=dtype) for _ in range(2))
-    check(torch.ops.fisedit.attention_cached, attention_cached_reference, q, k, v, base_k, base_v, index, offsets, None)
+    row_of = row_of_pixels(index, len(base_k))
+    check(
+        torch.ops.fisedit.attention_cached, attention_cached_reference, q, k, v, base_k, base_v, row_of, offsets, None
+    )
 
 
 @pytest.mark.parametrize("counts", [(0, 300), (300, 0), (1, 0), (1, 299)])
@@ -203,7 +207,10 @@ def test_attention_with_samples_of_few_rows(counts: tuple[int, int]) -> None:
     q, k, v = (normal(len(index), heads, head_dim, dtype=dtype) for _ in range(3))
     base_k, base_v = (normal(BATCH * pixels, heads, head_dim, dtype=dtype) for _ in range(2))
     check(torch.ops.fisedit.attention_rows, attention_rows_reference, q, k, v, offsets, offsets, None)
-    check(torch.ops.fisedit.attention_cached, attention_cached_reference, q, k, v, base_k, base_v, index, offsets, None)
+    row_of = row_of_pixels(index, len(base_k))
+    check(
+        torch.ops.fisedit.attention_cached, attention_cached_reference, q, k, v, base_k, base_v, row_of, offsets, None
+    )
 
 
 def test_no_operator_waits_for_the_device_and_all_replay_in_a_graph() -> None:
@@ -213,7 +220,7 @@ def test_no_operator_waits_for_the_device_and_all_replay_in_a_graph() -> None:
     sample, statistics = mask.nonzero()[:, 0].contiguous(), normal(BATCH, 64)
     q = normal(len(index), 2, 32, dtype=torch.bfloat16)
     base = normal(mask.numel(), 2, 32, dtype=torch.bfloat16)
-    x = q.flatten(1)
+    x, row_of = q.flatten(1), row_of_pixels(index, mask.numel())
     ops = torch.ops.fisedit
 
     def call() -> list[torch.Tensor]:
@@ -227,7 +234,7 @@ def test_no_operator_waits_for_the_device_and_all_replay_in_a_graph() -> None:
             ops.cat_norm_rows(x[:, :32], x[:, 32:], sample, statistics, statistics)[1],
             ops.scatter_rows(x, base.flatten(1), index, [BATCH, 64, 48, 48], [0, 2, 3, 1], 3, offsets[-1:]),
             ops.attention_rows(q, q, q, offsets, offsets, None),
-            ops.attention_cached(q, q, q, base, base, index, offsets, None),
+            ops.attention_cached(q, q, q, base, base, row_of, offsets, None),
         ]
 
     expected = call()  # compiles

@@ -15,6 +15,7 @@ from torch.nn.attention.varlen import varlen_attn
 import fisedit_compile.kernels.ops  # noqa: F401  (registers torch.ops.fisedit)
 from fisedit_compile.cli.kernel_timing import microseconds
 from fisedit_compile.neighbour_table import Taps, neighbour_table
+from fisedit_compile.plan import row_of_pixels
 from fisedit_compile.sample_masks import square_mask
 
 #: Measured on an H200: a large device-to-device copy, bytes read and written; a large bf16 matrix product.
@@ -247,7 +248,7 @@ def _attention(
             bytes=4 * q.numel() * size, macs=2 * count * (count // BATCH) * channels,
             **(common | same | {"dense": lambda: varlen_attn(q, k, v, offsets, offsets, count, count)}),
         )  # fmt: skip
-    inputs = (q, k, v, base_k, base_v, mask.index, mask.offsets, None)
+    inputs = (q, k, v, base_k, base_v, row_of_pixels(mask.index, len(base_k)), mask.offsets, None)
     yield Case(
         "attention_cached", run=lambda: torch.ops.fisedit.attention_cached(*inputs),
         bytes=(2 * q.numel() + 2 * base_k.numel()) * size, macs=2 * count * pixels * channels, **common,

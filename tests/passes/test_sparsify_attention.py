@@ -97,7 +97,7 @@ def test_exact_rewriting_in_full_mode() -> None:
         *[ops.GATHER_ROWS] * 3,
         CacheEntry("transpose_int_1", "map"),
         CacheEntry("transpose_int_2", "map"),
-        PlanTensor("index", SIZE),
+        PlanTensor("row_of", SIZE),
         PlanTensor("offsets", SIZE),
         0.3,
     ]
