@@ -44,6 +44,7 @@ class Packed:
         if buffer is None:
             buffer = torch.empty(end, dtype=torch.uint8, device=device, pin_memory=pin)
         self.shapes, self.buffer = shapes, buffer[:end]
+        self.ready: torch.cuda.Event | None = None  # for those who read it on another stream
         self.tensors: dict[Any, Tensor] = {
             key: buffer[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(*shape)
             for start, (key, (shape, dtype)) in zip(starts, shapes.items(), strict=True)
@@ -159,7 +160,11 @@ class StaticStep:
         for key, tensor in padded.items():
             host.tensors[key].copy_(tensor)
         device = self._shared.device
-        return Packed(shapes, device, buffer=host.buffer.to(device, non_blocking=True))
+        packed = Packed(shapes, device, buffer=host.buffer.to(device, non_blocking=True))
+        if device.type == "cuda":
+            packed.ready = torch.cuda.Event()
+            packed.ready.record(torch.cuda.current_stream(device))
+        return packed
 
     def run(self, inputs: Mapping[str, Tensor], cache: StepCache, plan: Packed, prompt: Mapping[Any, Tensor]) -> Tensor:
         """One step; ``plan`` is of :meth:`pack`, ``prompt`` the values of the prompt's stage."""
@@ -170,6 +175,8 @@ class StaticStep:
         assert self._copies is not None
         with self._shared.in_turn(), torch.no_grad():
             if self._plan_of is not plan:
+                if plan.ready is not None:
+                    plan.ready.wait(torch.cuda.current_stream())
                 self._plan.buffer.copy_(plan.buffer)
                 self._plan_of = plan
             self._shared.bring_prompt(prompt, prompt)

@@ -183,7 +183,7 @@ def launch_attention(
     base_k, base_v, row_of = base or (None, None, None)
     keys = k if base_k is None else base_k
     tile = tile or choose_attention_tile(
-        count, keys.shape[0], samples, heads, head_dim, q.dtype, multiprocessors(q.device)
+        count, keys.shape[0], samples, heads, head_dim, q.dtype, multiprocessors(q.device), cached=base is not None
     )
     pixels = 0 if base_k is None else base_k.shape[0] // samples
     out = torch.empty_like(q, memory_format=torch.contiguous_format)

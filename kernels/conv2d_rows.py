@@ -7,10 +7,12 @@ and a nearest upsampling before the convolution are all in the table, so one op 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
-from fisedit_compile.kernels.epilogue import check_epilogue, normed_rows_reference, raw_rows_reference
+from fisedit_compile.kernels.epilogue import finish_rows_reference
 
 # The columns are gathered in blocks of at most this size. Larger buffers are mapped afresh by malloc at every call, and
 # their page faults cost more than the gather: 960 -> 320 at 64x64, batch 2, 30 %: 73 ms in one block, 54 ms in three.
@@ -23,13 +25,8 @@ def conv2d_rows_reference(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     table: torch.Tensor,
-    count: torch.Tensor | None = None,
-    sample: torch.Tensor | None = None,
-    sample_bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    activation: str = "none",
+    *epilogue: Any,
+    **named: Any,
 ) -> torch.Tensor:
     """Convolve at the rows of ``table``: one gather and one matmul (for each block of a very large table).
 
@@ -39,8 +36,7 @@ def conv2d_rows_reference(
         weight: [Cout, K * Cin], tap-major: ``conv.weight.permute(0, 2, 3, 1).reshape(Cout, -1)``.
         bias: [Cout] or None.
         table: int32 [M, K]; an entry in [0, R) is a row, in [R, R + Hh) a halo row, -1 is outside the picture (zero).
-        count: int32 [1], see ``ops``; not read here.
-        sample, sample_bias, residual, scale, shift, activation: see ``epilogue``.
+        epilogue, named: ``count, sample, sample_bias, residual, scale, shift, activation``, see ``epilogue``.
 
     Returns:
         [M, Cout], half as wide for ``geglu``. R, Hh and M may each be 0.
@@ -50,9 +46,7 @@ def conv2d_rows_reference(
         RuntimeError: the channels or dtypes of the arguments do not fit.
         ValueError: arguments of the epilogue that do not go together.
     """
-    check_epilogue("conv2d_rows", sample, sample_bias, residual, scale, shift, activation)
-    raw = raw_rows_reference(_convolve(rows, halo, weight, bias, table), sample, sample_bias, residual)
-    return normed_rows_reference(raw, sample, scale, shift, activation)
+    return conv2d_rows_and_norm_reference(rows, halo, weight, bias, table, *epilogue, **named)[1]
 
 
 def conv2d_rows_and_norm_reference(
@@ -61,19 +55,11 @@ def conv2d_rows_and_norm_reference(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     table: torch.Tensor,
-    count: torch.Tensor | None = None,
-    sample: torch.Tensor | None = None,
-    sample_bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    activation: str = "none",
+    *epilogue: Any,
+    **named: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`conv2d_rows_reference`, with the result both before and after norm and activation."""
-    check_epilogue("conv2d_rows_and_norm", sample, sample_bias, residual, scale, shift, activation)
-    raw = raw_rows_reference(_convolve(rows, halo, weight, bias, table), sample, sample_bias, residual)
-    normed = normed_rows_reference(raw, sample, scale, shift, activation)
-    return raw, normed
+    return finish_rows_reference(_convolve(rows, halo, weight, bias, table), *epilogue, **named)
 
 
 def _convolve(

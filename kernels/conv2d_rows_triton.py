@@ -1,6 +1,8 @@
-"""The convolution over rows on the GPU: see ``row_product_triton``."""
+"""The convolution over rows on the GPU: see ``row_product_launch``."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -8,24 +10,10 @@ from fisedit_compile.kernels.row_product_launch import launch_row_product
 from fisedit_compile.kernels.row_product_tiles import Library, Tile
 
 
-def conv2d_rows_triton(
-    rows: torch.Tensor,
-    halo: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    table: torch.Tensor,
-    count: torch.Tensor | None = None,
-    sample: torch.Tensor | None = None,
-    sample_bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    activation: str = "none",
-    tile: Tile | Library | None = None,
-) -> torch.Tensor:
+def conv2d_rows_triton(*arguments: Any, tile: Tile | Library | None = None, **named: Any) -> torch.Tensor:
     """Convolve at the rows of ``table``; arguments as of the reference in ``conv2d_rows``, on one GPU.
 
-    ``tile`` None takes the one that the size heuristic picks. Entries of the table are not checked.
+    ``tile`` None takes the best of the nearest size that was measured. Entries of the table are not checked.
 
     Returns:
         [M, Cout] (half as wide for ``geglu``), contiguous.
@@ -33,32 +21,13 @@ def conv2d_rows_triton(
     Raises:
         ValueError: arguments that do not fit, or dtypes that differ or that the kernel does not take.
     """
-    _, out = launch_row_product(
-        "conv2d_rows", rows, halo, weight, bias, table, count, sample, sample_bias, residual, scale, shift, activation,
-        keep_raw=False, tile=tile,
-    )  # fmt: skip
-    return out
+    return launch_row_product("conv2d_rows", *arguments, keep_raw=False, tile=tile, **named)[1]
 
 
 def conv2d_rows_and_norm_triton(
-    rows: torch.Tensor,
-    halo: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    table: torch.Tensor,
-    count: torch.Tensor | None = None,
-    sample: torch.Tensor | None = None,
-    sample_bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    activation: str = "none",
-    tile: Tile | Library | None = None,
+    *arguments: Any, tile: Tile | Library | None = None, **named: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`conv2d_rows_triton`, with the result both before and after norm and activation."""
-    raw, out = launch_row_product(
-        "conv2d_rows_and_norm", rows, halo, weight, bias, table, count, sample, sample_bias, residual, scale, shift,
-        activation, keep_raw=True, tile=tile,
-    )  # fmt: skip
+    raw, out = launch_row_product("conv2d_rows_and_norm", *arguments, keep_raw=True, tile=tile, **named)
     assert raw is not None
     return raw, out

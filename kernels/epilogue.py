@@ -10,12 +10,8 @@ product's columns times the GELU of the second.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
-
-Activation = Literal["none", "silu", "geglu"]
 
 #: The arguments of the epilogue in an operator's schema; ``count`` is described in ``ops``.
 SCHEMA = (
@@ -44,34 +40,51 @@ def check_epilogue(
         raise ValueError(f"{op}: geglu halves the width; it takes no sample_bias, residual or norm")
 
 
-def raw_rows_reference(
+def finish_rows_reference(
     product: torch.Tensor,
-    sample: torch.Tensor | None,
-    sample_bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-) -> torch.Tensor:
-    """``raw``: product [M, N] with its bias, sample int64 [M], sample_bias [B, N], residual [M, N]."""
+    count: torch.Tensor | None = None,
+    sample: torch.Tensor | None = None,
+    sample_bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    activation: str = "none",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``raw`` and ``normed`` of a product that has its bias.
+
+    Args:
+        product: [M, N].
+        count: int32 [1], see ``ops``; not read here.
+        sample: int64 [M], the batch element of each row.
+        sample_bias: [B, N].
+        residual: [M, N].
+        scale, shift: [B, N], fp32 or better; the norm is computed in fp32 or better.
+        activation: of ``normed``: ``"none"``, ``"silu"`` or ``"geglu"``.
+
+    Returns:
+        [M, N] each; ``normed`` is [M, N / 2] for ``geglu``.
+
+    Raises:
+        ValueError: arguments that do not go together.
+    """
+    check_epilogue("epilogue", sample, sample_bias, residual, scale, shift, activation)
     if sample_bias is not None:
         assert sample is not None
         product = product + sample_bias.index_select(0, sample)
-    return product if residual is None else product + residual
-
-
-def normed_rows_reference(
-    raw: torch.Tensor,
-    sample: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    activation: str,
-) -> torch.Tensor:
-    """``normed``: raw [M, N], scale and shift [B, N] in fp32 or better; [M, N], or [M, N / 2] for ``geglu``."""
+    raw = product if residual is None else product + residual
     if activation == "geglu":
         value, gate = raw.chunk(2, 1)
-        return value * F.gelu(gate)
+        return raw, value * F.gelu(gate)
+    normed = raw
     if scale is not None:
         assert sample is not None
         assert shift is not None
-        compute = torch.promote_types(raw.dtype, torch.float32)
-        scale, shift = (t.to(compute).index_select(0, sample) for t in (scale, shift))
-        raw = torch.addcmul(shift, raw.to(compute), scale).to(raw.dtype)
-    return F.silu(raw) if activation == "silu" else raw
+        normed = scale_and_shift(raw, sample, scale, shift)
+    return raw, F.silu(normed) if activation == "silu" else normed
+
+
+def scale_and_shift(rows: torch.Tensor, sample: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """``rows * scale[sample] + shift[sample]``, computed in fp32 or better, in the dtype of ``rows`` [M, N]."""
+    compute = torch.promote_types(rows.dtype, torch.float32)
+    scale, shift = (t.to(compute).index_select(0, sample) for t in (scale, shift))
+    return torch.addcmul(shift, rows.to(compute), scale).to(rows.dtype)

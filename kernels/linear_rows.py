@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
-from fisedit_compile.kernels.epilogue import check_epilogue, normed_rows_reference, raw_rows_reference
+from fisedit_compile.kernels.epilogue import finish_rows_reference
 
 
 def linear_rows_reference(
-    rows: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    count: torch.Tensor | None = None,
-    sample: torch.Tensor | None = None,
-    sample_bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    activation: str = "none",
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *epilogue: Any, **named: Any
 ) -> torch.Tensor:
     """``rows [M, K]`` times ``weight [N, K]``, plus ``bias [N]`` or None, through the epilogue.
 
     Args:
-        count: int32 [1], see ``ops``; not read here.
-        sample, sample_bias, residual, scale, shift, activation: see ``epilogue``.
+        epilogue, named: ``count, sample, sample_bias, residual, scale, shift, activation``, see ``epilogue``.
 
     Returns:
         [M, N], or [M, N / 2] for ``geglu``.
@@ -33,25 +25,11 @@ def linear_rows_reference(
         RuntimeError: the shapes or dtypes do not fit.
         ValueError: arguments of the epilogue that do not go together.
     """
-    check_epilogue("linear_rows", sample, sample_bias, residual, scale, shift, activation)
-    raw = raw_rows_reference(F.linear(rows, weight, bias), sample, sample_bias, residual)
-    return normed_rows_reference(raw, sample, scale, shift, activation)
+    return linear_rows_and_norm_reference(rows, weight, bias, *epilogue, **named)[1]
 
 
 def linear_rows_and_norm_reference(
-    rows: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    count: torch.Tensor | None = None,
-    sample: torch.Tensor | None = None,
-    sample_bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    activation: str = "none",
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *epilogue: Any, **named: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`linear_rows_reference`, with the result both before and after norm and activation."""
-    check_epilogue("linear_rows_and_norm", sample, sample_bias, residual, scale, shift, activation)
-    raw = raw_rows_reference(F.linear(rows, weight, bias), sample, sample_bias, residual)
-    normed = normed_rows_reference(raw, sample, scale, shift, activation)
-    return raw, normed
+    return finish_rows_reference(F.linear(rows, weight, bias), *epilogue, **named)

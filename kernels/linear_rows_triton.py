@@ -1,6 +1,8 @@
-"""The linear layer of rows on the GPU: see ``row_product_triton``."""
+"""The linear layer of rows on the GPU: see ``row_product_launch``."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -12,18 +14,13 @@ def linear_rows_triton(
     rows: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    count: torch.Tensor | None = None,
-    sample: torch.Tensor | None = None,
-    sample_bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    activation: str = "none",
+    *epilogue: Any,
     tile: Tile | Library | None = None,
+    **named: Any,
 ) -> torch.Tensor:
     """Multiply rows; arguments as of the reference in ``linear_rows``, on one GPU.
 
-    ``tile`` None takes the one that the size heuristic picks.
+    ``tile`` None takes the best of the nearest size that was measured, cuBLAS included.
 
     Returns:
         [M, N] (half as wide for ``geglu``), contiguous.
@@ -31,30 +28,20 @@ def linear_rows_triton(
     Raises:
         ValueError: arguments that do not fit, or dtypes that differ or that the kernel does not take.
     """
-    _, out = launch_row_product(
-        "linear_rows", rows, None, weight, bias, None, count, sample, sample_bias, residual, scale, shift, activation,
-        keep_raw=False, tile=tile,
-    )  # fmt: skip
-    return out
+    product = (rows, None, weight, bias, None)
+    return launch_row_product("linear_rows", *product, *epilogue, keep_raw=False, tile=tile, **named)[1]
 
 
 def linear_rows_and_norm_triton(
     rows: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    count: torch.Tensor | None = None,
-    sample: torch.Tensor | None = None,
-    sample_bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    activation: str = "none",
+    *epilogue: Any,
     tile: Tile | Library | None = None,
+    **named: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`linear_rows_triton`, with the result both before and after norm and activation."""
-    raw, out = launch_row_product(
-        "linear_rows_and_norm", rows, None, weight, bias, None, count, sample, sample_bias, residual, scale, shift,
-        activation, keep_raw=True, tile=tile,
-    )  # fmt: skip
+    product = (rows, None, weight, bias, None)
+    raw, out = launch_row_product("linear_rows_and_norm", *product, *epilogue, keep_raw=True, tile=tile, **named)
     assert raw is not None
     return raw, out

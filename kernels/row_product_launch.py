@@ -27,13 +27,13 @@ def launch_row_product(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     table: torch.Tensor | None,
-    count: torch.Tensor | None,
-    sample: torch.Tensor | None,
-    sample_bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    activation: str,
+    count: torch.Tensor | None = None,
+    sample: torch.Tensor | None = None,
+    sample_bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    activation: str = "none",
     *,
     keep_raw: bool,
     tile: Tile | Library | None,
@@ -56,6 +56,8 @@ def launch_row_product(
             f"give [Cout, {taps * channels}], and a halo with the channels of the rows"
         )
     geglu = activation == "geglu"
+    if geglu and keep_raw:
+        raise ValueError(f"{op}: geglu has another width than what it reads; use the operator without a norm")
     width = filters // 2 if geglu else filters
     finish = _Finish(
         there, width, rows, count, (bias, sample, sample_bias, residual, scale, shift), activation, keep_raw

@@ -213,5 +213,7 @@ def test_refuses_what_does_not_fit() -> None:
         linear.linear_rows_triton(rows, weight[:, :8], None, scale=torch.zeros(1, 4))
     with pytest.raises(ValueError, match="geglu halves the width"):
         linear.linear_rows_triton(rows, weight[:, :8], None, residual=torch.zeros(2, 4), activation="geglu")
+    with pytest.raises(ValueError, match="another width"):
+        linear.linear_rows_and_norm_triton(rows, weight[:, :8], None, activation="geglu")
     with pytest.raises(ValueError, match="'none', 'silu' or 'geglu'"):
         linear.linear_rows_triton(rows, weight[:, :8], None, activation="relu")
