@@ -77,13 +77,14 @@ class Buckets:
     """
 
     def __init__(self, requests: Collection[PlanTensor], *, batch: int, latents: Size, dense_below: int) -> None:
-        self._sizes: list[Size] = [each.where for each in requests if each.kind == "index"]  # type: ignore[misc]
+        sizes: set[Size] = set()
+        for where in (request.where for request in requests):
+            if not isinstance(where, Taps):
+                sizes.add(where)
+            else:
+                sizes.update([where.target] if where.dense else [where.source, where.target])
         self._taps: list[Taps] = [each.where for each in requests if each.kind == "halo"]  # type: ignore[misc]
-        for taps in (each.where for each in requests if isinstance(each.where, Taps)):
-            self._sizes += [taps.target] if taps.dense else [taps.source, taps.target]
-        self._sizes = sorted(
-            set(self._sizes) | {s.where for s in requests if not isinstance(s.where, Taps)}, reverse=True
-        )
+        self._sizes = sorted(sizes, reverse=True)
         self._batch, self._latents, self._dense_below = batch, latents, dense_below
         self.ladder: list[Bucket] = list(self._made())
 

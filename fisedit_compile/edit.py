@@ -8,7 +8,6 @@ from functools import cached_property
 from statistics import median
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 
@@ -90,11 +89,3 @@ def summarise_times(dense_ms: list[float], sparse_ms: list[float]) -> dict[str, 
     """Medians of both kinds of U-Net calls; None for a kind that did not run."""
     dense, sparse = (median(times) if times else None for times in (dense_ms, sparse_ms))
     return {"dense_step": dense, "sparse_step": sparse, "speedup": dense / sparse if dense and sparse else None}
-
-
-def as_uint8(image: Any) -> np.ndarray:
-    """A picture (PIL, or an array in [0, 1] or 0..255) as uint8 ``[h, w, 3]``."""
-    array = np.asarray(image)
-    if array.dtype != np.uint8:
-        array = (np.clip(array, 0, 1) * 255).round().astype(np.uint8)
-    return array

@@ -114,10 +114,6 @@ class EditPlan:
             _tensors={request: tensor.to(device) for request, tensor in self._tensors.items()},
         )
 
-    def with_tensors(self, tensors: Mapping[PlanTensor, Tensor]) -> EditPlan:
-        """The same plan with other tensors in place of its own, such as padded ones."""
-        return replace(self, _tensors=tensors)
-
     def report(self) -> str:
         """Rows of each resolution and halo rows of each convolution, as text for people.
 

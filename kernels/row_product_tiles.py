@@ -2,7 +2,7 @@
 
 An autotuner at run time would measure anew at every count of rows, that is at every mask, and a cost model fitted to
 the same sweep chose tiles that took 8 % longer than the best. So the choice is the best tile of the nearest size that
-was measured: ``row_product_tiles.json``, made by ``fisedit-compile bench kernels --sweep --json``.
+was measured: ``row_product_tiles.json``, in the form that ``fisedit-compile bench kernels --sweep --json`` writes.
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fisedit_compile.cli.json_file import check_json_path, write_json
 from fisedit_compile.cli.runtime import add_runtime_options, describe, share, start
 
 _EDIT_SIZES = (0.05, 0.15, 0.30, 1.0)
@@ -49,8 +49,7 @@ def add_parser(what: Any) -> None:
 
 def run_kernels(args: argparse.Namespace) -> None:
     """Measure, print the table, write the file."""
-    if args.json and not args.json.resolve().parent.is_dir():
-        raise ValueError(f"--json {args.json}: there is no folder {args.json.resolve().parent}")
+    check_json_path(args.json)
     device, dtype = start(args)
     if device.type != "cuda":
         raise ValueError(f"bench kernels --device {args.device}: the kernels run on CUDA alone; this is {device}")
@@ -90,8 +89,7 @@ def run_kernels(args: argparse.Namespace) -> None:
             ]  # fmt: skip
     print(f"{conditions['device_name']}, {conditions['dtype']}, torch {conditions['versions']['torch']}")
     print(text_table(shown, left=(0, 1)))
-    if args.json:
-        args.json.write_text(json.dumps({**conditions, "best" if args.sweep else "rows": rows}, indent=2) + "\n")
+    write_json(args.json, {**conditions, "best" if args.sweep else "rows": rows})
 
 
 def _tile(row: dict[str, Any]) -> str:

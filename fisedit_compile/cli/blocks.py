@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fisedit_compile.cli.json_file import check_json_path
 from fisedit_compile.cli.runtime import add_runtime_options, describe, share, start, whole_number
 from fisedit_compile.config import SparsityConfig
 
@@ -69,8 +70,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Calibrate, compare, print the table, write the file."""
-    if args.json and not args.json.resolve().parent.is_dir():
-        raise ValueError(f"--json {args.json}: there is no folder {args.json.resolve().parent}")
+    check_json_path(args.json)
     device, dtype = start(args)
     if device.type == "cpu" and not args.arch.startswith("tiny"):
         raise ValueError(

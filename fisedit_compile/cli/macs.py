@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from fisedit_compile.cli.json_file import check_json_path
 from fisedit_compile.cli.runtime import describe, share, whole_number
 from fisedit_compile.config import SparsityConfig
 
@@ -71,8 +72,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Count, print the table, write the file."""
-    if args.json and not args.json.resolve().parent.is_dir():
-        raise ValueError(f"--json {args.json}: there is no folder {args.json.resolve().parent}")
+    check_json_path(args.json)
 
     import torch
 
