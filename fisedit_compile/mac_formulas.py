@@ -138,6 +138,7 @@ FORMULAS: dict[str, OpFormula] = {
     "fisedit::conv2d_rows_and_norm": OpFormula("convolution", conv2d_rows),
     "fisedit::linear_rows": OpFormula("linear", linear_rows),
     "fisedit::linear_rows_and_norm": OpFormula("linear", linear_rows),
+    "fisedit::linear_rows_and_layer_norm": OpFormula("linear", linear_rows),
     "fisedit::attention_rows": OpFormula("attention", attention_rows),
     "fisedit::attention_cached": OpFormula("attention", attention_cached),
 }
@@ -172,6 +173,7 @@ def _register_with_torch() -> None:
         torch.ops.fisedit.conv2d_rows_and_norm: conv2d_rows,
         torch.ops.fisedit.linear_rows: linear_rows,
         torch.ops.fisedit.linear_rows_and_norm: linear_rows,
+        torch.ops.fisedit.linear_rows_and_layer_norm: linear_rows,
         torch.ops.fisedit.attention_rows: attention_rows,
         torch.ops.fisedit.attention_cached: attention_cached,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,

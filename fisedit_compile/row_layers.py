@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Kind = Literal["convolution", "linear", "self_attention", "cached_attention", "text_attention"]
 
 _CONVOLUTIONS = (ops.CONV2D_ROWS, ops.CONV2D_ROWS_AND_NORM)
-_LINEARS = (ops.LINEAR_ROWS, ops.LINEAR_ROWS_AND_NORM)
+_LINEARS = (ops.LINEAR_ROWS, ops.LINEAR_ROWS_AND_NORM, ops.LINEAR_ROWS_AND_LAYER_NORM)
 
 
 @dataclass(frozen=True)

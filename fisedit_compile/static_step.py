@@ -21,6 +21,7 @@ from fisedit_compile.announce import announce
 from fisedit_compile.buckets import Bucket, pad_plan
 from fisedit_compile.kernels.copy_rows import RowCopies
 from fisedit_compile.kernels.semaphores import new_semaphores, use_semaphores
+from fisedit_compile.kernels.triton_launch import compiling_alone
 from fisedit_compile.passes.requests import CacheEntry, Hoisted
 from fisedit_compile.plan import EditPlan, PlanTensor
 from fisedit_compile.stage import Stage
@@ -221,6 +222,8 @@ class StaticStep:
         shared, values = self._shared, self._values()
         shared.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(shared.stream), use_semaphores(shared.semaphores):
+            with compiling_alone():
+                self._step(values)
             self._step(values)
         torch.cuda.current_stream().wait_stream(shared.stream)
         graph = torch.cuda.CUDAGraph()

@@ -15,7 +15,55 @@ import triton
 import triton.language as tl
 
 from fisedit_compile.kernels.attention_tiles import AttentionTile, choose_attention_tile, head_width
-from fisedit_compile.kernels.triton_launch import aligned, input_precision, launch_on, multiprocessors
+from fisedit_compile.kernels.triton_launch import aligned, input_precision, launch, multiprocessors
+
+#: Of a sample, from which blocks without a mask are worth a loop of their own.
+_MANY_KEYS = 1024
+
+
+@triton.jit
+def _attend(  # type: ignore[no-untyped-def]
+    start, end, query, row, peak, total, result, k, v, base_k, base_v, row_of, key_begin, column, real,
+    k_stride, v_stride, base_k_stride, base_v_stride, scale,
+    BN: tl.constexpr, MASK_HEAD: tl.constexpr, MASK_KEYS: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of keys; row int32 [BN], peak and total fp32 [BM], result fp32 [BM, WIDTH], real bool [WIDTH]."""
+    n = start + tl.arange(0, BN)  # [BN]
+    valid = n < end
+    at = key_begin + n
+    if base_k is not None:
+        fresh = row >= 0
+        k_at = tl.where(fresh, k + row.to(tl.int64) * k_stride, base_k + at * base_k_stride)
+        v_at = tl.where(fresh, v + row.to(tl.int64) * v_stride, base_v + at * base_v_stride)
+        row = tl.load(row_of + at + BN, mask=n + BN < end, other=-1)
+        if ALIGNED:  # a choice of two pointers hides it, and unaligned loads are narrow and not pipelined
+            k_at = tl.multiple_of(k_at, [16])
+            v_at = tl.multiple_of(v_at, [16])
+    else:
+        k_at = k + at * k_stride
+        v_at = v + at * v_stride
+    k_at = k_at[None, :] + column[:, None]  # [WIDTH, BN]
+    v_at = v_at[:, None] + column[None, :]  # [BN, WIDTH]
+    if MASK_KEYS:
+        key = tl.load(k_at, mask=valid[None, :] & real[:, None], other=0.0)
+        value = tl.load(v_at, mask=valid[:, None] & real[None, :], other=0.0)
+    elif MASK_HEAD:
+        key = tl.load(k_at, mask=real[:, None], other=0.0)
+        value = tl.load(v_at, mask=real[None, :], other=0.0)
+    else:
+        key = tl.load(k_at)
+        value = tl.load(v_at)
+    score = tl.dot(query, key, input_precision=PRECISION)  # [BM, BN]
+    if MASK_KEYS:
+        score = tl.where(valid[None, :], score, float("-inf"))
+    # Each block of keys has one inside, so that the new peak is finite. The scale is positive: the peak of scaled
+    # scores is the scaled peak, and scaling is part of the exponential's one multiply-add.
+    new_peak = tl.maximum(peak, tl.max(score, axis=1) * scale)
+    weight = tl.exp2(score * scale - new_peak[:, None])
+    shrink = tl.exp2(peak - new_peak)
+    total = total * shrink + tl.sum(weight, axis=1)
+    result = tl.dot(weight.to(value.dtype), value, result * shrink[:, None], input_precision=PRECISION)
+    return row, new_peak, total, result
 
 
 @triton.jit(do_not_specialize=["there", "samples", "pixels"])
@@ -44,7 +92,7 @@ def _attention_kernel(
     WIDTH: tl.constexpr,  # HD, rounded up to a power of two
     BM: tl.constexpr,
     BN: tl.constexpr,
-    WHOLE: tl.constexpr,  # BN divides pixels: no key is masked
+    LONG: tl.constexpr,  # a sample has many keys
     ALIGNED: tl.constexpr,  # the vectors of a head start at multiples of 16 bytes
     PRECISION: tl.constexpr,
 ) -> None:
@@ -84,44 +132,25 @@ def _attention_kernel(
     peak = tl.full((BM,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BM,), dtype=tl.float32)
     result = tl.zeros((BM, WIDTH), dtype=tl.float32)
+    row = tl.full((BN,), -1, dtype=tl.int32)
     if base_k is not None:
         # Which rows replace a block of pixels is read a step ahead: keys that wait for it in their own step would need
         # stages of the software pipeline for both.
         ahead = begin + tl.arange(0, BN)
         row = tl.load(row_of + key_begin + ahead, mask=ahead < end, other=-1)
-    for start in range(begin, end, BN):
-        n = start + tl.arange(0, BN)  # [BN]
-        valid = n < end
-        at = key_begin + n
-        if base_k is not None:
-            fresh = row >= 0
-            k_at = tl.where(fresh, k + row.to(tl.int64) * k_stride, base_k + at * base_k_stride)
-            v_at = tl.where(fresh, v + row.to(tl.int64) * v_stride, base_v + at * base_v_stride)
-            row = tl.load(row_of + at + BN, mask=n + BN < end, other=-1)
-            if ALIGNED:  # a choice of two pointers hides it, and unaligned loads are narrow and not pipelined
-                k_at = tl.multiple_of(k_at, [16])
-                v_at = tl.multiple_of(v_at, [16])
-        else:
-            k_at = k + at * k_stride
-            v_at = v + at * v_stride
-        k_at = k_at[None, :] + column[:, None]  # [WIDTH, BN]
-        v_at = v_at[:, None] + column[None, :]  # [BN, WIDTH]
-        if WHOLE and WIDTH == HD:
-            key = tl.load(k_at)
-            value = tl.load(v_at)
-        else:
-            key = tl.load(k_at, mask=valid[None, :] & real[:, None], other=0.0)
-            value = tl.load(v_at, mask=valid[:, None] & real[None, :], other=0.0)
-        score = tl.dot(query, key, input_precision=PRECISION) * scale  # [BM, BN]
-        if not WHOLE:
-            score = tl.where(valid[None, :], score, float("-inf"))
-        # Each block of keys has one inside, so that the new peak is finite.
-        new_peak = tl.maximum(peak, tl.max(score, axis=1))
-        weight = tl.exp2(score - new_peak[:, None])
-        shrink = tl.exp2(peak - new_peak)
-        total = total * shrink + tl.sum(weight, axis=1)
-        result = tl.dot(weight.to(value.dtype), value, result * shrink[:, None], input_precision=PRECISION)
-        peak = new_peak
+    rest = begin
+    if LONG:  # a second loop, for blocks that need no mask, pays for its start
+        rest += (end - begin) // BN * BN
+        for start in range(begin, rest, BN):
+            row, peak, total, result = _attend(
+                start, end, query, row, peak, total, result, k, v, base_k, base_v, row_of, key_begin, column, real,
+                k_stride, v_stride, base_k_stride, base_v_stride, scale, BN, WIDTH != HD, False, ALIGNED, PRECISION,
+            )  # fmt: skip
+    for start in range(rest, end, BN):
+        row, peak, total, result = _attend(
+            start, end, query, row, peak, total, result, k, v, base_k, base_v, row_of, key_begin, column, real,
+            k_stride, v_stride, base_k_stride, base_v_stride, scale, BN, WIDTH != HD, True, ALIGNED, PRECISION,
+        )  # fmt: skip
 
     stored = inside[:, None] & real[None, :]
     row_at = m.to(tl.int64) * tl.num_programs(1) + head  # [BM]: of [M, heads]
@@ -178,6 +207,8 @@ def launch_attention(
     tile: AttentionTile | None,
 ) -> torch.Tensor:
     """Launch the kernel; ``base`` is (base_k, base_v, row_of), and then ``k_offsets`` is None."""
+    if scale is not None and scale <= 0.0:
+        raise ValueError(f"attention with scale={scale}: the kernel takes a positive one")
     q, k, v = head_last(q), head_last(k), head_last(v)
     (count, heads, head_dim), samples = q.shape, q_offsets.shape[0] - 1
     base_k, base_v, row_of = base or (None, None, None)
@@ -191,50 +222,48 @@ def launch_attention(
     parts = q.new_empty(tile.splits, *q.shape, dtype=torch.float32) if split else out
     peaks, sums = (q.new_empty(tile.splits, count, heads, dtype=torch.float32) if split else None for _ in range(2))
     width = head_width(head_dim)
-    whole = base_k is not None and pixels % tile.keys == 0
     strides = [0 if t is None else t.stride(0) for t in (q, k, v, base_k, base_v)]
     vectors = [t for t in (k, v, base_k, base_v) if t is not None]
     even = aligned(head_dim, *vectors) and all(t.stride(0) * t.element_size() % 16 == 0 for t in vectors)
-    with launch_on(q):
-        # A sample may end in a part of a block: at most one more for each but the last.
-        _attention_kernel[(triton.cdiv(count, tile.queries) + samples - 1, heads, tile.splits)](
-            q,
-            k,
-            v,
-            base_k,
-            base_v,
-            row_of,
-            q_offsets,
-            k_offsets,
+    # A sample may end in a part of a block: at most one more for each but the last.
+    launch(_attention_kernel, (triton.cdiv(count, tile.queries) + samples - 1, heads, tile.splits), q)(
+        q,
+        k,
+        v,
+        base_k,
+        base_v,
+        row_of,
+        q_offsets,
+        k_offsets,
+        parts,
+        peaks,
+        sums,
+        count,
+        samples,
+        pixels,
+        *strides,
+        (head_dim**-0.5 if scale is None else scale) * math.log2(math.e),
+        HD=head_dim,
+        WIDTH=width,
+        BM=tile.queries,
+        BN=tile.keys,
+        LONG=keys.shape[0] > _MANY_KEYS * samples,
+        ALIGNED=even,
+        PRECISION=input_precision(q.dtype),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    if split:
+        launch(_join_splits_kernel, (count * heads,), q)(
             parts,
             peaks,
             sums,
-            count,
-            samples,
-            pixels,
-            *strides,
-            (head_dim**-0.5 if scale is None else scale) * math.log2(math.e),
+            out,
+            count * heads,
+            tile.splits,
+            SPLITS=triton.next_power_of_2(tile.splits),
             HD=head_dim,
             WIDTH=width,
-            BM=tile.queries,
-            BN=tile.keys,
-            WHOLE=whole,
-            ALIGNED=even,
-            PRECISION=input_precision(q.dtype),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            num_warps=1,
         )
-        if split:
-            _join_splits_kernel[(count * heads,)](
-                parts,
-                peaks,
-                sums,
-                out,
-                count * heads,
-                tile.splits,
-                SPLITS=triton.next_power_of_2(tile.splits),
-                HD=head_dim,
-                WIDTH=width,
-                num_warps=1,
-            )
     return out

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fisedit_compile.kernels.triton_launch import check_dtypes, launch_on
+from fisedit_compile.kernels.triton_launch import check_dtypes, launch
 
 _TILE = 2048  # elements of a program: 16 a thread, two 16-byte loads of 2-byte values
 
@@ -79,22 +79,21 @@ def cat_norm_rows_triton(
     # The largest power of two in both widths: 64 for 320, 512 for 1024 and 2560.
     block = min(512, first & -first, channels & -channels)
     height = _TILE // max(block, 16)
-    with launch_on(left):
-        _cat_norm_rows_kernel[(triton.cdiv(there, height), channels // block)](
-            left.contiguous(),
-            right.contiguous(),
-            sample.contiguous(),
-            scale.contiguous(),
-            shift.contiguous(),
-            count,
-            joined,
-            normed,
-            there,
-            first,
-            channels,
-            BM=height,
-            BC=block,
-            SILU=silu,
-            num_warps=4,
-        )
+    launch(_cat_norm_rows_kernel, (triton.cdiv(there, height), channels // block), left)(
+        left.contiguous(),
+        right.contiguous(),
+        sample.contiguous(),
+        scale.contiguous(),
+        shift.contiguous(),
+        count,
+        joined,
+        normed,
+        there,
+        first,
+        channels,
+        BM=height,
+        BC=block,
+        SILU=silu,
+        num_warps=4,
+    )
     return joined, normed

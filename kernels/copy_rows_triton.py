@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fisedit_compile.kernels.triton_launch import launch_on
+from fisedit_compile.kernels.triton_launch import launch
 
 _ROWS, _WORDS = 16, 128  # of a program
 
@@ -91,21 +91,20 @@ class CopyLaunch:
         """Launch on the current stream."""
         if not len(self._programs):
             return
-        with launch_on(self._counts):
-            _copy_rows_kernel[(len(self._programs),)](
-                addresses,
-                self._targets,
-                self._indices,
-                self._counts,
-                self._widths,
-                self._totals,
-                self._programs,
-                WORD=self._word,
-                BYTES=self.bytes,
-                BR=_ROWS,
-                BW=_WORDS,
-                num_warps=4,
-            )
+        launch(_copy_rows_kernel, (len(self._programs),), self._counts)(
+            addresses,
+            self._targets,
+            self._indices,
+            self._counts,
+            self._widths,
+            self._totals,
+            self._programs,
+            WORD=self._word,
+            BYTES=self.bytes,
+            BR=_ROWS,
+            BW=_WORDS,
+            num_warps=4,
+        )
 
 
 def _table(values: Sequence[int], device: torch.device) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fisedit_compile.kernels.triton_launch import check_dtypes, launch_on
+from fisedit_compile.kernels.triton_launch import check_dtypes, launch
 
 _TILE = 2048  # elements of a program: 16 a thread, two 16-byte loads of 2-byte values
 
@@ -74,19 +74,18 @@ def group_norm_rows_triton(
     # The largest power of two in the channels: 64 for 320, 512 for 2560; no lane idles and rows stay whole lines.
     block = max(16, min(512, channels & -channels))
     height = _TILE // block
-    with launch_on(rows):
-        _group_norm_rows_kernel[(triton.cdiv(there, height), triton.cdiv(channels, block))](
-            rows.contiguous(),
-            sample.contiguous(),
-            scale.contiguous(),
-            shift.contiguous(),
-            count,
-            out,
-            there,
-            channels,
-            BM=height,
-            BC=block,
-            SILU=silu,
-            num_warps=4,
-        )
+    launch(_group_norm_rows_kernel, (triton.cdiv(there, height), triton.cdiv(channels, block)), rows)(
+        rows.contiguous(),
+        sample.contiguous(),
+        scale.contiguous(),
+        shift.contiguous(),
+        count,
+        out,
+        there,
+        channels,
+        BM=height,
+        BC=block,
+        SILU=silu,
+        num_warps=4,
+    )
     return out

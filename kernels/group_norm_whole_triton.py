@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fisedit_compile.kernels.triton_launch import check_dtypes, launch_on
+from fisedit_compile.kernels.triton_launch import check_dtypes, launch
 
 _TILE = 16384  # elements that a program holds
 
@@ -100,19 +100,18 @@ def group_norm_whole_triton(
     block = triton.next_power_of_2(width)
     pixels = count // samples
     height = min(triton.next_power_of_2(pixels), max(1, _TILE // block))
-    with launch_on(rows):
-        _group_norm_whole_kernel[(samples, groups)](
-            rows,
-            weight,
-            bias,
-            out,
-            pixels,
-            channels,
-            eps,
-            WIDTH=width,
-            BP=height,
-            BC=block,
-            SILU=silu,
-            num_warps=8,
-        )
+    launch(_group_norm_whole_kernel, (samples, groups), rows)(
+        rows,
+        weight,
+        bias,
+        out,
+        pixels,
+        channels,
+        eps,
+        WIDTH=width,
+        BP=height,
+        BC=block,
+        SILU=silu,
+        num_warps=16,
+    )
     return out

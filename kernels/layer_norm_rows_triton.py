@@ -6,9 +6,21 @@ import torch
 import triton
 import triton.language as tl
 
-from fisedit_compile.kernels.triton_launch import check_dtypes, launch_on
+from fisedit_compile.kernels.triton_launch import check_dtypes, launch
 
 _TILE = 4096  # elements of a program
+
+
+@triton.jit
+def normalised(x, c, weight, bias, eps, C: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rows x fp32 [BM, BC], zero from column C on, each to mean 0 and variance 1, then scaled and shifted."""
+    centred = tl.where((c < C)[None, :], x - (tl.sum(x, axis=1) / C)[:, None], 0.0)
+    y = centred * tl.rsqrt(tl.sum(centred * centred, axis=1) / C + eps)[:, None]
+    if weight is not None:
+        y *= tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        y += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    return y
 
 
 @triton.jit(do_not_specialize=["rows_there"])
@@ -35,12 +47,7 @@ def _layer_norm_rows_kernel(
     inside = (m < real)[:, None] & (c < C)[None, :]
     at = m.to(tl.int64)[:, None] * C + c[None, :]  # [BM, BC]
     x = tl.load(rows + at, mask=inside, other=0.0).to(tl.float32)
-    centred = tl.where((c < C)[None, :], x - (tl.sum(x, axis=1) / C)[:, None], 0.0)
-    y = centred * tl.rsqrt(tl.sum(centred * centred, axis=1) / C + eps)[:, None]
-    if weight is not None:
-        y *= tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-    if bias is not None:
-        y += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    y = normalised(x, c, weight, bias, eps, C)
     tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
 
 
@@ -64,18 +71,17 @@ def layer_norm_rows_triton(
     there, channels = rows.shape
     width = triton.next_power_of_2(channels)
     height = max(1, _TILE // width)
-    with launch_on(rows):
-        _layer_norm_rows_kernel[(triton.cdiv(there, height),)](
-            rows,
-            weight,
-            bias,
-            count,
-            out,
-            there,
-            eps,
-            C=channels,
-            BM=height,
-            BC=width,
-            num_warps=4,
-        )
+    launch(_layer_norm_rows_kernel, (triton.cdiv(there, height),), rows)(
+        rows,
+        weight,
+        bias,
+        count,
+        out,
+        there,
+        eps,
+        C=channels,
+        BM=height,
+        BC=width,
+        num_warps=4,
+    )
     return out

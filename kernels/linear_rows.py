@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fisedit_compile.kernels.epilogue import finish_rows_reference
+from fisedit_compile.kernels.layer_norm_rows import layer_norm_rows_reference
 
 
 def linear_rows_reference(
@@ -33,3 +34,27 @@ def linear_rows_and_norm_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`linear_rows_reference`, with the result both before and after norm and activation."""
     return finish_rows_reference(F.linear(rows, weight, bias), *epilogue, **named)
+
+
+def linear_rows_and_layer_norm_reference(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    eps: float,
+    count: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A linear layer of rows, plus ``residual [M, N]`` or None, and the layer norm of the result.
+
+    Args:
+        rows, weight, bias: [M, K], [N, K], [N] or None.
+        norm_weight, norm_bias: [N] or None, see ``layer_norm_rows``.
+        count: int32 [1], see ``ops``; not read here.
+
+    Returns:
+        [M, N] each: the result before and after the norm.
+    """
+    raw = linear_rows_reference(rows, weight, bias, residual=residual)
+    return raw, layer_norm_rows_reference(raw, norm_weight, norm_bias, eps)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fisedit_compile.kernels.row_product_launch import launch_row_product
+from fisedit_compile.kernels.row_product_launch import LayerNorm, launch_row_product
 from fisedit_compile.kernels.row_product_tiles import Library, Tile
 
 
@@ -43,5 +43,30 @@ def linear_rows_and_norm_triton(
     """As :func:`linear_rows_triton`, with the result both before and after norm and activation."""
     product = (rows, None, weight, bias, None)
     raw, out = launch_row_product("linear_rows_and_norm", *product, *epilogue, keep_raw=True, tile=tile, **named)
+    assert raw is not None
+    return raw, out
+
+
+def linear_rows_and_layer_norm_triton(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    eps: float,
+    count: torch.Tensor | None = None,
+    *,
+    tile: Tile | Library | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Multiply rows and normalise; arguments as of the reference in ``linear_rows``, ``tile`` as above.
+
+    Raises:
+        ValueError: arguments that do not fit, or dtypes that differ or that the kernel does not take.
+    """
+    raw, out = launch_row_product(
+        "linear_rows_and_layer_norm", rows, None, weight, bias, None, count, residual=residual, keep_raw=True,
+        tile=tile, layer_norm=LayerNorm(norm_weight, norm_bias, eps),
+    )  # fmt: skip
     assert raw is not None
     return raw, out

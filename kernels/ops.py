@@ -30,7 +30,11 @@ from fisedit_compile.kernels.gather_scatter import (
 )
 from fisedit_compile.kernels.group_norm_rows import group_norm_rows_reference, group_norm_whole_reference
 from fisedit_compile.kernels.layer_norm_rows import layer_norm_rows_reference
-from fisedit_compile.kernels.linear_rows import linear_rows_and_norm_reference, linear_rows_reference
+from fisedit_compile.kernels.linear_rows import (
+    linear_rows_and_layer_norm_reference,
+    linear_rows_and_norm_reference,
+    linear_rows_reference,
+)
 
 NAMESPACE = "fisedit"
 
@@ -105,6 +109,10 @@ def _linear_rows_and_norm(*arguments: Any) -> tuple[torch.Tensor, ...]:
     return _linear_rows(*arguments), _linear_rows(*arguments)
 
 
+def _linear_rows_and_layer_norm(rows: torch.Tensor, weight: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+    return _product(rows, weight, rows.shape[0], ()), _product(rows, weight, rows.shape[0], ())
+
+
 def _cat_norm_rows(left: torch.Tensor, right: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
     joined = left.new_empty(left.shape[0], left.shape[1] + right.shape[1])
     return joined, torch.empty_like(joined)
@@ -152,6 +160,15 @@ _register(
     linear_rows_and_norm_reference,
     _linear_rows_and_norm,
     _launcher("linear_rows_triton", "linear_rows_and_norm_triton", linear_rows_and_norm_reference),
+    results="(Tensor, Tensor)",
+)
+_register(
+    "linear_rows_and_layer_norm",
+    "Tensor rows, Tensor weight, Tensor? bias, Tensor? residual, Tensor? norm_weight, Tensor? norm_bias, float eps, "
+    "Tensor? count=None",
+    linear_rows_and_layer_norm_reference,
+    _linear_rows_and_layer_norm,
+    _launcher("linear_rows_triton", "linear_rows_and_layer_norm_triton", linear_rows_and_layer_norm_reference),
     results="(Tensor, Tensor)",
 )
 _register(

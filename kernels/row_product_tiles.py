@@ -20,8 +20,8 @@ import torch
 _MEASURED = Path(__file__).with_name("row_product_tiles.json")
 
 # Microseconds of an epilogue as a kernel of its own, bytes a microsecond, and values of it that move for each output.
-_FINISH = 2.2
-_FINISH_BYTES = 2.2e6
+_FINISH = 1.9
+_FINISH_BYTES = 5e6
 _FINISH_VALUES = 3
 
 
@@ -62,6 +62,7 @@ def choose_tile(
     geglu: bool = False,
     linear: bool = False,
     plain: bool = False,
+    apart: bool = False,
 ) -> Tile | Library:
     """A tile for ``[rows, taps * channels] x [taps * channels, filters]``, or for a linear layer cuBLAS.
 
@@ -70,6 +71,7 @@ def choose_tile(
         linear: there is no neighbour table, so that cuBLAS could do it; in 16 bits alone, where its precision is the
             kernel's.
         plain: there is no epilogue but a bias, which cuBLAS adds itself.
+        apart: the epilogue is a kernel of its own, whatever multiplies.
     """
     depth = taps * channels
     sizes = _measured()
@@ -79,7 +81,8 @@ def choose_tile(
     )
     entry = min(sizes[nearest], key=lambda entry: _ratio(max(rows, 1), entry.rows))
     finish = 0.0 if plain else _FINISH + entry.rows * nearest[1] * _FINISH_VALUES * 2 / _FINISH_BYTES
-    if linear and dtype.itemsize == 2 and entry.library_us + finish < entry.us:
+    ours = entry.us + (finish if apart and not entry.tile.second_kernel else 0.0)
+    if linear and dtype.itemsize == 2 and entry.library_us + finish < ours:
         return Library()
     # An output several times as large as what was measured has as many programs with fewer splits.
     larger = max(1, rows * filters // (entry.rows * nearest[1]))

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fisedit_compile.kernels.gather_scatter import inverse_permutation
-from fisedit_compile.kernels.triton_launch import launch_on
+from fisedit_compile.kernels.triton_launch import launch
 
 _TILE = 2048  # elements of a program
 
@@ -60,16 +60,15 @@ def scatter_rows_triton(
     if rows.numel():
         block = min(256, max(16, triton.next_power_of_2(width)))
         height = _TILE // block
-        with launch_on(rows):
-            _scatter_rows_kernel[(triton.cdiv(there, height), triton.cdiv(width, block))](
-                rows.contiguous(),
-                index.contiguous(),
-                count,
-                out,
-                there,
-                width,
-                BM=height,
-                BC=block,
-                num_warps=4,
-            )
+        launch(_scatter_rows_kernel, (triton.cdiv(there, height), triton.cdiv(width, block)), rows)(
+            rows.contiguous(),
+            index.contiguous(),
+            count,
+            out,
+            there,
+            width,
+            BM=height,
+            BC=block,
+            num_warps=4,
+        )
     return out.view([shape[dim] for dim in order]).permute(inverse_permutation(order))

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -12,6 +17,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 #: Of the GPU that a launch under the interpreter is planned for, so that it takes the same tiles.
 _INTERPRETED_MULTIPROCESSORS = 132
+
+_compile_alone: ContextVar[bool] = ContextVar("compile_alone", default=False)
 
 
 def check_dtypes(op: str, *tensors: torch.Tensor | None) -> None:
@@ -40,9 +47,36 @@ def aligned(width: int, *tensors: torch.Tensor | None) -> bool:
     )
 
 
-def launch_on(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device: make it that of ``tensor``."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+def launch(kernel: Any, grid: tuple[int, ...], tensor: torch.Tensor) -> Callable[..., None]:
+    """What launches ``kernel`` with the arguments that it is given, on the device of ``tensor``.
+
+    Triton launches on the current device. Inside :func:`compiling_alone` the kernel is compiled and not launched.
+    """
+
+    def run(*args: Any, **options: Any) -> None:
+        with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
+            if _compile_alone.get():
+                kernel.warmup(*args, grid=grid, **options)
+            else:
+                kernel[grid](*args, **options)
+
+    return run
+
+
+@contextlib.contextmanager
+def compiling_alone() -> Iterator[None]:
+    """Kernels that are launched inside are compiled instead, side by side on all processors; results are undefined.
+
+    A step has some hundred distinct kernels, which take a minute one after the other.
+    """
+    from triton import AsyncCompileMode
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool):
+        token = _compile_alone.set(True)
+        try:
+            yield
+        finally:
+            _compile_alone.reset(token)
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -10,6 +10,7 @@
 7.  mul(%a, gelu(%b)) with %a, %b = chunk(linear(%x))->  linear_rows(%x, geglu)
 8.  group_norm_rows(%ab, ...) with %ab = cat([%a, %b]) ->  %ab, %normed = cat_norm_rows(%a, %b, ...)
 9.  layer_norm(%rows, [C], ...)                       ->  layer_norm_rows(%rows, ...)              which skips padding
+10. layer_norm_rows(linear_rows(%x, residual=%rows))  ->  %raw, %normed = linear_rows_and_layer_norm(%x, ...)
 
 A group norm with the base's statistics works on each pixel alone, so that 5. takes it out of the ResNet altogether: the
 first convolution of a ResNet stores what the second reads.
@@ -67,6 +68,7 @@ def fuse_pointwise(graph_module: GraphModule, config: SparsityConfig) -> PassRep
             node.target, node.args = ops.LINEAR_ROWS, (*node.args, None)[:3]
         _fuse(graph, node, count_at(layout), report)
     _group_norms(graph, count_at, report)
+    _layer_norms_into_linears(graph, report)
     prune(graph)
     for node in graph.nodes:
         if "rows" in node.meta and node.target in _LEFT:
@@ -92,6 +94,31 @@ def _layer_norms(graph: Graph, count_at: Callable[[Layout], Node | None], report
         args: list[Any] = [*norm.args, *(None, None, None, None, 1e-5)[len(norm.args) :]]
         rows, _, weight, bias, eps = args[:5]
         norm.target, norm.args = ops.LAYER_NORM_ROWS, (rows, weight, bias, eps, count_at(norm.meta["rows"]))
+        report.change(norm)
+
+
+def _layer_norms_into_linears(graph: Graph, report: PassReport) -> None:
+    """Case 10."""
+    for norm in graph.find_nodes(op="call_function", target=ops.LAYER_NORM_ROWS):
+        product, weight, bias, eps, count = norm.args
+        if product.target is not ops.LINEAR_ROWS:
+            continue
+        _, sample, sample_bias, residual, *rest = [*product.args[3:], *([None] * 7)][:7]
+        if any(each not in (None, "none") for each in (sample, sample_bias, *rest)):
+            continue
+        later = [each for each in (weight, bias) if isinstance(each, Node) and product < each]
+        if any(each.op != "get_attr" for each in later):
+            continue  # computed behind the product
+        for each in later:
+            product.prepend(each)
+        with graph.inserting_before(product):
+            both = graph.call_function(
+                ops.LINEAR_ROWS_AND_LAYER_NORM, (*product.args[:3], residual, weight, bias, eps, count)
+            )
+            both.meta.update(product.meta)
+            raw, normed = (graph.call_function(ops.GETITEM, (both, i)) for i in (0, 1))
+        _stands_for(normed, norm, product)
+        _stands_for(raw, product, product)
         report.change(norm)
 
 

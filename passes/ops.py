@@ -45,6 +45,7 @@ CONV2D_ROWS = torch.ops.fisedit.conv2d_rows.default
 CONV2D_ROWS_AND_NORM = torch.ops.fisedit.conv2d_rows_and_norm.default
 LINEAR_ROWS = torch.ops.fisedit.linear_rows.default
 LINEAR_ROWS_AND_NORM = torch.ops.fisedit.linear_rows_and_norm.default
+LINEAR_ROWS_AND_LAYER_NORM = torch.ops.fisedit.linear_rows_and_layer_norm.default
 LAYER_NORM_ROWS = torch.ops.fisedit.layer_norm_rows.default
 CAT_NORM_ROWS = torch.ops.fisedit.cat_norm_rows.default
 GROUP_NORM_WHOLE = torch.ops.fisedit.group_norm_whole.default

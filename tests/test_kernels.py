@@ -106,6 +106,15 @@ def layer_norm_rows(rows: int, dtype: torch.dtype) -> Arguments:
     return {"rows": chosen(rows, dtype)[0], "weight": weight, "bias": bias, "eps": 1e-5, "count": count_of(rows)}
 
 
+def linear_rows_and_layer_norm(rows: int, dtype: torch.dtype) -> Arguments:
+    norm_weight, norm_bias = (normal(5, dtype=dtype, seed=seed) for seed in (3, 4))
+    return {
+        "rows": chosen(rows, dtype)[0], "weight": normal(5, CHANNELS, dtype=dtype, seed=1), "bias": None,
+        "residual": normal(rows, 5, dtype=dtype, seed=2), "norm_weight": norm_weight, "norm_bias": norm_bias,
+        "eps": 1e-5, "count": count_of(rows),
+    }  # fmt: skip
+
+
 def cat_norm_rows(rows: int, dtype: torch.dtype) -> Arguments:
     x, _, sample, _ = chosen(rows, dtype)
     scale, shift = scale_and_shift(CHANNELS + 4, dtype)
@@ -138,6 +147,7 @@ EXAMPLES: list[Callable[[int, torch.dtype], Arguments]] = [
     linear_rows,
     linear_rows_geglu,
     linear_rows_and_norm,
+    linear_rows_and_layer_norm,
     group_norm_rows,
     group_norm_whole,
     layer_norm_rows,

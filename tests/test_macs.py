@@ -126,6 +126,12 @@ CASES: dict[str, tuple[Any, tuple[Any, ...], str, int]] = {
         "linear",
         3 * 4 * 6,
     ),
+    "linear of rows, which takes the layer norm too": (
+        fisedit.linear_rows_and_layer_norm.default,
+        (normal(3, 4), normal(6, 4), normal(6), normal(3, 6), normal(6), None, 1e-5),
+        "linear",
+        3 * 4 * 6,
+    ),
     "ragged self-attention": (
         fisedit.attention_rows.default,
         (normal(9, 2, 4), normal(9, 2, 4), normal(9, 2, 4), offsets(2, 0, 7), offsets(2, 0, 7), None),

@@ -22,6 +22,11 @@ WHOLE, SPLIT = (AttentionTile(16, 16, 4, 2, splits) for splits in (1, 3))
 HEADS = 2
 
 
+@pytest.fixture(params=[0, 1024], ids=["blocks without a mask in their own loop", "one loop"])
+def many_keys(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "_MANY_KEYS", request.param)
+
+
 def rows(count: int, head_dim: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
     return normal(count, HEADS, head_dim, dtype=dtype, seed=seed)
 
@@ -30,6 +35,7 @@ def offsets(*counts: int) -> torch.Tensor:
     return torch.tensor([0, *counts]).cumsum(0).int()
 
 
+@pytest.mark.usefixtures("many_keys")
 @pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
 @pytest.mark.parametrize("tile", [WHOLE, SPLIT], ids=["whole", "split"])
 @pytest.mark.parametrize("head_dim", [16, 40])
@@ -51,6 +57,7 @@ def test_queries_of_a_sample_without_keys_give_zeros(tile: AttentionTile) -> Non
     assert_close(out[2:], attention_rows_reference(q[2:], k, k, offsets(3), offsets(4), None).double())
 
 
+@pytest.mark.usefixtures("many_keys")
 @pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
 @pytest.mark.parametrize("tile", [WHOLE, SPLIT], ids=["whole", "split"])
 @pytest.mark.parametrize(("head_dim", "pixels"), [(16, 32), (40, 35)])

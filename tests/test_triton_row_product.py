@@ -11,7 +11,11 @@ from poison import poisoned
 from random_rows import normal
 
 from fisedit_compile.kernels.conv2d_rows import conv2d_rows_and_norm_reference, conv2d_rows_reference
-from fisedit_compile.kernels.linear_rows import linear_rows_and_norm_reference, linear_rows_reference
+from fisedit_compile.kernels.linear_rows import (
+    linear_rows_and_layer_norm_reference,
+    linear_rows_and_norm_reference,
+    linear_rows_reference,
+)
 from fisedit_compile.kernels.row_product_tiles import Library, Tile
 from fisedit_compile.kernels.semaphores import new_semaphores, semaphores, use_semaphores
 from fisedit_compile.testing import assert_close
@@ -128,6 +132,23 @@ def test_every_epilogue(dtype: torch.dtype, tile: Tile, parts: set[str], kind: s
         check(linear.linear_rows_triton, linear_rows_reference, arguments, each)
         if "geglu" not in parts:
             check(linear.linear_rows_and_norm_triton, linear_rows_and_norm_reference, arguments, each)
+
+
+@dtypes
+@pytest.mark.parametrize("tile", [WHOLE, SPLIT, APART, Library()], ids=["whole", "split", "second kernel", "library"])
+@pytest.mark.parametrize(("real", "width", "affine"), [(41, 24, True), (0, 24, True), (17, 33, False)])
+def test_a_layer_norm_behind_a_linear_layer(
+    dtype: torch.dtype, tile: Tile | Library, real: int, width: int, affine: bool
+) -> None:
+    vectors = [normal(width, dtype=dtype, seed=seed) if affine else None for seed in (3, 4, 5)]
+    rows, residual = normal(41, 32, dtype=dtype, seed=1), normal(41, width, dtype=dtype, seed=6) * 2 + 1
+    rows[real:] = residual[real:] = torch.nan
+    arguments = {
+        "rows": rows, "weight": normal(width, 32, dtype=dtype, seed=2) / 32**0.5, "bias": vectors[0],
+        "residual": residual, "norm_weight": vectors[1], "norm_bias": vectors[2], "eps": 1e-5,
+        "count": torch.tensor([real], dtype=torch.int32),
+    }  # fmt: skip
+    check(linear.linear_rows_and_layer_norm_triton, linear_rows_and_layer_norm_reference, arguments, tile, real)
 
 
 @tiles

@@ -42,7 +42,7 @@ def add_parser(what: Any) -> None:
         help="of the picture that is edited (default: 0.05 0.15 0.30 1)",
     )
     parser.add_argument("--sweep", action="store_true", help="time the tiles of the convolution instead")
-    add_runtime_options(parser)
+    add_runtime_options(parser, cuda_dtype="bf16")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures and conditions to FILE")
     parser.set_defaults(run=run_kernels)
 

@@ -12,27 +12,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fisedit_compile.cli.kernel_cases import normal
+from fisedit_compile.cli.kernel_cases import BATCH, convolution_inputs, normal, square
 from fisedit_compile.cli.kernel_timing import replay_microseconds
 from fisedit_compile.kernels.row_product_launch import launch_row_product
 from fisedit_compile.kernels.row_product_tiles import Tile
+from fisedit_compile.kernels.triton_launch import compiling_alone
 
-#: (taps, input channels, output channels, geglu) of the products of Stable Diffusion's three widths, and rows of each.
-_PRODUCTS: tuple[tuple[tuple[tuple[int, int, int, bool], ...], tuple[int, ...]], ...] = (
+#: (taps, input channels, output channels, geglu) of the products of Stable Diffusion's three widths, the side of their
+#: maps at 768x768, and the sides of square masks there.
+_PRODUCTS: tuple[tuple[tuple[tuple[int, int, int, bool], ...], int, tuple[int, ...]], ...] = (
     (
         ((9, 320, 320, False), (9, 640, 320, False), (9, 960, 320, False), (1, 320, 960, False), (1, 320, 320, False),
          (1, 320, 1280, True), (1, 1280, 320, False)),
-        (260, 400, 600, 880, 1250, 1800, 2740, 4000, 5600, 9000, 18432),
+        96, (11, 16, 21, 26, 30, 37, 43, 48, 53, 60, 75, 96),
     ),
     (
         ((9, 640, 640, False), (9, 1280, 640, False), (9, 1920, 640, False), (1, 640, 1920, False),
          (1, 640, 640, False), (1, 640, 2560, True), (1, 2560, 640, False)),
-        (64, 110, 170, 250, 400, 600, 880, 1350, 2000, 3000, 4608),
+        48, (6, 8, 11, 13, 15, 17, 19, 22, 25, 27, 34, 48),
     ),
     (
         ((9, 1280, 1280, False), (9, 2560, 1280, False), (1, 1280, 3840, False), (1, 1280, 1280, False),
          (1, 1280, 5120, True), (1, 5120, 1280, False)),
-        (36, 72, 110, 160, 200, 290, 420, 600, 850, 1200, 2048),
+        24, (4, 6, 7, 9, 10, 12, 14, 15, 17, 19, 24),
     ),
 )  # fmt: skip
 
@@ -49,7 +51,7 @@ _MULTIPROCESSORS = 132
 
 #: Bytes of weights that the launches of a graph go through: a step of a U-Net never finds its weights in a cache.
 _WEIGHT_BYTES = 150e6
-_LAUNCHES = 8
+_LAUNCHES = 8, 24  # of a graph: of large weights, and of small ones
 
 
 @dataclass(frozen=True)
@@ -82,42 +84,45 @@ class Product:
                     continue
                 if splits > 1 and not second_kernel and tile.rows * tile.filters > 128 * 64:
                     continue  # one program would add too much
-                if splits >= 6 and 2 * programs * splits < _MULTIPROCESSORS:
+                if 2 * programs * splits < _MULTIPROCESSORS and (splits >= 6 or steps >= 12 * splits):
+                    continue  # more splits are better
+                if splits > 1 and programs > _MULTIPROCESSORS:
                     continue
                 yield replace(tile, stages=stages, splits=splits, second_kernel=second_kernel)
 
 
 @dataclass
 class _Inputs:
+    """What a product reads; ``epilogue`` as the layers of a U-Net mostly have it, from ``count`` on."""
+
     rows: Tensor
     halo: Tensor | None
     weights: list[Tensor]
     bias: Tensor
     table: Tensor | None
-    residual: Tensor | None
+    epilogue: tuple[Any, ...]
 
     @classmethod
-    def of(cls, product: Product, device: torch.device, dtype: torch.dtype) -> _Inputs:
+    def of(cls, product: Product, side: int, device: torch.device, dtype: torch.dtype) -> _Inputs:
+        """For a square mask of ``product.rows`` in maps of ``side``."""
+
         def fresh(*shape: int) -> Tensor:
             return normal(*shape, device=device, dtype=dtype)
 
+        mask = square(product.rows / (BATCH * side * side), side, device)
+        assert len(mask.index) == product.rows
         filters = product.filters * (2 if product.geglu else 1)
-        copies = max(3, min(_LAUNCHES, int(_WEIGHT_BYTES // (filters * product.depth * dtype.itemsize))))
-        halo = fresh(max(16, product.rows // 4), product.channels) if product.taps > 1 else None
-        table = None
-        if halo is not None:  # rows as a square has them: neighbours lie a side apart
-            side = math.isqrt(max(product.rows // 2, 1))
-            taps = torch.tensor([y * side + x for y in (-1, 0, 1) for x in (-1, 0, 1)], device=device)
-            table = torch.arange(product.rows, device=device)[:, None] + taps
-            table = table.clamp_(0, product.rows + len(halo) - 1).int()
-        return cls(
-            rows=fresh(product.rows, product.channels),
-            halo=halo,
-            weights=[fresh(filters, product.depth) / product.depth**0.5 for _ in range(copies)],
-            bias=fresh(filters),
-            table=table,
-            residual=None if product.geglu else fresh(product.rows, product.filters),
-        )
+        copies = max(3, min(_LAUNCHES[1], int(_WEIGHT_BYTES // (filters * product.depth * dtype.itemsize))))
+        weights = [fresh(filters, product.depth) / product.depth**0.5 for _ in range(copies)]
+        bias, count = fresh(filters), torch.tensor([product.rows], dtype=torch.int32, device=device)
+        if product.taps == 1:
+            rest = (None,) * 5
+            epilogue = (count, *rest, "geglu") if product.geglu else (count, None, None, fresh(product.rows, filters))
+            return cls(fresh(product.rows, product.channels), None, weights, bias, None, epilogue)
+        rows, halo, _, _, table = convolution_inputs(mask, side, product.channels, 1, dtype)
+        scale, shift = (fresh(BATCH, filters).float() for _ in range(2))
+        norm = (count, mask.sample, fresh(BATCH, filters), None, scale, shift, "silu")
+        return cls(rows, halo, weights, bias, table, norm)
 
 
 def sweep(device: torch.device, dtype: torch.dtype, seconds: float) -> tuple[list[dict[str, Any]], int]:
@@ -129,13 +134,22 @@ def sweep(device: torch.device, dtype: torch.dtype, seconds: float) -> tuple[lis
     """
     start = time.perf_counter()
     torch.manual_seed(0)
+    products = [
+        (Product(BATCH * square_side**2, *each), side)
+        for kinds, side, square_sides in _PRODUCTS
+        for each in kinds
+        for square_side in square_sides
+    ]
+    _compile(products, device, dtype)
     found, skipped = [], 0
-    for product in (Product(m, *each) for products, rows in _PRODUCTS for each in products for m in rows):
+    for product, side in products:
         if time.perf_counter() - start > seconds:
             skipped += 1
             continue
-        inputs = _Inputs.of(product, device, dtype)
-        times = {tile: _time(product, inputs, tile) for tile in product.tiles()}
+        inputs = _Inputs.of(product, side, device, dtype)
+        times = {tile: _time(product, inputs, tile, 3) for tile in product.tiles()}
+        fastest = sorted(times, key=lambda tile: times[tile])[:3]
+        times = {tile: _time(product, inputs, tile, 9) for tile in fastest}
         best = min(times, key=lambda tile: times[tile])
         columns = normal(product.rows, product.depth, device=device, dtype=dtype)
 
@@ -148,19 +162,41 @@ def sweep(device: torch.device, dtype: torch.dtype, seconds: float) -> tuple[lis
             "geglu": product.geglu,
             "rows_out": product.rows,
         }
-        measured = {"us": times[best], "library_us": replay_microseconds(library, _LAUNCHES)}
+        measured = {"us": times[best], "library_us": replay_microseconds(library, _launches(inputs))}
         found.append({**size, **asdict(best), **{name: round(us, 2) for name, us in measured.items()}})
     return found, skipped
 
 
-def _time(product: Product, inputs: _Inputs, tile: Tile) -> float:
-    """Microseconds with a bias and a residual; with cold weights, as in a step."""
+def _compile(products: list[tuple[Product, int]], device: torch.device, dtype: torch.dtype) -> None:
+    """Compile every kernel that will be timed, on all processors."""
+    done: set[tuple[Any, ...]] = set()
+    with compiling_alone():
+        for product, side in products:
+            inputs = None
+            for tile in product.tiles():
+                # What a kernel is compiled for: with a second kernel, the number of splits matters to that one alone.
+                kind = (product.taps, product.geglu, product.channels % tile.channels, product.rows == BATCH * side**2)
+                kernels: set[tuple[Any, ...]] = {(*kind, replace(tile, splits=2) if tile.second_kernel else tile)}
+                if tile.second_kernel:
+                    kernels.add((*kind, tile.splits))
+                if not kernels <= done:
+                    inputs = inputs or _Inputs.of(product, side, device, dtype)
+                    _launch(product, inputs, tile, 0)
+                done |= kernels
 
-    def launch(i: int) -> None:
-        weight = inputs.weights[i % len(inputs.weights)]
-        launch_row_product(
-            "sweep", inputs.rows, inputs.halo, weight, inputs.bias, inputs.table, None, None, None, inputs.residual,
-            None, None, "geglu" if product.geglu else "none", keep_raw=False, tile=tile,
-        )  # fmt: skip
 
-    return replay_microseconds(launch, _LAUNCHES)
+def _launch(product: Product, inputs: _Inputs, tile: Tile, i: int) -> None:
+    weight = inputs.weights[i % len(inputs.weights)]
+    launch_row_product(
+        "sweep", inputs.rows, inputs.halo, weight, inputs.bias, inputs.table, *inputs.epilogue, keep_raw=False,
+        tile=tile,
+    )  # fmt: skip
+
+
+def _launches(inputs: _Inputs) -> int:
+    return _LAUNCHES[len(inputs.weights) > _LAUNCHES[0]]
+
+
+def _time(product: Product, inputs: _Inputs, tile: Tile, rounds: int) -> float:
+    """Microseconds with the epilogue and cold weights, as in a step."""
+    return replay_microseconds(lambda i: _launch(product, inputs, tile, i), _launches(inputs), rounds)
