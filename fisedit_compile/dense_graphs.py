@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule
 
 from fisedit_compile.config import SparsityConfig
+from fisedit_compile.cuda_graph import GraphRecorder, StaticStage
 from fisedit_compile.passes.control_cross_attention import control_cross_attention, cross_attentions
 from fisedit_compile.passes.record_activations import record_activations
 from fisedit_compile.passes.requests import CacheEntry, ControlTensor
@@ -18,11 +20,12 @@ from fisedit_compile.step_cache import StepCache
 
 
 class DenseGraphs:
-    """The dense graphs of an annotated U-Net, each made on first use."""
+    """The dense graphs of an annotated U-Net, each made on first use; on a GPU each is one CUDA graph."""
 
-    def __init__(self, dense: GraphModule, config: SparsityConfig) -> None:
+    def __init__(self, dense: GraphModule, config: SparsityConfig, device: torch.device) -> None:
         self._dense, self._config = dense, config
-        self._stages: dict[object, Stage] = {}
+        self._recorder = GraphRecorder(device)
+        self._stages: dict[object, Stage | StaticStage] = {}
 
     @cached_property
     def attention_entries(self) -> list[CacheEntry]:
@@ -58,9 +61,11 @@ class DenseGraphs:
         result: Tensor = self._stage("control", build)({**inputs, **cache, **control})
         return result
 
-    def _stage(self, key: object, build: Callable[[], GraphModule]) -> Stage:
+    def _stage(self, key: object, build: Callable[[], GraphModule]) -> Stage | StaticStage:
         if key not in self._stages:
-            self._stages[key] = Stage(build(), compiled=self._config.compile)
+            stage = Stage(build(), compiled=self._config.compile)
+            on_gpu = self._recorder.device.type == "cuda"
+            self._stages[key] = StaticStage(stage, self._recorder) if on_gpu else stage
         return self._stages[key]
 
 

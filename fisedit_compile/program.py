@@ -84,7 +84,8 @@ class Program:
         self.config = config
         self.dense: GraphModule = capture(unet, call)
         annotate_layout(self.dense, config)
-        self.dense_graphs = DenseGraphs(self.dense, config)
+        self._device = call.tensors[0].device
+        self.dense_graphs = DenseGraphs(self.dense, config, self._device)
         placeholders = self.dense.graph.find_nodes(op="placeholder")
         self.inputs: list[str] = [str(node.target) for node in placeholders]
         self._timesteps = [i for i, node in enumerate(placeholders) if is_timestep(node)]
@@ -95,7 +96,6 @@ class Program:
             stage: Stage(graph, compiled=config.compile and stage != "fetch")
             for stage, graph in split_stages(self.sparse).items()
         }
-        self._device = call.tensors[0].device
         self.fixed_sizes = self._device.type == "cuda" and call.tensors[0].dtype is not torch.float64
         self._weights = WeightWatch(self.dense)
         self._constants: dict[Any, Tensor] = {}
@@ -190,7 +190,10 @@ class Program:
         Raises:
             MaskError: not bool, not ``[n, h, w]``, another resolution than the latents, or n does not divide the batch.
         """
-        plan = self.plan(mask)
+        with torch.inference_mode(False), torch.no_grad():  # what is made here is written to in later calls
+            return self._prepare(self.plan(mask))
+
+    def _prepare(self, plan: EditPlan) -> Prepared:
         share = float(plan.mask.float().mean())
         if share > self.config.dense_above:
             logger.warning(

@@ -1,17 +1,15 @@
 """The sparse step at fixed shapes and addresses: on a GPU one CUDA graph for each bucket of sizes.
 
-Some three hundred kernels take longer to launch one by one than to run. A graph launches them together, but always for
-the same shapes and addresses. So a step has buffers of its own, padded to its bucket, and everything that changes is
-copied into them: the plan once an edit, the prompt's values once an edit, and before each step, by one launch, the
-base's halo rows, norms and time embeddings. Another mask is another plan to copy, never another graph.
+A step has buffers of its own, padded to its bucket, and everything that changes is copied into them: the plan once an
+edit, the prompt's values once an edit, and before each step, by one launch, the base's halo rows, norms and time
+embeddings. Another mask is another plan to copy, never another graph.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +17,8 @@ from torch import Tensor
 
 from fisedit_compile.announce import announce
 from fisedit_compile.buckets import Bucket, pad_plan
+from fisedit_compile.cuda_graph import GraphRecorder
 from fisedit_compile.kernels.copy_rows import RowCopies
-from fisedit_compile.kernels.semaphores import new_semaphores, use_semaphores
-from fisedit_compile.kernels.triton_launch import compiling_alone
 from fisedit_compile.passes.requests import CacheEntry, Hoisted
 from fisedit_compile.plan import EditPlan, PlanTensor
 from fisedit_compile.stage import Stage
@@ -52,37 +49,14 @@ class Packed:
         }
 
 
-class Shared:
+class Shared(GraphRecorder):
     """What the buckets of a program share: memory, because one of them runs at a time, and the prompt's values."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        super().__init__(device)
         self.prompt: dict[Any, Tensor] = {}
-        self.captures = 0
         self._prompt_of: object = None
         self._fetched: Tensor | None = None
-        self._cuda = device.type == "cuda"
-        self._done: torch.cuda.Event | None = None
-        self._done_on: torch.cuda.Stream | None = None
-        if self._cuda:
-            self.stream = torch.cuda.Stream(device)
-            self.pool = torch.cuda.graph_pool_handle()
-            self.semaphores = new_semaphores(device)
-
-    @contextlib.contextmanager
-    def in_turn(self) -> Iterator[None]:
-        """One step after the other, also where they are on different streams; on the current stream of the device."""
-        if not self._cuda:
-            yield
-            return
-        with torch.cuda.device(self.device):
-            stream = torch.cuda.current_stream()
-            if self._done is not None and self._done_on != stream:
-                stream.wait_event(self._done)
-            yield
-            self._done = self._done or torch.cuda.Event()
-            self._done.record(stream)
-            self._done_on = stream
 
     def bring_prompt(self, values: Mapping[Any, Tensor], owner: object) -> None:
         """Copy the prompt's values to where the graphs read them; ``owner`` tells one edit's from another's."""
@@ -143,8 +117,7 @@ class StaticStep:
         self._plan_of: Packed | None = None
         self._copies: RowCopies | None = None
         self._inputs: dict[str, Tensor] = {}
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._out: Tensor | None = None
+        self._replay: Callable[[], Tensor] | None = None
 
     def pack(self, plan: EditPlan) -> Packed:
         """A plan's tensors padded to the bucket, in one buffer on the device."""
@@ -169,12 +142,12 @@ class StaticStep:
 
     def run(self, inputs: Mapping[str, Tensor], cache: StepCache, plan: Packed, prompt: Mapping[Any, Tensor]) -> Tensor:
         """One step; ``plan`` is of :meth:`pack`, ``prompt`` the values of the prompt's stage."""
-        if self._plan is None:
-            self._plan = Packed(plan.shapes, self._shared.device)
-            indices = [self._plan.tensors[self._rows[n]] if n in self._rows else None for n in self._fetched]
-            self._copies = RowCopies(list(self._fetched.values()), indices, self._plan.tensors["counts"])
-        assert self._copies is not None
-        with self._shared.in_turn(), torch.no_grad():
+        with self._shared.in_turn():
+            if self._plan is None:
+                self._plan = Packed(plan.shapes, self._shared.device)
+                indices = [self._plan.tensors[self._rows[n]] if n in self._rows else None for n in self._fetched]
+                self._copies = RowCopies(list(self._fetched.values()), indices, self._plan.tensors["counts"])
+            assert self._copies is not None
             if self._plan_of is not plan:
                 if plan.ready is not None:
                     plan.ready.wait(torch.cuda.current_stream())
@@ -187,6 +160,8 @@ class StaticStep:
                     if name not in self._inputs:
                         self._inputs[name] = torch.empty_like(inputs[name])
                     self._inputs[name].copy_(inputs[name])
+            if self._replay is None:
+                self._replay = self._record()
             return self._replay().clone()
 
     def _addresses(self, cache: StepCache) -> Any:
@@ -199,36 +174,15 @@ class StaticStep:
             cache.addresses = (self._shared, addresses)
         return addresses
 
-    def _replay(self) -> Tensor:
-        if self._shared.device.type != "cuda":
-            result: Tensor = self._step(self._values())
-            return result
-        if self._graph is None:
-            self._capture()
-        assert self._graph is not None
-        assert self._out is not None
-        self._graph.replay()
-        return self._out
-
-    def _values(self) -> dict[Any, Tensor]:
+    def _record(self) -> Callable[[], Tensor]:
+        """The step as one CUDA graph."""
         assert self._plan is not None
-        return {**self._constants, **self._shared.prompt, **self._fetched, **self._plan.tensors, **self._inputs}
-
-    def _capture(self) -> None:
-        """Record the step as a CUDA graph; the run before it compiles kernels, which a recording may not."""
-        start = time.perf_counter()
-        if not self._shared.captures:
+        start, shared = time.perf_counter(), self._shared
+        on_gpu = shared.device.type == "cuda"
+        if on_gpu and not shared.captures:
             announce("first sparse step: compiling kernels (their cache serves later processes) ...")
-        shared, values = self._shared, self._values()
-        shared.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(shared.stream), use_semaphores(shared.semaphores):
-            with compiling_alone():
-                self._step(values)
-            self._step(values)
-        torch.cuda.current_stream().wait_stream(shared.stream)
-        graph = torch.cuda.CUDAGraph()
-        with use_semaphores(shared.semaphores), torch.cuda.graph(graph, pool=shared.pool, stream=shared.stream):
-            self._out = self._step(values)
-        self._graph = graph
-        shared.captures += 1
-        announce(f"recorded the step for masks of {self.bucket.name} in {time.perf_counter() - start:.1f} s")
+        values = {**self._constants, **shared.prompt, **self._fetched, **self._plan.tensors, **self._inputs}
+        replay: Callable[[], Tensor] = shared.record(lambda: self._step(values))
+        if on_gpu:
+            announce(f"recorded the step for masks of {self.bucket.name} in {time.perf_counter() - start:.1f} s")
+        return replay

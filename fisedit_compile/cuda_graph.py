@@ -1,0 +1,128 @@
+"""CUDA graphs: how one is recorded, and a dense stage that runs as one.
+
+Hundreds of kernels take longer to launch one by one than to run; a graph launches them together, but always for the
+same shapes and addresses. So what a graph reads is copied to where it was recorded, and what it leaves copied away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fisedit_compile.kernels.semaphores import new_semaphores, use_semaphores
+from fisedit_compile.kernels.triton_launch import compiling_alone
+from fisedit_compile.stage import Stage
+
+_Out = TypeVar("_Out")
+
+
+class GraphRecorder:
+    """Records CUDA graphs that share their memory, because one of them runs at a time.
+
+    On other devices than CUDA nothing is recorded, and what would be replayed is run.
+
+    Attributes:
+        captures: how many graphs were recorded.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.captures = 0
+        self._cuda = device.type == "cuda"
+        self._done: torch.cuda.Event | None = None
+        self._done_on: torch.cuda.Stream | None = None
+        if self._cuda:
+            self._stream = torch.cuda.Stream(device)
+            self._pool = torch.cuda.graph_pool_handle()
+            self._semaphores = new_semaphores(device)
+
+    @contextlib.contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """One run after the other, also where they are on different streams; on the current stream of the device.
+
+        Buffers that are made inside outlive the caller's inference mode, in which they could not be written to later.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            if not self._cuda:
+                yield
+                return
+            with torch.cuda.device(self.device):
+                stream = torch.cuda.current_stream()
+                if self._done is not None and self._done_on != stream:
+                    stream.wait_event(self._done)
+                yield
+                self._done = self._done or torch.cuda.Event()
+                self._done.record(stream)
+                self._done_on = stream
+
+    def record(self, run: Callable[[], _Out]) -> Callable[[], _Out]:
+        """``run`` as one launch, to be called :meth:`in_turn`, too; what it returns is overwritten by the next.
+
+        It is run before, which compiles what has to be compiled: a recording may not.
+        """
+        if not self._cuda:
+            return run
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream), use_semaphores(self._semaphores):
+            with compiling_alone():
+                run()
+            run()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with use_semaphores(self._semaphores), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            out = run()
+        self.captures += 1
+
+        def replay() -> _Out:
+            graph.replay()
+            return out
+
+        return replay
+
+
+class StaticStage:
+    """A stage of fixed shapes that runs as one CUDA graph, recorded at its first call.
+
+    Args:
+        stage: reads tensors alone; those on the host are copied to the device.
+        recorder: of the device that the stage runs on.
+    """
+
+    def __init__(self, stage: Stage, recorder: GraphRecorder) -> None:
+        self._stage, self._recorder = stage, recorder
+        module = stage.graph_module
+        self._weights = [*module.parameters(), *module.buffers()]
+        self._addresses: list[int] = []
+        self._inputs: dict[Any, Tensor] = {}
+        self._replay: Callable[[], Any] | None = None
+
+    def __call__(self, values: Mapping[Any, Tensor]) -> Any:
+        """What the stage returns, in memory of its own."""
+        with self._recorder.in_turn():
+            given = [values[name] for name in self._stage.names]
+            addresses = [each.data_ptr() for each in self._weights]
+            if self._replay is None or addresses != self._addresses:  # a graph reads the weights where they were
+                device = self._recorder.device
+                self._inputs = {
+                    name: torch.empty_like(each, device=device)
+                    for name, each in zip(self._stage.names, given, strict=True)
+                }
+                torch._foreach_copy_(list(self._inputs.values()), given)
+                self._replay = self._recorder.record(lambda: self._stage(self._inputs))
+                self._addresses = addresses
+            else:
+                torch._foreach_copy_(list(self._inputs.values()), given)
+            return _clone(self._replay())
+
+
+def _clone(result: Any) -> Any:
+    """The tensors of a result in memory of their own, copied by a few launches."""
+    leaves, tree = pytree.tree_flatten(result)
+    copies = [torch.empty_like(leaf) for leaf in leaves]
+    torch._foreach_copy_(copies, leaves)
+    return pytree.tree_unflatten(copies, tree)
