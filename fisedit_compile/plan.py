@@ -235,8 +235,7 @@ def plan_edit(
 def row_of_pixels(index: Tensor, pixels: int) -> Tensor:
     """int32 ``[pixels]``: the row of each pixel, -1 where none is; ``index`` int64 ``[M]`` has the rows' pixel ids."""
     row_of = torch.full((pixels,), -1, dtype=torch.int32, device=index.device)
-    row_of[index] = torch.arange(len(index), dtype=torch.int32, device=index.device)
-    return row_of
+    return row_of.scatter_(0, index, torch.arange(len(index), dtype=torch.int32, device=index.device))
 
 
 def _resolutions(requests: Collection[PlanTensor]) -> list[Size]:
