@@ -37,12 +37,14 @@ class Shape:
     halo_growth: float
 
 
-#: Of squares, of most masks that the paper's authors released (23 % become 29 % and 40 %), and of the others. Room for
-#: halo rows is memory alone, so that there is enough of it: rows are what a mask's bucket should depend on.
+#: Of squares, of most masks that the paper's authors released (23 % become 29 % and 40 %), of the others, and of
+#: isolated pixels: the largest of those holds any mask. Room for halo rows is memory alone, so that there is enough of
+#: it: rows are what a mask's bucket should depend on.
 SHAPES = {
     "compact": Shape(1.1, 0.01, 0.07, 0.08),
     "ragged": Shape(1.25, 0.02, 0.16, 0.12),
     "shreds": Shape(1.4, 0.08, 0.3, 0.15),
+    "scattered": Shape(2.0, 0.15, 1.0, 0.0),
 }
 
 #: Rows are padded to a multiple.
@@ -90,18 +92,12 @@ class Buckets:
         self.ladder: list[Bucket] = list(self._made())
 
     def choose(self, plan: EditPlan) -> Bucket:
-        """The smallest bucket that holds a plan; one of its own size for a mask that is unlike any other."""
+        """The smallest bucket that holds a plan."""
         needed = Bucket(
             "needed", plan.counts, {taps: len(plan.tensor(PlanTensor("halo", taps))) for taps in self._taps}
         )
-        fitting = [bucket for bucket in self.ladder if bucket.holds(needed)]
-        if fitting:
-            return min(fitting, key=lambda bucket: sum(bucket.rows.values()))
-        rows = {size: self._round(1.25 * count, size) for size, count in needed.rows.items()}
-        halo = {taps: self._round(1.25 * count, taps.source) for taps, count in needed.halo.items()}
-        own = Bucket(f"rows {list(rows.values())}, halo {list(halo.values())}", rows, halo)
-        self.ladder.append(own)
-        return own
+        fitting = (bucket for bucket in self.ladder if bucket.holds(needed))
+        return min(fitting, key=lambda bucket: sum(bucket.rows.values()))
 
     def _made(self) -> Iterator[Bucket]:
         for name, shape in SHAPES.items():

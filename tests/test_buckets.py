@@ -79,7 +79,7 @@ def test_the_bucket_of_a_plan_holds_it_and_has_sizes_of_few_kinds(
             height, width = where.source if isinstance(where, Taps) else where
             pixels = plan.batch * height * width
             assert room == pixels or (room % MULTIPLE == 0 and room < pixels)
-    assert buckets.choose(plan) is bucket  # also where it was made for this plan
+    assert bucket in buckets.ladder
 
 
 @given(plans())
@@ -133,16 +133,14 @@ def test_the_whole_picture_and_nothing_at_all_are_on_the_ladder() -> None:
         for samples in (1, 3):
             for value in (True, False):
                 plan, buckets, _ = planned(torch.full((samples, *size), value))
-                ladder = list(buckets.ladder)
-                bucket = buckets.choose(plan)
-                assert bucket in ladder
+                ladder, bucket = buckets.ladder, buckets.choose(plan)
                 assert (bucket.rows == plan.counts) or not value
                 assert sum(bucket.rows.values()) == min(sum(each.rows.values()) for each in ladder) or value
 
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize(("latents", "levels"), [((96, 96), 4), ((64, 64), 4), ((128, 96), 3)])
-def test_compact_masks_take_the_ladder_alone(latents: Size, levels: int, seed: int) -> None:
+def test_rectangles_are_compact(latents: Size, levels: int, seed: int) -> None:
     """Rectangles, of a few per cent to most of the picture, anywhere: as users draw them."""
     random = torch.Generator().manual_seed(seed)
     height, width = (int(side * (0.1 + 0.8 * float(torch.rand((), generator=random)))) for side in latents)
@@ -153,28 +151,16 @@ def test_compact_masks_take_the_ladder_alone(latents: Size, levels: int, seed: i
     mask = torch.zeros(1, *latents, dtype=torch.bool)
     mask[:, top : top + height, left : left + width] = True
     plan, buckets, _ = planned(mask, copies=2, levels=levels, dense_below=16)
-    before = list(buckets.ladder)
-    bucket = buckets.choose(plan)
-    assert bucket in before
-    assert buckets.ladder == before
+    assert buckets.choose(plan).name.endswith("compact")
 
 
-def test_isolated_pixels_take_a_bucket_of_their_own_which_stays() -> None:
-    plan, buckets, requests = planned(chequered(40, 24), copies=2)
-    before = list(buckets.ladder)
-    bucket = buckets.choose(plan)
-    assert bucket not in before
-    assert buckets.ladder == [*before, bucket]
-    for size, count in plan.counts.items():
-        assert bucket.rows[size] <= max(1.25 * count + MULTIPLE, MULTIPLE)
-    dense_halo = max(halos(plan, requests).values())
-    assert dense_halo > largest_ragged_halo(before)
-    assert buckets.choose(plan) is bucket
-    assert len(buckets.ladder) == len(before) + 1
-
-
-def largest_ragged_halo(ladder: Sequence[Bucket]) -> int:
-    return max(room for bucket in ladder for taps, room in bucket.halo.items() if taps.source == (40, 24))
+@pytest.mark.parametrize("share", [0.03, 0.1, 0.3, 0.6])
+def test_isolated_pixels_have_room_for_little_more_than_they_need(share: float) -> None:
+    """Noise at latent resolution, which any-pooling makes four times as much a level."""
+    mask = torch.rand(1, 96, 96, generator=torch.Generator().manual_seed(0)) < share
+    plan, buckets, _ = planned(mask, copies=2, levels=4, dense_below=16)
+    rows = buckets.choose(plan).rows
+    assert sum(rows.values()) <= 1.7 * sum(plan.counts.values())
 
 
 @given(st.integers(0, 2**31), st.integers(1, 8), st.integers(0, 8))
