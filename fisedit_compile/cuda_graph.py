@@ -86,7 +86,7 @@ class GraphRecorder:
 
 
 class StaticStage:
-    """A stage of fixed shapes that runs as one CUDA graph, recorded at its first call.
+    """A stage that runs as one CUDA graph, recorded at its first call with tensors of the same shapes.
 
     Args:
         stage: reads tensors alone; those on the host are copied to the device.
@@ -98,26 +98,29 @@ class StaticStage:
         module = stage.graph_module
         self._weights = [*module.parameters(), *module.buffers()]
         self._addresses: list[int] = []
-        self._inputs: dict[Any, Tensor] = {}
-        self._replay: Callable[[], Any] | None = None
+        self._recorded: dict[object, tuple[list[Tensor], Callable[[], Any]]] = {}
 
     def __call__(self, values: Mapping[Any, Tensor]) -> Any:
         """What the stage returns, in memory of its own."""
+        given = [values[name] for name in self._stage.names]
+        shapes = tuple((each.shape, each.dtype) for each in given)
         with self._recorder.in_turn():
-            given = [values[name] for name in self._stage.names]
             addresses = [each.data_ptr() for each in self._weights]
-            if self._replay is None or addresses != self._addresses:  # a graph reads the weights where they were
-                device = self._recorder.device
-                self._inputs = {
-                    name: torch.empty_like(each, device=device)
-                    for name, each in zip(self._stage.names, given, strict=True)
-                }
-                torch._foreach_copy_(list(self._inputs.values()), given)
-                self._replay = self._recorder.record(lambda: self._stage(self._inputs))
+            if addresses != self._addresses:  # a graph reads the weights where they were
+                self._recorded.clear()
                 self._addresses = addresses
-            else:
-                torch._foreach_copy_(list(self._inputs.values()), given)
-            return _clone(self._replay())
+            if shapes not in self._recorded:
+                self._recorded[shapes] = self._record(given)
+            inputs, replay = self._recorded[shapes]
+            torch._foreach_copy_(inputs, given)
+            return _clone(replay())
+
+    def _record(self, given: list[Tensor]) -> tuple[list[Tensor], Callable[[], Any]]:
+        """What the graph reads, filled with what is given now, and the graph."""
+        inputs = [torch.empty_like(each, device=self._recorder.device) for each in given]
+        torch._foreach_copy_(inputs, given)
+        values = dict(zip(self._stage.names, inputs, strict=True))
+        return inputs, self._recorder.record(lambda: self._stage(values))
 
 
 def _clone(result: Any) -> Any:

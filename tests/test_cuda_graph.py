@@ -59,6 +59,14 @@ def test_a_result_outlives_the_next_call(scaled: tuple[Scaled, StaticStage], dev
     assert numbers(second) == [[8, 12], [14, 14], [4, 4]]
 
 
+def test_tensors_of_another_shape_are_not_spread_over_the_old_ones(
+    scaled: tuple[Scaled, StaticStage], device: torch.device
+) -> None:
+    _, stage = scaled
+    stage({**values(1.0, device), "sample": torch.ones(3, 2, device=device)})
+    assert numbers(stage(values(4.0, device))) == [[8, 12], [14, 14], [4, 4]]
+
+
 @pytest.mark.parametrize("moved", [False, True])
 def test_a_changed_weight_counts(scaled: tuple[Scaled, StaticStage], device: torch.device, moved: bool) -> None:
     module, stage = scaled
