@@ -113,19 +113,10 @@ class StaticStage:
                 self._recorded[shapes] = self._record(given)
             inputs, replay = self._recorded[shapes]
             torch._foreach_copy_(inputs, given)
-            return _clone(replay())
+            return pytree.tree_map(torch.clone, replay())
 
     def _record(self, given: list[Tensor]) -> tuple[list[Tensor], Callable[[], Any]]:
         """What the graph reads, filled with what is given now, and the graph."""
-        inputs = [torch.empty_like(each, device=self._recorder.device) for each in given]
-        torch._foreach_copy_(inputs, given)
+        inputs = [each.to(self._recorder.device, copy=True) for each in given]
         values = dict(zip(self._stage.names, inputs, strict=True))
         return inputs, self._recorder.record(lambda: self._stage(values))
-
-
-def _clone(result: Any) -> Any:
-    """The tensors of a result in memory of their own, copied by a few launches."""
-    leaves, tree = pytree.tree_flatten(result)
-    copies = [torch.empty_like(leaf) for leaf in leaves]
-    torch._foreach_copy_(copies, leaves)
-    return pytree.tree_unflatten(copies, tree)

@@ -113,6 +113,18 @@ class TestPlot:
         for text in (*words, "mean of 9 real masks, full"):
             assert f"<!-- {text} -->" in svg
 
+    def test_an_eager_call_far_above_all_else_is_named_and_presses_nothing_down(self) -> None:
+        pyplot = pytest.importorskip("matplotlib.pyplot")
+        result = self.result()
+        _, (without, beside) = pyplot.subplots(1, 2)
+        plot_unet.draw_panel(without, result)
+        for each in result["rows"]:
+            each["dense_ms"] = {**each["dense_ms"], "eager": 100.0}
+        plot_unet.draw_panel(beside, result)
+        assert beside.get_ylim() == without.get_ylim()
+        assert "dense, eager: 100.0 ms, above" in [text.get_text() for text in beside.texts]
+        pyplot.close()
+
     @pytest.mark.parametrize("text", ["no json", "{}", '{"arch": "sd2", "size": 768, "rows": []}'])
     def test_bad_file(self, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "bad.json").write_text(text)

@@ -84,7 +84,7 @@ def test_inference_mode_may_come_and_go(scaled: tuple[Scaled, StaticStage], devi
         first = stage(values(1.0, device))
     second = stage(values(2.0, device))
     with torch.inference_mode():
-        third = stage({**values(3.0, device)})
+        third = stage(values(3.0, device))
     assert [numbers(each)[0] for each in (first, second, third)] == [[2, 3], [4, 6], [6, 9]]
     assert not second[0].requires_grad
 

@@ -159,7 +159,7 @@ class TestMeasure:
         )
         kit, counting = small_kit(), table_a1.Kit("tiny", 128, torch.device("cpu"), torch.float32, counting=True)
         assert measure("compiled", CompiledTextToImage, kit, counting, 3, lambda text: None).status == OK
-        counted, compiled, timed = ["log"], 4 * ["call"], ["log", *3 * ["call"]]
+        counted, compiled, timed = ["log"], 2 * ["call"], ["log", *3 * ["call"]]
         assert phases == [*counted, *compiled, *timed, "forgotten"]
 
     @pytest.mark.parametrize(("compiled", "device", "edits"), [(False, "cpu", 1), (True, "cpu", 3), (False, "cuda", 3)])
