@@ -1,25 +1,25 @@
 """fvcore's count of a flat FX graph, on the meta device: nothing is computed and no weight is read.
 
-fvcore counts the operators of a TorchScript trace. Tracing needs three things to work on meta tensors, all here: a copy
-of the graph on the meta device, shape functions that run outside the trace, and convolutions in the form that the
+fvcore counts the operators of a TorchScript trace. Tracing needs three things to work on meta tensors: a graph that
+runs there wherever its weights are, shape functions that run outside the trace, and convolutions in the form that the
 tracer records.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from fvcore.nn.jit_analysis import JitModelAnalysis
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter
-from torch.fx.node import map_aggregate
+from torch.fx import GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fisedit_compile.mac_formulas import FORMULAS, OpFormula
+from fisedit_compile.meta_interpreter import MetaInterpreter
 
 aten = torch.ops.aten
 
@@ -28,37 +28,16 @@ def fvcore_by_kind(graph_module: GraphModule, inputs: Sequence[Tensor]) -> Count
     """MACs of each kind of operator, counted by fvcore.
 
     Args:
-        graph_module: a graph that lives on the meta device, see :func:`to_meta`.
+        graph_module: a graph of ATen and ``fisedit`` operators, on any device.
         inputs: one tensor a placeholder, of any device. Of tensors with values, those of row offsets are used.
     """
     values = {i: tensor for i, tensor in enumerate(inputs) if tensor.device.type != "meta"}
     handles = {name: _handle(formula, values) for name, formula in FORMULAS.items()}
-    with torch.no_grad(), ThreadPoolExecutor(max_workers=1) as untraced:
-        analysis = JitModelAnalysis(_Replay(graph_module, untraced), tuple(tensor.to("meta") for tensor in inputs))
+    with torch.no_grad():
+        analysis = JitModelAnalysis(_Replay(graph_module), tuple(tensor.to("meta") for tensor in inputs))
         analysis.set_op_handle(**handles)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         return analysis.by_operator()
-
-
-def to_meta(graph_module: GraphModule) -> GraphModule:
-    """A copy with the same nodes whose parameters, buffers and device arguments are on the meta device."""
-    graph = torch.fx.Graph()
-    output = graph.graph_copy(graph_module.graph, {})
-    graph.output(output)
-    attributes: dict[str, Any] = {}
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            value = graph_module
-            for name in str(node.target).split("."):
-                value = getattr(value, name)
-            attributes[str(node.target)] = value.detach().to("meta") if isinstance(value, Tensor) else value
-        if node.op == "call_function":
-            node.args, node.kwargs = map_aggregate((node.args, node.kwargs), _on_meta)
-    return GraphModule(attributes, graph)
-
-
-def _on_meta(arg: Any) -> Any:
-    return torch.device("meta") if isinstance(arg, torch.device) else arg
 
 
 def _handle(formula: OpFormula, values: Mapping[int, Tensor]) -> Callable[[list[Any], list[Any]], Counter[str]]:
@@ -82,17 +61,16 @@ def _handle(formula: OpFormula, values: Mapping[int, Tensor]) -> Callable[[list[
 class _Replay(torch.nn.Module):
     """A graph as the module that is traced, node by node."""
 
-    def __init__(self, graph_module: GraphModule, untraced: ThreadPoolExecutor) -> None:
+    def __init__(self, graph_module: GraphModule) -> None:
         super().__init__()
         self._replay = _WithTraceableConvolutions(graph_module)
-        self._shapes = _ShapesOutsideTheTrace(untraced)
 
     def forward(self, *inputs: Tensor) -> Any:
-        with self._shapes:
+        with _ShapesOutsideTheTrace():
             return self._replay.run(*inputs)
 
 
-class _WithTraceableConvolutions(Interpreter):
+class _WithTraceableConvolutions(MetaInterpreter):
     """Calls convolutions as ``aten::_convolution``, the one form of them that the tracer records."""
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -106,26 +84,31 @@ class _WithTraceableConvolutions(Interpreter):
 
 
 class _ShapesOutsideTheTrace(TorchDispatchMode):
-    """Runs the operators of a trace in another thread, which is not tracing.
+    """Runs the operators of a trace with the tracer switched off.
 
     Many operators compute the shape of a meta tensor's result in Python; while a thread traces, sizes read there are
     traced tensors instead of numbers, and the checks on them fail.
     """
-
-    def __init__(self, untraced: ThreadPoolExecutor) -> None:
-        super().__init__()
-        self._untraced = untraced
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is aten._convolution.default:  # which has no shape function of its own
             func, args = aten.convolution.default, args[:9]
-        future: Future[Any] = self._untraced.submit(_run_below_autograd, func, args, kwargs or {})
-        return future.result()
+        with _untraced():
+            return func(*args, **kwargs or {})
 
 
-def _run_below_autograd(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    # The tracing thread adds what autograd keeps of a view; a result that already has it is refused.
-    with torch._C._AutoDispatchBelowADInplaceOrView():
-        return func(*args, **kwargs)
+@contextmanager
+def _untraced() -> Iterator[None]:
+    # The dispatcher excludes the tracer here already; the state that sizes ask cannot be set while it does.
+    trace = torch._C._get_tracing_state()
+    torch._C._dispatch_tls_set_dispatch_key_excluded("Tracer", False)
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        # The tracer adds what autograd keeps of a view; a result that already has it is refused.
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            yield
+    finally:
+        torch._C._set_tracing_state(trace)  # type: ignore[attr-defined]
+        torch._C._dispatch_tls_set_dispatch_key_excluded("Tracer", True)

@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from fisedit_compile.capture import module_path
 from fisedit_compile.errors import CaptureError
 from fisedit_compile.mac_formulas import FORMULAS, OP_KINDS, is_refused
 from fisedit_compile.mac_report import NO_RESOLUTION, MacCount, by_area
-from fisedit_compile.mac_tracing import fvcore_by_kind, to_meta
+from fisedit_compile.mac_tracing import fvcore_by_kind
+from fisedit_compile.meta_interpreter import MetaInterpreter
 
 aten = torch.ops.aten
 
@@ -44,7 +45,7 @@ class GraphCounter:
     """Counts a graph for any number of inputs; with ``check``, fvcore counts the first of them, too."""
 
     def __init__(self, graph_module: GraphModule, *, check: bool = True) -> None:
-        self._graph_module = to_meta(graph_module)
+        self._graph_module = graph_module
         self._check = check
 
     def count(self, inputs: Sequence[Tensor]) -> tuple[MacCount, Any]:
@@ -62,7 +63,7 @@ class GraphCounter:
         return MacCount(by_op, by_resolution, dict(walk.by_module)), out
 
 
-class _Walk(Interpreter):
+class _Walk(MetaInterpreter):
     """Runs a graph on the meta device and counts each node by its formula."""
 
     def __init__(self, graph_module: GraphModule, inputs: Sequence[Tensor]) -> None:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from fisedit_compile.meta_interpreter import MetaInterpreter
 from fisedit_compile.neighbour_table import Size
 from fisedit_compile.passes import ops
 
@@ -98,7 +99,6 @@ def row_layers(program: Program) -> list[RowLayer]:
     Norms, gathers and the resolutions at which every pixel is computed anyway (``config.is_whole``) are left out.
     Shapes come from a run on the meta device, where nothing is computed.
     """
-    from fisedit_compile.mac_tracing import to_meta
     from fisedit_compile.plan import plan_edit
     from fisedit_compile.step_shapes import step_shapes
 
@@ -106,15 +106,14 @@ def row_layers(program: Program) -> list[RowLayer]:
     full = torch.ones(1, latents[0], latents[1], dtype=torch.bool)
     plan = plan_edit(full, program.plan_requests, batch=batch, dense_below=program.config.dense_below)
     values = {**step_shapes(program), **{request: plan.tensor(request) for request in program.plan_requests}}
-    graph_module = to_meta(program.sparse)
-    placeholders = graph_module.graph.find_nodes(op="placeholder")
-    walk = _Walk(graph_module)
+    placeholders = program.sparse.graph.find_nodes(op="placeholder")
+    walk = _Walk(program.sparse)
     with torch.no_grad():
         walk.run(*(values[node.meta.get("request", node.target)].to("meta") for node in placeholders))
     return [layer for layer in walk.layers if not program.config.is_whole(layer.size)]
 
 
-class _Walk(Interpreter):
+class _Walk(MetaInterpreter):
     """Collects the layers of a graph on the meta device while it runs."""
 
     def __init__(self, graph_module: GraphModule) -> None:
