@@ -73,55 +73,51 @@ class Taps:
         )
 
 
-def neighbour_table(
-    taps: Taps, index: Tensor, source_active: Tensor | None, batch: int
-) -> tuple[Tensor, Tensor | None]:
+def neighbour_table(taps: Taps, index: Tensor, source_index: Tensor | None, batch: int) -> tuple[Tensor, Tensor | None]:
     """The neighbour table of the active target pixels and the halo it reads.
 
     Args:
         taps: the convolution.
         index: pixel ids of the active target pixels, int64 ``[M]``, sorted.
-        source_active: bool ``[batch, source_h, source_w]``: the source pixels that are rows. Not read, and may be
-            None, if ``taps.dense``.
+        source_index: those of the active source pixels, int64 ``[R]``, sorted. Not read, and may be None, if
+            ``taps.dense``.
         batch: samples in the U-Net batch.
 
     Returns:
         ``table`` int32 ``[M, kernel_h * kernel_w]``, taps in the order of a weight's last two dims, and ``halo``
-        int64 ``[Hh]``, sorted pixel ids of the source: the pixels that the table reads and that are not rows. With R
-        active source pixels an entry in ``[0, R)`` is a row, in ``[R, R + Hh)`` a halo row, and -1 lies outside the
-        picture. For a dense source entries are pixel ids and halo is None.
+        int64 ``[Hh]``, sorted pixel ids of the source: the pixels that the table reads and that are not rows. An entry
+        in ``[0, R)`` is a row, in ``[R, R + Hh)`` a halo row, and -1 lies outside the picture. For a dense source
+        entries are pixel ids and halo is None.
     """
-    source_pixels = taps.source[0] * taps.source[1]
-    target_pixels = taps.target[0] * taps.target[1]
-    # [M, K]: pixel within the sample, negative outside the picture
-    reads = _reads(taps, index.device).index_select(0, index % target_pixels)
-    outside = reads < 0
-    reads += (index // target_pixels * source_pixels)[:, None]  # the sample's first pixel
+    reads = _reads(taps, batch, index.device).index_select(0, index)  # [M, K]
+    outside = batch * taps.source[0] * taps.source[1]
     if taps.dense:
-        return reads.masked_fill_(outside, -1).int(), None
+        return reads.masked_fill_(reads == outside, -1).int(), None
 
-    assert source_active is not None
-    # One place past the last pixel stands for all that is outside the picture, so one lookup serves all entries.
-    reads.masked_fill_(outside, batch * source_pixels)
-    active = source_active.reshape(-1)
-    rows = active.nonzero().squeeze(1)
-    needed = torch.zeros(batch * source_pixels + 1, dtype=torch.bool, device=index.device)
+    assert source_index is not None
+    needed = torch.zeros(outside + 1, dtype=torch.bool, device=index.device)
     needed.scatter_(0, reads.view(-1), True)  # a third of what needed[reads] = True takes, and an edit waits for it
-    halo = (needed[:-1] & ~active).nonzero().squeeze(1)
-    stored = torch.cat((rows, halo))  # in the order in which the convolution finds them
+    needed.scatter_(0, source_index, False)
+    halo = needed[:outside].nonzero().squeeze(1)
+    stored = torch.cat((source_index, halo))  # in the order in which the convolution finds them
     entry = torch.full_like(needed, -1, dtype=torch.int32)
     entry.scatter_(0, stored, torch.arange(len(stored), dtype=torch.int32, device=index.device))
     return entry.index_select(0, reads.view(-1)).view_as(reads), halo
 
 
 @lru_cache(maxsize=64)  # the geometry of a U-Net's convolutions is that of all its edits
-def _reads(taps: Taps, device: torch.device) -> Tensor:
-    """int64 ``[target_h * target_w, kernel_h * kernel_w]``: pixel of one sample's source, negative outside."""
+def _reads(taps: Taps, batch: int, device: torch.device) -> Tensor:
+    """int64 ``[batch * target_h * target_w, kernel_h * kernel_w]``: the source pixel that each tap of a pixel reads.
+
+    One id past the last pixel stands for all that is outside the picture, so that one lookup serves all entries.
+    """
     height, width = taps.source
-    y, x = (_axis_reads(taps, axis).to(device) for axis in (0, 1))  # [TH, kh], [TW, kw]
-    # Row -1 starts at -width, so no column brings it back to zero; column -1 must go below every row's start.
-    y, x = y * width, x.masked_fill(x < 0, -height * width)
-    return (y[:, None, :, None] + x[None, :, None, :]).flatten(2).flatten(0, 1)  # [TH, TW, kh, kw] -> [TH*TW, K]
+    y, x = (_axis_reads(taps, axis) for axis in (0, 1))  # [TH, kh], [TW, kw]
+    outside = (y < 0)[:, None, :, None] | (x < 0)[None, :, None, :]  # [TH, TW, kh, kw]
+    reads = (y * width)[:, None, :, None] + x[None, :, None, :]
+    first = torch.arange(batch)[:, None, None, None, None] * (height * width)  # of each sample
+    reads = (reads + first).masked_fill_(outside, batch * height * width)  # [B, TH, TW, kh, kw]
+    return reads.flatten(3).flatten(0, 2).to(device)
 
 
 def _axis_reads(taps: Taps, axis: int) -> Tensor:

@@ -216,7 +216,7 @@ def plan_edit(
     tensors: dict[PlanTensor, Tensor] = {}
     for where in dict.fromkeys(request.where for request in requests):
         if isinstance(where, Taps):
-            table, halo = neighbour_table(where, index[where.target], active.get(where.source), batch)
+            table, halo = neighbour_table(where, index[where.target], index.get(where.source), batch)
             tensors[PlanTensor("table", where)] = table
             if halo is not None:
                 tensors[PlanTensor("halo", where)] = halo

@@ -63,7 +63,7 @@ def conv_inputs(
     mask, target = active(share, side), side // stride
     taps = Taps((side, side), (target, target), (3, 3), (stride, stride), (1, 1), (1, 1))
     targets = torch.nn.functional.adaptive_max_pool2d(mask.float(), target).flatten().nonzero().flatten()
-    table, halo = neighbour_table(taps, targets, mask, BATCH)
+    table, halo = neighbour_table(taps, targets, mask.flatten().nonzero().flatten(), BATCH)
     assert halo is not None
     weight = normal(filters, 9 * channels, dtype=dtype) / (9 * channels) ** 0.5
     rows = normal(int(mask.sum()), channels, dtype=dtype)

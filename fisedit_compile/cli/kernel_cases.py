@@ -68,7 +68,6 @@ class Measured:
 class Mask:
     """The active pixels of a batch whose samples share a square mask."""
 
-    active: Tensor  # bool [BATCH, side, side]
     index: Tensor  # int64 [M]
     sample: Tensor  # int64 [M]
     offsets: Tensor  # int32 [BATCH + 1]
@@ -80,14 +79,14 @@ def square(edit_size: float, side: int, device: torch.device) -> Mask:
     index = active.flatten().nonzero().flatten()
     count = index.shape[0] // BATCH
     offsets = torch.arange(0, (BATCH + 1) * count, count, dtype=torch.int32, device=device)
-    return Mask(active, index, index // (side * side), offsets)
+    return Mask(index, index // (side * side), offsets)
 
 
 def convolution_inputs(mask: Mask, side: int, channels: int, filters: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """rows, halo, weight, bias and table of a 3x3 convolution."""
     device = mask.index.device
     taps = Taps((side, side), (side, side), (3, 3), (1, 1), (1, 1), (1, 1))
-    table, halo = neighbour_table(taps, mask.index, mask.active, BATCH)
+    table, halo = neighbour_table(taps, mask.index, mask.index, BATCH)
     assert halo is not None
     rows, halo_rows = (normal(len(t), channels, device=device, dtype=dtype) for t in (mask.index, halo))
     weight = normal(filters, 9 * channels, device=device, dtype=dtype) / (9 * channels) ** 0.5
