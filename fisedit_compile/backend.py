@@ -24,7 +24,8 @@ from torch.fx import GraphModule
 from fisedit_compile.capture import Call, bind
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.errors import BaseMismatchError, CaptureError
-from fisedit_compile.program import Prepared, Program
+from fisedit_compile.prepared import Prepared
+from fisedit_compile.program import Program
 from fisedit_compile.step_cache import StepCache
 
 

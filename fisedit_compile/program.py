@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import operator
 import time
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -28,38 +27,19 @@ from fisedit_compile.passes.report import PassReport
 from fisedit_compile.passes.requests import CacheEntry, requests_of
 from fisedit_compile.passes.reuse_timestep import is_timestep
 from fisedit_compile.plan import EditPlan, PlanTensor, plan_edit
+from fisedit_compile.prepared import Prepared
+from fisedit_compile.single_thread import single_thread
 from fisedit_compile.stage import Stage
 from fisedit_compile.step_cache import CacheDescription, Recorded, StepCache
 
 if TYPE_CHECKING:
     from fisedit_compile.row_costs import RowCosts
-    from fisedit_compile.static_step import Packed, Shared, StaticStep
+    from fisedit_compile.static_step import Shared, StaticStep
 
 logger = logging.getLogger(__name__)
 
 #: Dynamo compiles sizes of 0 and 1 apart from all others.
 _FEWEST = 2
-
-
-@dataclass
-class Prepared:
-    """What the steps of one edit share: the plan's tensors, and the values that depend on the prompt alone.
-
-    Attributes:
-        values: the plan's tensors, where steps have the mask's own sizes.
-        bucket, packed: the bucket of the mask and the padded tensors, where steps run at fixed sizes.
-        dense: the mask is larger than ``config.dense_above``: steps run the dense U-Net.
-    """
-
-    program: Program
-    plan: EditPlan
-    values: dict[Any, Tensor] = field(default_factory=dict)
-    bucket: Bucket | None = None
-    packed: Packed | None = None
-    dense: bool = False
-    prompt: dict[Any, Tensor] = field(default_factory=dict)
-    prompt_inputs: tuple[Tensor, ...] = ()
-    prompt_versions: tuple[int, ...] = ()
 
 
 class Program:
@@ -171,15 +151,17 @@ class Program:
         batch, _, *size = self.signature.sample_shape
         if mask.ndim == 3 and list(mask.shape[1:]) != size:
             raise MaskError(f"a mask of {tuple(mask.shape[1:])} for latents of {tuple(size)}: resize it first")
+        costs = self.row_costs if self.config.blocks == "measured" else None
         # Planned on the CPU: some hundred small operations, and the row counts have to be known to the host anyway.
-        return plan_edit(
-            mask.cpu(),
-            self.plan_requests,
-            batch=batch,
-            blocks=self.config.blocks,
-            dense_below=self.config.dense_below,
-            costs=self.row_costs if self.config.blocks == "measured" else None,
-        )
+        with single_thread():
+            return plan_edit(
+                mask.cpu(),
+                self.plan_requests,
+                batch=batch,
+                blocks=self.config.blocks,
+                dense_below=self.config.dense_below,
+                costs=costs,
+            )
 
     def prepare(self, mask: Tensor) -> Prepared:
         """Plan an edit and bring what does not change from step to step into place.
@@ -222,13 +204,17 @@ class Program:
         self.cache.check(cache, self.signature, self._known_timesteps(call))
         inputs = self._user_values(call)
         self._refresh_prompt(prepared, {**inputs, **self._constants})
-        if prepared.bucket is not None:
+        if static := self.static_step(prepared):
             assert prepared.packed is not None
-            return self._static_step(prepared.bucket).run(inputs, cache, prepared.packed, prepared.prompt)
+            return static.run(inputs, cache, prepared.packed, prepared.prompt)
         values = {**inputs, **self._constants, **prepared.prompt, **prepared.values, **cache}
         few = min(prepared.plan.counts.values()) < _FEWEST
         values.update(self._stages["fetch"].values(values))
         return self._stages["step"](values, eagerly=few)
+
+    def static_step(self, prepared: Prepared) -> StaticStep | None:
+        """What runs the steps of an edit at fixed sizes; None where they have the mask's own."""
+        return None if prepared.bucket is None else self._static_step(prepared.bucket)
 
     def restore_base(self, out: Tensor, cache: StepCache, prepared: Prepared) -> Tensor:
         """A dense call's output with the base's values outside the mask: what :meth:`step` returns, by other means."""

@@ -15,7 +15,7 @@ from fisedit_compile.capture import Call
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.difference_mask import difference_mask
 from fisedit_compile.errors import BaseMismatchError, MaskError
-from fisedit_compile.program import Prepared
+from fisedit_compile.prepared import Prepared
 from fisedit_compile.prompt_to_prompt import align_batch
 from fisedit_compile.sparse_unet import SparseUNet
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from fisedit_compile.capture import Call, Signature, bind
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.errors import BaseMismatchError, CaptureError
-from fisedit_compile.program import Prepared, Program
+from fisedit_compile.prepared import Prepared
+from fisedit_compile.program import Program
 from fisedit_compile.step_cache import StepCache
 
 
@@ -57,7 +58,7 @@ class SparseUNet(torch.nn.Module):
         self.sparsity = config
         self._original = (original,)  # in a tuple: not a second submodule
         self._programs: dict[Signature, Program] = {}
-        self._weights = [id(parameter) for parameter in original.parameters()]
+        self._weights = _parameter_ids(original)
         self._handler: Callable[..., Any] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -136,7 +137,7 @@ class SparseUNet(torch.nn.Module):
 
     def _drop_stale_programs(self) -> None:
         """Capture anew after a weight or layer was replaced, as loading a LoRA or a state dict may do."""
-        weights = [id(parameter) for parameter in self._original[0].parameters()]
+        weights = _parameter_ids(self._original[0])
         if weights != self._weights:  # the graphs hold the old ones, so that no id can have been given twice
             self._programs.clear()
             self._weights = weights
@@ -161,3 +162,15 @@ class SparseUNet(torch.nn.Module):
         from fisedit_compile.report import explain
 
         return explain(self.program(self.call(*args, **kwargs)))
+
+
+def _parameter_ids(unet: torch.nn.Module) -> list[int]:
+    """An id a parameter, in some order; ``unet.parameters()`` takes milliseconds, which every call would wait for."""
+    ids: list[int] = []
+    modules: list[torch.nn.Module | None] = [unet]
+    while modules:
+        module = modules.pop()
+        if module is not None:
+            ids += map(id, module._parameters.values())
+            modules += module._modules.values()
+    return ids

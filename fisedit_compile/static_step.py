@@ -21,6 +21,7 @@ from fisedit_compile.cuda_graph import GraphRecorder
 from fisedit_compile.kernels.copy_rows import RowCopies
 from fisedit_compile.passes.requests import CacheEntry, Hoisted
 from fisedit_compile.plan import EditPlan, PlanTensor
+from fisedit_compile.single_thread import single_thread
 from fisedit_compile.stage import Stage
 from fisedit_compile.step_cache import CacheDescription, Recorded, StepCache
 
@@ -121,6 +122,16 @@ class StaticStep:
 
     def pack(self, plan: EditPlan) -> Packed:
         """A plan's tensors padded to the bucket, in one buffer on the device."""
+        with single_thread():
+            host = self._pack(plan)
+        device = self._shared.device
+        packed = Packed(host.shapes, device, buffer=host.buffer.to(device, non_blocking=True))
+        if device.type == "cuda":
+            packed.ready = torch.cuda.Event()
+            packed.ready.record(torch.cuda.current_stream(device))
+        return packed
+
+    def _pack(self, plan: EditPlan) -> Packed:
         padded: dict[Any, Tensor] = dict(pad_plan(plan, self.bucket, self._requests))
         padded["counts"] = torch.tensor(
             [
@@ -133,12 +144,7 @@ class StaticStep:
         host = Packed(shapes, torch.device("cpu"), pin=self._shared.device.type == "cuda")
         for key, tensor in padded.items():
             host.tensors[key].copy_(tensor)
-        device = self._shared.device
-        packed = Packed(shapes, device, buffer=host.buffer.to(device, non_blocking=True))
-        if device.type == "cuda":
-            packed.ready = torch.cuda.Event()
-            packed.ready.record(torch.cuda.current_stream(device))
-        return packed
+        return host
 
     def run(self, inputs: Mapping[str, Tensor], cache: StepCache, plan: Packed, prompt: Mapping[Any, Tensor]) -> Tensor:
         """One step; ``plan`` is of :meth:`pack`, ``prompt`` the values of the prompt's stage."""
@@ -164,6 +170,13 @@ class StaticStep:
                 self._replay = self._record()
             return self._replay().clone()
 
+    def launch(self) -> Tensor:
+        """The step on what lies in its buffers, launched kernel by kernel; after a :meth:`run`, which filled them."""
+        assert self._plan is not None
+        values = {**self._constants, **self._shared.prompt, **self._fetched, **self._plan.tensors, **self._inputs}
+        out: Tensor = self._step(values)
+        return out
+
     def _addresses(self, cache: StepCache) -> Any:
         """Where the base's tensors lie, on the device; kept with the cache of a recorded call."""
         if isinstance(cache, Recorded) and cache.addresses is not None and cache.addresses[0] is self._shared:
@@ -176,13 +189,11 @@ class StaticStep:
 
     def _record(self) -> Callable[[], Tensor]:
         """The step as one CUDA graph."""
-        assert self._plan is not None
         start, shared = time.perf_counter(), self._shared
         on_gpu = shared.device.type == "cuda"
         if on_gpu and not shared.captures:
             announce("first sparse step: compiling kernels (their cache serves later processes) ...")
-        values = {**self._constants, **shared.prompt, **self._fetched, **self._plan.tensors, **self._inputs}
-        replay: Callable[[], Tensor] = shared.record(lambda: self._step(values))
+        replay = shared.record(self.launch)
         if on_gpu:
             announce(f"recorded the step for masks of {self.bucket.name} in {time.perf_counter() - start:.1f} s")
         return replay

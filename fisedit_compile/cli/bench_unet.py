@@ -10,7 +10,7 @@ import torch
 from fisedit_compile.architectures import build_unet, unet_inputs
 from fisedit_compile.cli.bench_masks import MaskSet
 from fisedit_compile.cli.bench_settings import Settings
-from fisedit_compile.cli.gpu_counters import profile_kernels
+from fisedit_compile.cli.gpu_counters import count_kernels
 from fisedit_compile.cli.progress import say
 from fisedit_compile.cli.unet_curve import curves
 from fisedit_compile.cli.unet_dense import dense_runs
@@ -57,12 +57,9 @@ def bench_unet(
         result.update(curves(result["rows"]))
         keep(result)
         modes.append(mode)
-    if device.type == "cuda":
-        say("counting kernels ...")
-        profile_kernels(lambda: None, device)  # starts the profiler, which may miss what runs meanwhile
-    kernels = {name: profile_kernels(run, device) for name, run in dense.runs.items()}
+    launches = {name: count_kernels(run, device) for name, run in dense.runs.items()}
     for mode in modes:
-        mode.profile(kernels)
+        mode.count_launches(launches)
     keep(result)
     say("done")
     return result

@@ -1,60 +1,43 @@
-"""What a call does on a GPU beside taking time: kernels, busy time, memory; and whether anything was compiled anew."""
+"""What a call does on a GPU beside taking time: kernels and memory; and whether anything was compiled anew."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+import ctypes
+from collections.abc import Callable
 
 import torch
 
 MIB = 2**20
 
-_COPIES = ("Memcpy", "Memset")
+_KERNEL = 0  # CU_GRAPH_NODE_TYPE_KERNEL
 
 
-@dataclass(frozen=True)
-class Kernels:
-    """What the device ran: the number of kernels (copies by the driver left out), and milliseconds with work on it."""
+def count_kernels(run: Callable[[], object], device: torch.device) -> int | None:
+    """How many kernels a call launches, copies by the driver left out; None on the CPU, or where it cannot be captured.
 
-    launches: int
-    busy_ms: float
-
-
-def profile_kernels(run: Callable[[], object], device: torch.device) -> Kernels | None:
-    """One call under ``torch.profiler``; None on the CPU, or where the profiler sees no kernels.
-
-    The kernels of a CUDA graph are counted one by one. A profiler once started may slow later launches: profile last.
+    The call is captured in a CUDA graph, whose nodes are counted; it must have run before.
     """
-    from torch.profiler import ProfilerActivity, profile, supported_activities
-
-    if device.type != "cuda" or ProfilerActivity.CUDA not in supported_activities():
+    if device.type != "cuda":
         return None
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
     try:
-        with torch.cuda.device(device), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the profiler, that there was no warm-up
-            torch.cuda.synchronize()
-            with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-                run()
-                torch.cuda.synchronize()
-    except RuntimeError:  # CUPTI is missing, or taken by another profiler
+        with torch.cuda.device(device), torch.cuda.graph(graph):
+            run()
+        return _kernel_nodes(graph.raw_cuda_graph())
+    except RuntimeError:  # it waits for the device, or launches a graph of its own
         return None
-    return kernels_of(profiler.events() or ())
 
 
-def kernels_of(events: Iterable[Any]) -> Kernels | None:
-    """Count the events of a profile."""
-    on_device = [e for e in events if e.device_type is torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
-    launches = sum(not event.name.startswith(_COPIES) for event in on_device)
-    if not launches:
-        return None
-    microseconds, until = 0.0, float("-inf")
-    for event in sorted(on_device, key=lambda event: event.time_range.start):
-        start, end = event.time_range.start, event.time_range.end
-        microseconds += max(0.0, end - max(start, until))  # kernels may overlap
-        until = max(until, end)
-    return Kernels(launches, microseconds / 1e3)
+def _kernel_nodes(graph: int) -> int:
+    driver, count, kind = ctypes.CDLL("libcuda.so.1"), ctypes.c_size_t(), ctypes.c_int()
+    driver.cuGraphGetNodes(ctypes.c_void_p(graph), None, ctypes.byref(count))
+    nodes = (ctypes.c_void_p * count.value)()
+    driver.cuGraphGetNodes(ctypes.c_void_p(graph), nodes, ctypes.byref(count))
+    kernels = 0
+    for node in nodes:
+        driver.cuGraphNodeGetType(ctypes.c_void_p(node), ctypes.byref(kind))
+        kernels += kind.value == _KERNEL
+    return kernels
 
 
 def peak_mb(run: Callable[[], object], device: torch.device) -> float | None:

@@ -14,12 +14,11 @@ import torch
 from fisedit_compile.cli.bench_masks import MaskSet, scattered_squares
 from fisedit_compile.cli.bench_settings import Settings
 from fisedit_compile.cli.gpu_counters import (
-    Kernels,
     allocated_mb,
+    count_kernels,
     dynamo_graphs,
     graph_pool_mb,
     peak_mb,
-    profile_kernels,
 )
 from fisedit_compile.cli.progress import say
 from fisedit_compile.cli.timing import Spread, Times, interleaved
@@ -28,7 +27,7 @@ from fisedit_compile.cli.unet_dense import DenseRuns
 from fisedit_compile.cli.unet_prep import measure_prep
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.macs import MacCounter
-from fisedit_compile.program import Prepared
+from fisedit_compile.prepared import Prepared
 from fisedit_compile.sparse_unet import sparsify
 
 #: Edits that the preparation is measured with, for each row.
@@ -101,7 +100,7 @@ class SparseRuns:
         }
 
     def measure(self, dense: DenseRuns) -> list[dict[str, Any]]:
-        """The rows, without what :meth:`profile` adds; after :meth:`start`."""
+        """The rows, without what :meth:`count_launches` adds; after :meth:`start`."""
         say(f"{self.attention} attention: timing ...")
         settings, counter = self.settings, MacCounter(self.program, check=False)
         repeats: dict[Any, int] = dict.fromkeys(dense.runs, settings.repeats)
@@ -126,12 +125,12 @@ class SparseRuns:
                 row["batched"] = batched[row["edit_size"]]
         return self.rows
 
-    def profile(self, dense: dict[str, Kernels | None]) -> None:
-        """Add ``launches`` and ``gpu_busy_ms`` to the rows."""
+    def count_launches(self, dense: dict[str, int | None]) -> None:
+        """Add ``launches`` to the rows: kernels of a dense call, and of a sparse step's graph."""
         for i, row in enumerate(self.rows):
-            kernels = {**dense, "sparse": profile_kernels(self.runs[i, 0], self.device)}
-            row["launches"] = {name: each and each.launches for name, each in kernels.items()}
-            row["gpu_busy_ms"] = {name: each and each.busy_ms for name, each in kernels.items()}
+            step = self.program.static_step(self.prepared[i, 0])
+            sparse = count_kernels(step.launch, self.device) if step else None
+            row["launches"] = {**dense, "sparse": sparse}
 
     def _row(self, i: int, dense: DenseRuns, times: dict[Any, Times], counter: MacCounter) -> dict[str, Any]:
         mask_set = self.mask_sets[i]

@@ -1,0 +1,36 @@
+"""What the steps of one edit share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fisedit_compile.buckets import Bucket
+from fisedit_compile.plan import EditPlan
+
+if TYPE_CHECKING:
+    from fisedit_compile.program import Program
+    from fisedit_compile.static_step import Packed
+
+
+@dataclass
+class Prepared:
+    """The plan's tensors, and the values that depend on the prompt alone.
+
+    Attributes:
+        values: the plan's tensors, where steps have the mask's own sizes.
+        bucket, packed: the bucket of the mask and the padded tensors, where steps run at fixed sizes.
+        dense: the mask is larger than ``config.dense_above``: steps run the dense U-Net.
+    """
+
+    program: Program
+    plan: EditPlan
+    values: dict[Any, Tensor] = field(default_factory=dict)
+    bucket: Bucket | None = None
+    packed: Packed | None = None
+    dense: bool = False
+    prompt: dict[Any, Tensor] = field(default_factory=dict)
+    prompt_inputs: tuple[Tensor, ...] = ()
+    prompt_versions: tuple[int, ...] = ()
