@@ -13,14 +13,10 @@ from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
 import fisedit_compile.kernels.ops  # noqa: F401  (registers torch.ops.fisedit)
-from fisedit_compile.cli.kernel_timing import microseconds
+from fisedit_compile.cli.kernel_timing import Roof, microseconds
 from fisedit_compile.neighbour_table import Taps, neighbour_table
 from fisedit_compile.plan import row_of_pixels
 from fisedit_compile.sample_masks import square_mask
-
-#: Measured on an H200: a large device-to-device copy, bytes read and written; a large bf16 matrix product.
-BYTES_PER_US = 4.3e6
-MACS_PER_US = 790e6 / 2
 
 BATCH = 2
 #: (side of the map, input channels, output channels) of 3x3 convolutions of Stable Diffusion 2 at 768x768.
@@ -102,12 +98,12 @@ def normal(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
 _dense_times: dict[tuple[str, str], float] = {}
 
 
-def measure(case: Case) -> Measured:
+def measure(case: Case, roof: Roof) -> Measured:
     """Time a case and its dense counterpart."""
     key = (case.kernel, case.shape)
     if key not in _dense_times:
         _dense_times[key] = microseconds(case.dense)
-    floor = max(case.bytes / BYTES_PER_US, case.macs / MACS_PER_US)
+    floor = max(case.bytes / roof.bytes_per_us, case.macs / roof.macs_per_us)
     return Measured(
         case.kernel, case.shape, case.edit_size, case.rows, microseconds(case.run), _dense_times[key], floor
     )

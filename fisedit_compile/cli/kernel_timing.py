@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import median
 
 import torch
 import triton
 
 from fisedit_compile.kernels.semaphores import new_semaphores, use_semaphores
+
+
+@dataclass(frozen=True)
+class Roof:
+    """What a device does at best: bytes read and written, and multiply-accumulates, in a microsecond."""
+
+    bytes_per_us: float
+    macs_per_us: float
+
+    @classmethod
+    def measured(cls, device: torch.device, dtype: torch.dtype) -> Roof:
+        """By a copy of 1 GiB and a square matrix product of 8192."""
+        source = torch.randint(256, (2**30,), dtype=torch.uint8, device=device)
+        target, side = torch.empty_like(source), 8192
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        copy, product = microseconds(lambda: target.copy_(source)), microseconds(lambda: a @ b)
+        return cls(2 * source.numel() / copy, side**3 / product)
 
 
 def microseconds(run: Callable[[], object], warmup: int = 10, rep: int = 50) -> float:
