@@ -17,6 +17,7 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from fisedit_compile.errors import CaptureError
+from fisedit_compile.functionalize import functionalize
 
 aten = torch.ops.aten
 
@@ -36,11 +37,18 @@ class Signature:
 
 @dataclass(frozen=True)
 class Call:
-    """A call of the U-Net in one form: keyword arguments as given, their tensors in order, and the signature."""
+    """A call of the U-Net in one form: its tensors in order, and the signature."""
 
-    kwargs: dict[str, Any]
     tensors: tuple[torch.Tensor, ...]
     signature: Signature
+    _leaves: tuple[Any, ...]
+    _tree: pytree.TreeSpec
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """The arguments by name. Lists in them are new ones each time: a U-Net empties that of a T2I-Adapter."""
+        named: dict[str, Any] = pytree.tree_unflatten(self._leaves, self._tree)
+        return named
 
 
 def bind(unet: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
@@ -67,7 +75,7 @@ def bind(unet: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
         (tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves
     )
     tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
-    return Call(named, tensors, Signature(str(tree), key))
+    return Call(tensors, Signature(str(tree), key), tuple(leaves), tree)
 
 
 def capture(unet: torch.nn.Module, call: Call) -> GraphModule:
@@ -109,11 +117,7 @@ def _simplify(graph_module: GraphModule) -> GraphModule:
         elif _is_identity(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-        elif isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            raise CaptureError(
-                f"{node.target} in {node.meta['module_path'] or 'the U-Net'} writes to its input: "
-                "replace the in-place operation by its functional form"
-            )
+    functionalize(graph)
     for node in graph.nodes:
         if node.op == "placeholder" and not isinstance(node.meta.get("val"), torch.Tensor):
             graph.erase_node(node)

@@ -21,8 +21,8 @@ class MetaInterpreter(Interpreter):
         return self._attributes[target]
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if any(isinstance(arg, torch.device) for arg in kwargs.values()):
-            kwargs = {name: _on_meta(arg) for name, arg in kwargs.items()}
+        args = tuple(_on_meta(arg) if isinstance(arg, torch.device) else arg for arg in args)
+        kwargs = {name: _on_meta(arg) if isinstance(arg, torch.device) else arg for name, arg in kwargs.items()}
         return super().call_function(target, args, kwargs)
 
 
