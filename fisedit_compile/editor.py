@@ -87,7 +87,7 @@ class Editor:
         generators = [generator] if isinstance(generator, torch.Generator) else list(generator or [_fresh_generator()])
         states = tuple((g.get_state(), g.device) for g in generators)
         kept = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **arguments}
-        run = RecordRun(self.unet, self.pipe, self.config, num_inference_steps)
+        run = RecordRun(self.unet, self.pipe, self.config)
         start = time.perf_counter()
         images = self._call_pipeline(run, prompt, generators, kept)
         return Base(

@@ -14,7 +14,7 @@ from fisedit_compile.base import Base, RecordedCall
 from fisedit_compile.capture import Call
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.difference_mask import difference_mask
-from fisedit_compile.errors import BaseMismatchError, MaskError
+from fisedit_compile.errors import BaseMismatchError, CaptureError, MaskError
 from fisedit_compile.prepared import Prepared
 from fisedit_compile.prompt_to_prompt import align_batch
 from fisedit_compile.sparse_unet import SparseUNet
@@ -105,15 +105,19 @@ class PipelineRun:
 class RecordRun(PipelineRun):
     """Generates a base: every call dense, with what edits read kept from it."""
 
-    def __init__(self, unet: SparseUNet, pipe: Any, config: SparsityConfig, steps: int) -> None:
+    def __init__(self, unet: SparseUNet, pipe: Any, config: SparsityConfig) -> None:
         super().__init__(unet, pipe)
         self.calls: list[RecordedCall] = []
-        self._config, self._steps = config, steps
-        self._dense_steps = config.count_dense_steps(steps)
-        self._controlled_steps = min(self._dense_steps, round(config.cross_replace * steps))
+        self._config = config
+        self._steps = self._dense_steps = self._controlled_steps = 0
         self.timesteps = torch.empty(0)
 
     def predict(self, call: Call) -> Tensor:
+        if not self.calls:
+            # Of the loop itself: Heun's scheduler makes two steps of one, a picture to start from saves some.
+            self._steps = getattr(self.pipe, "num_timesteps", None) or len(self.pipe.scheduler.timesteps)
+            self._dense_steps = self._config.count_dense_steps(self._steps)
+            self._controlled_steps = min(self._dense_steps, round(self._config.cross_replace * self._steps))
         sparse, controlled = self.step >= self._dense_steps, self.step < self._controlled_steps
         kept: dict[Any, Tensor] = {}
 
@@ -132,6 +136,10 @@ class RecordRun(PipelineRun):
         return latents
 
     def finish(self) -> None:
+        if len(self.latents) != self._steps:
+            raise CaptureError(
+                f"{type(self.pipe).__name__} made {len(self.latents)} of {self._steps} steps: a base needs all of them"
+            )
         self.timesteps = self.pipe.scheduler.timesteps.clone()
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from fisedit_compile.kernels.attention_launch import head_last, launch_attention
 from fisedit_compile.kernels.attention_tiles import AttentionTile
-from fisedit_compile.kernels.attention_triton import head_last, launch_attention
 from fisedit_compile.kernels.triton_launch import check_dtypes
 
 

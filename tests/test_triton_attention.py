@@ -15,7 +15,7 @@ from fisedit_compile.testing import assert_close
 
 rows_kernel = pytest.importorskip("fisedit_compile.kernels.attention_rows_triton", reason="Triton is not installed")
 cached_kernel = pytest.importorskip("fisedit_compile.kernels.attention_cached_triton", reason="Triton is not installed")
-kernel = pytest.importorskip("fisedit_compile.kernels.attention_triton", reason="Triton is not installed")
+launcher = pytest.importorskip("fisedit_compile.kernels.attention_launch", reason="Triton is not installed")
 pytestmark = MARKS
 
 WHOLE, SPLIT = (AttentionTile(16, 16, 4, 2, splits) for splits in (1, 3))
@@ -24,7 +24,7 @@ HEADS = 2
 
 @pytest.fixture(params=[0, 1024], ids=["blocks without a mask in their own loop", "one loop"])
 def many_keys(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "_MANY_KEYS", request.param)
+    monkeypatch.setattr(launcher, "_MANY_KEYS", request.param)
 
 
 def rows(count: int, head_dim: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -97,7 +97,7 @@ def test_padding_behind_the_last_offset_is_never_read(tile: AttentionTile, count
 def test_parts_of_merged_projections_are_read_where_they_are() -> None:
     merged = rows(12, 3 * 16, torch.float32, 0).view(12, 3, HEADS, 16)
     q, k, v = merged.unbind(1)
-    assert kernel.head_last(q) is q
+    assert launcher.head_last(q) is q
     out = rows_kernel.attention_rows_triton(q, k, v, offsets(5, 7), offsets(5, 7), None)
     assert_close(out, attention_rows_reference(q, k, v, offsets(5, 7), offsets(5, 7), None).double())
 

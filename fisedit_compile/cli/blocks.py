@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fisedit_compile.cli.edit_options import add_edit_options, add_image_options
 from fisedit_compile.cli.json_file import check_json_path
-from fisedit_compile.cli.runtime import add_runtime_options, describe, share, start, whole_number
+from fisedit_compile.cli.runtime import add_runtime_options, describe, start, whole_number
 from fisedit_compile.config import SparsityConfig
 
 if TYPE_CHECKING:
     from fisedit_compile.block_report import Comparison
     from fisedit_compile.calibration import Calibration
 
-_EDIT_SIZES = (0.05, 0.15, 0.30)
 _MASKS = 5
 
 _METHOD = """\
@@ -41,29 +41,12 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--arch", required=True, metavar="tiny|sd15|sd2|sdxl", help="shape of the U-Net")
-    parser.add_argument("--size", type=whole_number(1), metavar="PX", help="of the square image (default: the model's)")
-    parser.add_argument(
-        "--batch", type=whole_number(1), default=2, metavar="N", help="2 is one picture with guidance (default: 2)"
-    )
-    parser.add_argument(
-        "--edit-size",
-        type=share,
-        nargs="+",
-        default=list(_EDIT_SIZES),
-        metavar="SHARE",
-        help="of the picture that is edited (default: 0.05 0.15 0.30)",
-    )
-    parser.add_argument("--masks", type=Path, metavar="FILE.npz", help="also masks of a file")
+    add_image_options(parser)
+    add_edit_options(parser)
     parser.add_argument(
         "--max-masks", type=whole_number(1), default=_MASKS, metavar="N", help=f"of the file (default: {_MASKS})"
     )
-    parser.add_argument(
-        "--attention",
-        choices=("masked", "full"),
-        default=SparsityConfig.attention,
-        help=f"what a recomputed pixel attends to (default: {SparsityConfig.attention})",
-    )
-    add_runtime_options(parser)
+    add_runtime_options(parser, cuda_dtype="bf16")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures and conditions to FILE")
     parser.set_defaults(run=run)
 

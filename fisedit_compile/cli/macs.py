@@ -9,15 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from fisedit_compile.cli.edit_options import add_edit_options, add_image_options
 from fisedit_compile.cli.json_file import check_json_path
-from fisedit_compile.cli.runtime import describe, share, whole_number
-from fisedit_compile.config import SparsityConfig
+from fisedit_compile.cli.runtime import describe
 
 if TYPE_CHECKING:
     from fisedit_compile.mac_masks import MaskCounts
     from fisedit_compile.mac_report import MacCount, MacReport
-
-_EDIT_SIZES = (0.05, 0.15, 0.30)
 
 _METHOD = """\
 Counted on the meta device: shapes alone, nothing is computed. One fused multiply-add is one MAC; convolutions,
@@ -45,26 +43,8 @@ def add_parser(subparsers: Any) -> None:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--arch", metavar="tiny|sd15|sd2|sdxl", help="shape of the U-Net")
     model.add_argument("--model", type=Path, metavar="DIR", help="folder of a diffusers pipeline; no weights are read")
-    parser.add_argument("--size", type=whole_number(1), metavar="PX", help="of the square image (default: the model's)")
-    parser.add_argument(
-        "--batch", type=whole_number(1), default=2, metavar="N", help="2 is one picture with guidance (default: 2)"
-    )
-    parser.add_argument(
-        "--edit-size",
-        type=share,
-        nargs="+",
-        default=list(_EDIT_SIZES),
-        metavar="SHARE",
-        help="of the picture that is edited (default: 0.05 0.15 0.30)",
-    )
-    parser.add_argument("--masks", type=Path, metavar="FILE.npz", help="also the masks of a file")
-    parser.add_argument(
-        "--attention",
-        choices=("masked", "full"),
-        default=SparsityConfig.attention,
-        help="what a recomputed pixel attends to: recomputed pixels alone, or all pixels "
-        f"(default: {SparsityConfig.attention})",
-    )
+    add_image_options(parser)
+    add_edit_options(parser)
     parser.add_argument("--by", choices=("op", "resolution", "module"), default="op", help="of the table (default: op)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all breakdowns to FILE")
     parser.set_defaults(run=run)

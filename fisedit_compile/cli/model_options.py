@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from fisedit_compile.cli.runtime import whole_number
+from fisedit_compile.cli.edit_options import add_image_options
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -12,12 +12,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--arch", default="sd15", metavar="tiny|sd15|sd2|sdxl", help="shape of the U-Net (default: sd15)"
     )
-    parser.add_argument(
-        "--size", type=whole_number(1), metavar="PX", help="of the square image (default: the architecture's own)"
-    )
-    parser.add_argument(
-        "--batch", type=whole_number(1), default=2, metavar="N", help="2 is one picture with guidance (default: 2)"
-    )
+    add_image_options(parser)
 
 
 def image_size(args: argparse.Namespace) -> int:
