@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
@@ -96,9 +98,11 @@ def capture(unet: torch.nn.Module, call: Call) -> GraphModule:
             f"{type(unet).__name__} could not be captured as one graph: {error}\n"
             "Reset custom attention processors and hooks (unet.set_default_attn_processor()), and try again."
         ) from error
-    graph_module = exported.module()
-    assert isinstance(graph_module, GraphModule)
-    return _simplify(graph_module)
+    graph, attributes = _unlift(exported)
+    _simplify(graph)
+    graph_module = GraphModule(attributes, graph)
+    graph_module.graph.lint()
+    return graph_module
 
 
 def module_path(node: Node) -> str:
@@ -107,12 +111,33 @@ def module_path(node: Node) -> str:
     return list(stack.values())[-1][0] if stack else ""
 
 
-def _simplify(graph_module: GraphModule) -> GraphModule:
-    graph = graph_module.graph
+def _unlift(exported: ExportedProgram) -> tuple[Graph, dict[str, torch.Tensor]]:
+    """The exported graph with parameters, buffers and constants as attributes, which are inputs of it, and those.
+
+    ``exported.module()`` gives the same with guards, and copies and compiles the graph three times on the way.
+    """
+    graph = Graph()
+    inputs = {node.name: node for node in exported.graph.find_nodes(op="placeholder")}
+    attributes: dict[str, torch.Tensor] = {}
+    made: dict[Node, Node] = {}
+    for spec in exported.graph_signature.input_specs:
+        if spec.kind is InputKind.USER_INPUT:
+            continue
+        assert spec.target is not None
+        known = exported.state_dict if spec.target in exported.state_dict else exported.constants
+        attributes[spec.target] = known[spec.target]
+        lifted = inputs[spec.arg.name]
+        made[lifted] = graph.create_node("get_attr", spec.target)
+        made[lifted].meta = dict(lifted.meta)
+    graph.output(graph.graph_copy(exported.graph, made))
+    return graph, attributes
+
+
+def _simplify(graph: Graph) -> None:
     graph.set_codegen(CodeGen())  # flat tensors in, instead of the U-Net's nested keyword arguments
     for node in list(graph.nodes):
         node.meta.setdefault("module_path", module_path(node))
-        if node.op == "call_module" or node.target is aten._assert_tensor_metadata.default:
+        if node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)
         elif _is_identity(node):
             node.replace_all_uses_with(node.args[0])
@@ -124,8 +149,6 @@ def _simplify(graph_module: GraphModule) -> GraphModule:
     (outputs,) = graph.output_node().args
     graph.output_node().args = (pytree.tree_leaves(outputs)[0],)
     graph.eliminate_dead_code()
-    graph.lint()
-    return GraphModule(graph_module, graph)  # a fresh module: without the hooks and guards that export adds
 
 
 def _is_identity(node: Node) -> bool:
