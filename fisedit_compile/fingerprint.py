@@ -111,7 +111,11 @@ def _sampled(tensors: Sequence[Tensor]) -> list[Tensor]:
     groups: dict[object, list[Tensor]] = {}
     for tensor in tensors:
         groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    return [
-        torch.cat([_memory(each)[_places(each.shape, each.stride()).to(each.device)] for each in group])
-        for group in groups.values()
-    ]
+    return [torch.cat([_values(each) for each in group]) for group in groups.values()]
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """The elements at :func:`_places`; a view where a stride says them all, which nothing has to be uploaded for."""
+    if tensor.is_contiguous():
+        return _memory(tensor)[:: max(1, tensor.numel() // _VALUES)][:_VALUES]
+    return _memory(tensor)[_places(tensor.shape, tensor.stride()).to(tensor.device)]

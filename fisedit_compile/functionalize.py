@@ -87,7 +87,7 @@ def _is_fresh(node: Node) -> bool:
 
 def _views(node: Node) -> set[Node]:
     """All nodes whose result lies in the memory of ``node``, which is not among them."""
-    views = {user for user in node.users if isinstance(user.target, torch._ops.OpOverload) and not _is_fresh(user)}
+    views = {user for user in node.users if user.op == "call_function" and not _is_fresh(user)}
     return views.union(*(_views(view) for view in views))
 
 

@@ -93,6 +93,13 @@ def a_view_that_is_read_later(x: Tensor) -> Tensor:
     return turned + 1
 
 
+def a_part_of_a_split_that_is_read_later(x: Tensor) -> Tensor:
+    y = x * 2
+    left, _ = y.chunk(2, dim=1)
+    y += 1
+    return left * 2
+
+
 def an_outer_slice_that_is_read_later(x: Tensor) -> Tensor:
     y = x * 2
     rows = y[1:]
@@ -100,7 +107,16 @@ def an_outer_slice_that_is_read_later(x: Tensor) -> Tensor:
     return rows * 2
 
 
-@pytest.mark.parametrize("run", [the_input, another_view, a_view_that_is_read_later, an_outer_slice_that_is_read_later])
+@pytest.mark.parametrize(
+    "run",
+    [
+        the_input,
+        another_view,
+        a_view_that_is_read_later,
+        a_part_of_a_split_that_is_read_later,
+        an_outer_slice_that_is_read_later,
+    ],
+)
 def test_what_would_be_wrong_is_refused(run: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(CaptureError, match=r"writes to .*set_default_attn_processor"):
         functionalize(exported(run).graph)

@@ -8,8 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fisedit_compile.cli.edit_options import add_edit_sizes
 from fisedit_compile.cli.json_file import check_json_path, write_json
-from fisedit_compile.cli.runtime import add_runtime_options, describe, share, start
+from fisedit_compile.cli.runtime import add_runtime_options, describe, start
 
 _EDIT_SIZES = (0.05, 0.15, 0.30, 1.0)
 
@@ -34,14 +35,7 @@ def add_parser(what: Any) -> None:
         epilog=_METHOD,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--edit-size",
-        type=share,
-        nargs="+",
-        default=list(_EDIT_SIZES),
-        metavar="SHARE",
-        help="of the picture that is edited (default: 0.05 0.15 0.30 1)",
-    )
+    add_edit_sizes(parser, _EDIT_SIZES)
     parser.add_argument("--sweep", action="store_true", help="time the tiles of the convolution instead")
     add_runtime_options(parser, cuda_dtype="bf16")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures and conditions to FILE")

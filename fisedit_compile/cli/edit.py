@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from fisedit_compile.cli.edit_options import add_attention
 from fisedit_compile.cli.runtime import add_runtime_options, describe, start, whole_number
 from fisedit_compile.config import SparsityConfig
 
@@ -62,13 +63,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--guidance", type=float, default=7.5, metavar="X", help="guidance scale (default: 7.5)")
     parser.add_argument("--height", type=whole_number(1), metavar="PX", help="default: the model's own")
     parser.add_argument("--width", type=whole_number(1), metavar="PX", help="default: the model's own")
-    parser.add_argument(
-        "--attention",
-        choices=("masked", "full"),
-        default=SparsityConfig.attention,
-        help="what a recomputed pixel attends to: recomputed pixels alone, or all pixels "
-        f"(default: {SparsityConfig.attention})",
-    )
+    add_attention(parser)
     parser.add_argument(
         "--compare-dense", action="store_true", help="also regenerate with the plain pipeline, and compare"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from fisedit_compile.cli.runtime import share, whole_number
@@ -21,15 +22,25 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
 
 def add_edit_options(parser: argparse.ArgumentParser) -> None:
     """``--edit-size``, ``--masks`` and ``--attention``."""
+    add_edit_sizes(parser, _EDIT_SIZES)
+    parser.add_argument("--masks", type=Path, metavar="FILE.npz", help="also masks of a file")
+    add_attention(parser)
+
+
+def add_edit_sizes(parser: argparse.ArgumentParser, default: Sequence[float]) -> None:
+    """``--edit-size``."""
     parser.add_argument(
         "--edit-size",
         type=share,
         nargs="+",
-        default=list(_EDIT_SIZES),
+        default=list(default),
         metavar="SHARE",
-        help="of the picture that is edited (default: 0.05 0.15 0.30)",
+        help=f"of the picture that is edited (default: {' '.join(map(str, default))})",
     )
-    parser.add_argument("--masks", type=Path, metavar="FILE.npz", help="also masks of a file")
+
+
+def add_attention(parser: argparse.ArgumentParser) -> None:
+    """``--attention``, one mode."""
     parser.add_argument(
         "--attention",
         choices=("masked", "full"),

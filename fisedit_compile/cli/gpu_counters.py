@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -23,19 +24,24 @@ def count_kernels(run: Callable[[], object], device: torch.device) -> int | None
     try:
         with torch.cuda.device(device), torch.cuda.graph(graph):
             run()
-        return _kernel_nodes(graph.raw_cuda_graph())
     except RuntimeError:  # it waits for the device, or launches a graph of its own
         return None
+    return _kernel_nodes(ctypes.c_void_p(graph.raw_cuda_graph()))
 
 
-def _kernel_nodes(graph: int) -> int:
+def _kernel_nodes(graph: ctypes.c_void_p) -> int:
     driver, count, kind = ctypes.CDLL("libcuda.so.1"), ctypes.c_size_t(), ctypes.c_int()
-    driver.cuGraphGetNodes(ctypes.c_void_p(graph), None, ctypes.byref(count))
+
+    def call(name: str, *args: Any) -> None:
+        if status := getattr(driver, name)(*args):
+            raise RuntimeError(f"{name} failed with CUDA error {status}")
+
+    call("cuGraphGetNodes", graph, None, ctypes.byref(count))
     nodes = (ctypes.c_void_p * count.value)()
-    driver.cuGraphGetNodes(ctypes.c_void_p(graph), nodes, ctypes.byref(count))
+    call("cuGraphGetNodes", graph, nodes, ctypes.byref(count))
     kernels = 0
     for node in nodes:
-        driver.cuGraphNodeGetType(ctypes.c_void_p(node), ctypes.byref(kind))
+        call("cuGraphNodeGetType", ctypes.c_void_p(node), ctypes.byref(kind))
         kernels += kind.value == _KERNEL
     return kernels
 
