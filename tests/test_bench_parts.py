@@ -176,9 +176,7 @@ def test_kernels_of_a_call() -> None:
     x, device = torch.randn(64, 64, device="cuda"), torch.device("cuda")
     torch.sin(x)
     assert count_kernels(lambda: torch.cos(torch.sin(x).copy_(x)), device) == 2  # and a copy
-    assert count_kernels(lambda: x.sum().item(), device) is None  # waits for the device
-    torch.cuda.synchronize()
-    assert torch.equal(torch.sin(x), torch.sin(x))  # a capture that failed leaves the device as it was
+    torch.rand(1, device=device)  # which an aborted capture would have broken
 
 
 def test_prep_of_several_edits(unets: UNets) -> None:

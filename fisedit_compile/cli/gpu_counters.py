@@ -14,18 +14,16 @@ _KERNEL = 0  # CU_GRAPH_NODE_TYPE_KERNEL
 
 
 def count_kernels(run: Callable[[], object], device: torch.device) -> int | None:
-    """How many kernels a call launches, copies by the driver left out; None on the CPU, or where it cannot be captured.
+    """How many kernels a call launches, copies by the driver left out; None on the CPU.
 
-    The call is captured in a CUDA graph, whose nodes are counted; it must have run before.
+    The call is captured in a CUDA graph, whose nodes are counted; it must have run before, and neither wait for the
+    device nor launch a graph of its own: an aborted capture leaves torch's random generator unusable.
     """
     if device.type != "cuda":
         return None
     graph = torch.cuda.CUDAGraph(keep_graph=True)
-    try:
-        with torch.cuda.device(device), torch.cuda.graph(graph):
-            run()
-    except RuntimeError:  # it waits for the device, or launches a graph of its own
-        return None
+    with torch.cuda.device(device), torch.cuda.graph(graph):
+        run()
     return _kernel_nodes(ctypes.c_void_p(graph.raw_cuda_graph()))
 
 

@@ -12,6 +12,9 @@ import torch
 from fisedit_compile.cli.gpu_counters import graph_pool_mb, peak_mb
 from fisedit_compile.cli.progress import say
 
+#: The mode of torch.compile that launches CUDA graphs, whose kernels cannot be counted.
+GRAPHS = "reduce-overhead"
+
 #: Calls until a CUDA graph of torch.compile is recorded and replayed: warm-up, recording, replay.
 _UNTIL_REPLAY = 3
 
@@ -83,7 +86,7 @@ def _run(unet: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any], nam
     if name == "eager":
         return lambda: unet(*args, **kwargs, return_dict=False)
     compiled = torch.compile(unet, mode=None if name == "compile" else name)
-    if name != "reduce-overhead":
+    if name != GRAPHS:
         return lambda: compiled(*args, **kwargs, return_dict=False)
 
     def run() -> object:
