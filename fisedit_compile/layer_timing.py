@@ -68,7 +68,7 @@ class LayerTimer:
         return self._microseconds([lambda: source.index_select(0, index)] * _CALLS[0])
 
     def _product(self, shape: LayerShape, rows: int) -> list[Call]:
-        size = shape.taps * shape.channels * shape.filters
+        size = shape.depth * shape.filters
         stride = -(-size // 64) * 64  # elements; keeps weights aligned
         calls = self._count(stride * self.dtype.itemsize)
         pool = self._values(calls * stride).view(calls, stride)
@@ -82,8 +82,9 @@ class LayerTimer:
             return [lambda w=w: torch.ops.fisedit.linear_rows(x, w, bias, *rest) for w in weights]  # type: ignore[misc]
         table, halo_rows = square_table(rows, shape.taps)
         table, halo = table.to(self.device), self._values(halo_rows, shape.channels).clone()
+        beside = self._values(rows, shape.beside).clone() if shape.beside else None
         return [
-            lambda w=w: torch.ops.fisedit.conv2d_rows(x, halo, w, bias, table, *rest)  # type: ignore[misc]
+            lambda w=w: torch.ops.fisedit.conv2d_rows(x, halo, w, bias, table, *rest, beside)  # type: ignore[misc]
             for w in weights
         ]
 

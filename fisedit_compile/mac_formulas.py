@@ -76,7 +76,7 @@ def attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) 
 def conv2d_rows(
     out: Any, rows: Tensor, halo: Tensor | None, weight: Tensor, bias: Any, table: Tensor, *_: Any, **__: Any
 ) -> int:
-    """table [M, K], rows [R, Cin], weight [Cout, K * Cin]: M * K * Cin * Cout.
+    """table [M, K], rows [R, Cin], weight [Cout, K * Cin]: M * K * Cin * Cout; a shortcut is part of the weight.
 
     Every tap counts, one outside the picture (entry -1) too: the dense convolution's padding is counted as well, so
     that the ratio of the two is that of their active pixels.

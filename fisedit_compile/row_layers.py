@@ -33,6 +33,7 @@ class LayerShape:
         channels: of an input row.
         filters: of the product; of attention, those of the output.
         taps: pixels that an output row reads.
+        beside: channels of a shortcut that a convolution takes in.
         geglu: the product's second half gates the first, so that the output is half as wide.
         samples, heads, keys: of attention; ``keys`` of a sample, 0 where they are its rows.
     """
@@ -41,6 +42,7 @@ class LayerShape:
     channels: int
     filters: int
     taps: int = 1
+    beside: int = 0
     geglu: bool = False
     samples: int = 1
     heads: int = 1
@@ -51,10 +53,15 @@ class LayerShape:
         """Whether it has a weight."""
         return self.kind in ("convolution", "linear")
 
+    @property
+    def depth(self) -> int:
+        """What an output of a product is the sum of."""
+        return self.taps * self.channels + self.beside
+
     def macs(self, rows: int) -> float:
         """Multiply-accumulates of ``rows`` output rows; those of attention divide evenly among its samples."""
         if self.is_product:
-            return rows * self.taps * self.channels * self.filters
+            return rows * self.depth * self.filters
         return 2 * rows * self._keys(rows) * self.channels
 
     def bytes(self, rows: int, itemsize: int) -> float:
@@ -62,11 +69,12 @@ class LayerShape:
         if self.is_product:
             out = self.filters // 2 if self.geglu else self.filters
             table = 4 * self.taps * rows if self.kind == "convolution" else 0
-            return itemsize * (self.taps * self.channels * self.filters + rows * (self.channels + out)) + table
+            return itemsize * (self.depth * self.filters + rows * (self.channels + self.beside + out)) + table
         return itemsize * 2 * self.channels * (rows + self.samples * self._keys(rows))
 
     def __str__(self) -> str:
         taps = f", {self.taps} taps" if self.taps > 1 else ""
+        taps += f", {self.beside} beside" if self.beside else ""
         keys = f", {self.heads} heads, {self.keys or 'own'} keys" if not self.is_product else ""
         return f"{self.kind} {self.channels} -> {self.filters}{taps}{keys}"
 
@@ -133,7 +141,8 @@ class _Walk(MetaInterpreter):
 
 def _convolution(node: Node, args: Any) -> LayerShape:
     rows, _, weight, _, table = args[:5]
-    return LayerShape("convolution", rows.shape[1], weight.shape[0], taps=table.shape[1])
+    beside = args[12].shape[1] if len(args) > 12 else 0
+    return LayerShape("convolution", rows.shape[1], weight.shape[0], taps=table.shape[1], beside=beside)
 
 
 def _linear(node: Node, args: Any) -> LayerShape:

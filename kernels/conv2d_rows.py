@@ -33,10 +33,12 @@ def conv2d_rows_reference(
     Args:
         rows: [R, Cin], the input's active pixels.
         halo: [Hh, Cin], inactive pixels that the taps also read, or None.
-        weight: [Cout, K * Cin], tap-major: ``conv.weight.permute(0, 2, 3, 1).reshape(Cout, -1)``.
+        weight: [Cout, K * Cin], tap-major: ``conv.weight.permute(0, 2, 3, 1).reshape(Cout, -1)``; with ``beside``
+            [Cout, K * Cin + Cb].
         bias: [Cout] or None.
         table: int32 [M, K]; an entry in [0, R) is a row, in [R, R + Hh) a halo row, -1 is outside the picture (zero).
-        epilogue, named: ``count, sample, sample_bias, residual, scale, shift, activation``, see ``epilogue``.
+        epilogue, named: ``count, sample, sample_bias, residual, scale, shift, activation``, see ``epilogue``, and
+            ``beside``: [M, Cb], whose product with the weight's last columns is added, as a 1x1 convolution beside it.
 
     Returns:
         [M, Cout], half as wide for ``geglu``. R, Hh and M may each be 0.
@@ -44,7 +46,7 @@ def conv2d_rows_reference(
     Raises:
         IndexError: an entry of ``table`` is over R + Hh.
         RuntimeError: the channels or dtypes of the arguments do not fit.
-        ValueError: arguments of the epilogue that do not go together.
+        ValueError: arguments of the epilogue that do not go together, or ``beside`` has another number of rows.
     """
     return conv2d_rows_and_norm_reference(rows, halo, weight, bias, table, *epilogue, **named)[1]
 
@@ -55,11 +57,27 @@ def conv2d_rows_and_norm_reference(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     table: torch.Tensor,
-    *epilogue: Any,
-    **named: Any,
+    count: torch.Tensor | None = None,
+    sample: torch.Tensor | None = None,
+    sample_bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    activation: str = "none",
+    beside: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`conv2d_rows_reference`, with the result both before and after norm and activation."""
-    return finish_rows_reference(_convolve(rows, halo, weight, bias, table), *epilogue, **named)
+    if beside is None:
+        product = _convolve(rows, halo, weight, bias, table)
+    else:
+        if beside.shape[0] != table.shape[0]:
+            raise ValueError(
+                f"{beside.shape[0]} rows beside a convolution of {table.shape[0]}; give one for each output row"
+            )
+        depth = weight.shape[1] - beside.shape[1]
+        product = _convolve(rows, halo, weight[:, :depth], bias, table)
+        product = torch.addmm(product, beside, weight[:, depth:].t())
+    return finish_rows_reference(product, count, sample, sample_bias, residual, scale, shift, activation)
 
 
 def _convolve(

@@ -88,7 +88,7 @@ def _scatter_rows(
 
 
 def _product(rows: torch.Tensor, weight: torch.Tensor, count: int | torch.SymInt, epilogue: Sequence[Any]) -> Any:
-    return rows.new_empty(count, weight.shape[0] // (2 if "geglu" in epilogue[6:] else 1))
+    return rows.new_empty(count, weight.shape[0] // (2 if "geglu" in epilogue[6:7] else 1))
 
 
 def _conv2d_rows(
@@ -130,7 +130,7 @@ _register(
     _scatter_rows,
     _launcher("scatter_rows_triton", "scatter_rows_triton", scatter_rows_reference),
 )
-_CONV2D_ROWS = f"Tensor rows, Tensor? halo, Tensor weight, Tensor? bias, Tensor table, {SCHEMA}"
+_CONV2D_ROWS = f"Tensor rows, Tensor? halo, Tensor weight, Tensor? bias, Tensor table, {SCHEMA}, Tensor? beside=None"
 _register(
     "conv2d_rows",
     _CONV2D_ROWS,

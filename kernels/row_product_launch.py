@@ -10,9 +10,10 @@ import torch.nn.functional as F
 import triton
 
 from fisedit_compile.kernels.epilogue import check_epilogue
+from fisedit_compile.kernels.row_product_finish_triton import finish_kernel
 from fisedit_compile.kernels.row_product_layer_norm_triton import finish_layer_norm_kernel
 from fisedit_compile.kernels.row_product_tiles import Library, Tile, choose_tile
-from fisedit_compile.kernels.row_product_triton import finish_kernel, row_product_kernel
+from fisedit_compile.kernels.row_product_triton import row_product_kernel
 from fisedit_compile.kernels.semaphores import semaphores
 from fisedit_compile.kernels.triton_launch import aligned, check_dtypes, input_precision, launch
 
@@ -48,6 +49,7 @@ def launch_row_product(
     scale: torch.Tensor | None = None,
     shift: torch.Tensor | None = None,
     activation: str = "none",
+    beside: torch.Tensor | None = None,
     *,
     keep_raw: bool,
     tile: Tile | Library | None,
@@ -64,15 +66,19 @@ def launch_row_product(
     Raises:
         ValueError: arguments that do not fit, or dtypes that differ or that the kernel does not take.
     """
-    check_dtypes(op, rows, halo, weight, bias, sample_bias, residual)
+    check_dtypes(op, rows, halo, weight, bias, sample_bias, residual, beside)
     check_epilogue(op, sample, sample_bias, residual, scale, shift, activation)
     (active, channels), filters = rows.shape, weight.shape[0]
     there, taps = (active, 1) if table is None else table.shape
-    if weight.shape[1] != taps * channels or (halo is not None and halo.shape[1] != channels):
+    side_channels = 0 if beside is None else beside.shape[1]
+    depth = taps * channels + side_channels
+    if weight.shape[1] != depth or (halo is not None and halo.shape[1] != channels):
         raise ValueError(
-            f"{op}: weight [{filters}, {weight.shape[1]}] does not fit rows of {channels} channels and {taps} taps; "
-            f"give [Cout, {taps * channels}], and a halo with the channels of the rows"
+            f"{op}: weight [{filters}, {weight.shape[1]}] does not fit rows of {channels} channels, {taps} taps and "
+            f"{side_channels} channels beside; give [Cout, {depth}], and a halo with the channels of the rows"
         )
+    if beside is not None and (table is None or beside.shape[0] != there):
+        raise ValueError(f"{op}: {beside.shape[0]} rows beside a convolution of {there}; give one for each output row")
     geglu = activation == "geglu"
     if geglu and keep_raw:
         raise ValueError(f"{op}: geglu has another width than what it reads; use the operator without a norm")
@@ -82,10 +88,10 @@ def launch_row_product(
     if finish.out.numel() == 0:
         return finish.raw, finish.out
     if tile is None:
-        size = (there, taps, channels, width)
         tile = choose_tile(
-            *size, rows.dtype, geglu=geglu, linear=table is None, plain=finish.plain, apart=layer_norm is not None
-        )
+            there, taps, channels, width, rows.dtype, side_channels=side_channels, geglu=geglu, linear=table is None,
+            plain=finish.plain, apart=layer_norm is not None,
+        )  # fmt: skip
     if isinstance(tile, Library):
         product = F.linear(rows, weight, bias)  # its own epilogue adds the bias
         if finish.plain:
@@ -94,15 +100,18 @@ def launch_row_product(
         finish.launch(product, 1, part_stride=filters, to_gate=width)
         return finish.raw, finish.out
 
+    if geglu and tile.more_rows:
+        raise ValueError(f"{op}: a tile of {tile.rows} rows, two parts, cannot do geglu; give a power of two")
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     table = None if table is None else table.contiguous()
     halo = halo.contiguous() if halo is not None and halo.numel() else None
-    steps = taps * triton.cdiv(channels, tile.channels)
+    beside = None if beside is None else beside.contiguous()
+    steps = taps * triton.cdiv(channels, tile.channels) + triton.cdiv(side_channels, tile.channels)
     span = triton.cdiv(steps, tile.splits)
     splits = triton.cdiv(steps, span)  # none without a step
     tiles = triton.cdiv(there, tile.rows) * triton.cdiv(width, tile.filters)
     parts = arrived = None
-    apart = layer_norm is not None or (splits > 1 and tile.second_kernel)
+    apart = layer_norm is not None or (splits > 1 and (tile.second_kernel or tile.more_rows > 0))
     if apart:
         parts = rows.new_empty(splits * (1 + geglu), there, width, dtype=_dtype_of_parts(rows.dtype))
     elif splits > 1:
@@ -111,6 +120,7 @@ def launch_row_product(
     launch(row_product_kernel, (tiles, splits), rows)(
         rows,
         halo,
+        beside,
         weight.contiguous(),
         table,
         count,
@@ -122,16 +132,19 @@ def launch_row_product(
         there,
         active,
         channels,
+        side_channels,
         width,
         rows.stride(0),
         span,
         TAPS=taps,
-        BM=tile.rows,
+        BM=tile.rows - tile.more_rows,
+        MORE=tile.more_rows,
         BN=tile.filters,
         BK=tile.channels,
+        ACROSS=tile.across,
         GROUP=_GROUP,
-        WHOLE=channels % tile.channels == 0,
-        ALIGNED=aligned(channels, halo) and aligned(rows.stride(0), rows),
+        WHOLE=channels % tile.channels == 0 and side_channels % tile.channels == 0,
+        ALIGNED=aligned(channels, halo) and aligned(rows.stride(0), rows) and aligned(side_channels, beside),
         SPLITS=2 if apart else splits,
         HALVES=not apart and tile.rows * tile.filters > _REGISTERS * 32 * tile.warps,
         SILU=activation == "silu" and not apart,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fisedit_compile.kernels.layer_norm_rows_triton import normalised
-from fisedit_compile.kernels.row_product_triton import sum_of_parts
+from fisedit_compile.kernels.row_product_finish_triton import sum_of_parts
 
 
 @triton.jit(do_not_specialize=["there"])

@@ -30,11 +30,13 @@ class Tile:
     """A program's share and how it runs.
 
     Attributes:
-        rows, filters: of the output that a program computes.
+        rows, filters: of the output that a program computes; rows are a power of two, or the sum of two.
         channels: of one tap in a step of its loop.
         warps, stages: of a program, and of its software pipeline.
         splits: programs that share the loop of one output tile.
         second_kernel: whether a kernel of its own adds their partial sums, not the program that comes last.
+        across: whether filters run down the matrix unit's product, where it takes 64 at once, and rows across, where it
+            takes any multiple of 8: for few rows.
     """
 
     rows: int
@@ -44,6 +46,12 @@ class Tile:
     stages: int
     splits: int = 1
     second_kernel: bool = False
+    across: bool = False
+
+    @property
+    def more_rows(self) -> int:
+        """The smaller part of rows that are the sum of two powers of two; 0 where they are one."""
+        return self.rows - largest_power_of_two(self.rows)
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,7 @@ def choose_tile(
     filters: int,
     dtype: torch.dtype,
     *,
+    side_channels: int = 0,
     geglu: bool = False,
     linear: bool = False,
     plain: bool = False,
@@ -67,13 +76,14 @@ def choose_tile(
     """A tile for ``[rows, taps * channels] x [taps * channels, filters]``, or for a linear layer cuBLAS.
 
     Args:
+        side_channels: how much deeper the product is, by rows beside those of the taps.
         geglu: the product is twice as wide as its output.
         linear: there is no neighbour table, so that cuBLAS could do it; in 16 bits alone, where its precision is the
             kernel's.
         plain: there is no epilogue but a bias, which cuBLAS adds itself.
         apart: the epilogue is a kernel of its own, whatever multiplies.
     """
-    depth = taps * channels
+    depth = taps * channels + side_channels
     sizes = _measured()
     nearest = min(
         (size for size in sizes if size[2] == geglu),
@@ -87,12 +97,14 @@ def choose_tile(
     # An output several times as large as what was measured has as many programs with fewer splits.
     larger = max(1, rows * filters // (entry.rows * nearest[1]))
     tile = replace(entry.tile, splits=max(1, entry.tile.splits // larger))
-    return _fitted(tile, rows, taps, channels, filters, dtype, geglu)
+    return _fitted(tile, rows, depth // channels, channels, filters, dtype, geglu)
 
 
 def _fitted(tile: Tile, rows: int, taps: int, channels: int, filters: int, dtype: torch.dtype, geglu: bool) -> Tile:
     """The tile no larger than the product (a matrix unit's 16 at least), and in fp32 than the registers."""
     height = min(tile.rows, _power_of_two(rows))
+    if dtype.itemsize == 4 or geglu:
+        height = largest_power_of_two(height)
     width = min(tile.filters, _power_of_two(filters))
     step, stages = min(tile.channels, _power_of_two(channels)), tile.stages
     if dtype.itemsize == 4:
@@ -137,6 +149,11 @@ def _measured() -> dict[tuple[int, int, bool], list[_Measured]]:
 
 def _ratio(a: int, b: int) -> float:
     return abs(math.log(a / b))
+
+
+def largest_power_of_two(n: int) -> int:
+    """Not over ``n``."""
+    return 1 << (n.bit_length() - 1)
 
 
 def _power_of_two(n: int) -> int:

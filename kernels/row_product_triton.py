@@ -16,76 +16,100 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fisedit_compile.kernels.row_product_finish_triton import finish, sum_of_parts
+
 
 @triton.jit
-def sum_of_parts(part, step, valid, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Partial sums, added in the order of the splits; past the first-level cache, which may be stale."""
-    total = tl.load(part, mask=valid, cache_modifier=".cg").to(tl.float32)
-    for split in tl.static_range(1, SPLITS):
-        total += tl.load(part + split * step, mask=valid, cache_modifier=".cg").to(tl.float32)
+def _places(rows, table, m, inside, real, row_stride, begin, TAPS: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where the table has the entries of rows m [BM], and those of the first tap; without a table where they lie."""
+    if table is not None:
+        at = table + m.to(tl.int64) * TAPS
+        entry = tl.load(at + begin % TAPS, mask=inside, other=-1)
+    else:
+        # Rows past the last read a real one, as filters do.
+        at = rows + tl.minimum(m, real - 1).to(tl.int64) * row_stride
+        entry = m
+        if ALIGNED:
+            at = tl.multiple_of(at, [16])
+    return at, entry
+
+
+@triton.jit
+def _row_values(  # type: ignore[no-untyped-def]
+    rows, halo, beside, at, entry, m, inside, aside, active, row_stride, channels, side_channels, first, last, step,
+    TABLE: tl.constexpr, ALIGNED: tl.constexpr, WHOLE: tl.constexpr, ACROSS: tl.constexpr,
+):  # fmt: skip
+    """Channels ``first + step`` [BK] of the rows that entries [BM] name: [BM, BK], across [BK, BM].
+
+    Without a table, of the rows at ``at``; ``aside``, of the rows m of ``beside``.
+    """
+    channel = first + step
+    if TABLE:
+        source = rows + entry.to(tl.int64) * row_stride
+        present = entry >= 0
+        if halo is not None:
+            source = tl.where(entry < active, source, halo + (entry - active).to(tl.int64) * channels)
+        if beside is not None:
+            source = tl.where(aside, beside + m.to(tl.int64) * side_channels, source)
+            present = tl.where(aside, inside, present)
+        if ALIGNED:  # a choice of two pointers hides it, and unaligned loads are narrow and not pipelined
+            source = tl.multiple_of(source, [16])
+        present = _down(present, ACROSS)
+        if not WHOLE:
+            present = present & _along(channel < last, ACROSS)
+        values = tl.load(_down(source, ACROSS) + _along(channel, ACROSS), mask=present, other=0.0)
+    elif WHOLE:
+        values = tl.load(_down(at, ACROSS) + _along(channel, ACROSS))
+    else:
+        known = _along(channel < last, ACROSS)
+        values = tl.load(_down(at, ACROSS) + _along(channel, ACROSS), mask=known, other=0.0)
+    return values
+
+
+@triton.jit
+def _filter_values(weights, depth, within, WHOLE: tl.constexpr, ACROSS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Columns ``depth`` [BK] of filters [BN], where ``within``: [BK, BN], across [BN, BK]."""
+    at = _along(weights, ACROSS) + _down(depth, ACROSS)
+    if WHOLE:  # noqa: SIM108 - Triton compiles one branch alone
+        values = tl.load(at)
+    else:
+        values = tl.load(at, mask=_down(within, ACROSS), other=0.0)
+    return values
+
+
+@triton.jit
+def _down(vector, ACROSS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[M] as [M, 1], across [1, M]."""
+    return vector[None, :] if ACROSS else vector[:, None]
+
+
+@triton.jit
+def _along(vector, ACROSS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[N] as [1, N], across [N, 1]."""
+    return vector[:, None] if ACROSS else vector[None, :]
+
+
+@triton.jit
+def _multiplied(rows, filters, total, ACROSS: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    if ACROSS:
+        total = tl.dot(filters, rows, total, input_precision=PRECISION)
+    else:
+        total = tl.dot(rows, filters, total, input_precision=PRECISION)
     return total
 
 
 @triton.jit
-def _halves(tile, BM: tl.constexpr, BN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The left and the right half of [BM, BN]; which register is whose changes, nothing moves."""
-    return tl.split(tl.permute(tl.reshape(tile, (BM, 2, BN // 2)), (0, 2, 1)))
-
-
-@triton.jit
-def _erf(x):  # type: ignore[no-untyped-def]
-    """erf within 1.5e-7 (Abramowitz and Stegun, 7.1.26) in 15 instructions; libdevice's has 80, more than the rest."""
-    size = tl.abs(x)
-    t = 1.0 / (1.0 + 0.3275911 * size)
-    series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
-    value = 1.0 - series * tl.exp(-size * size)
-    return tl.where(x < 0.0, -value, value)
-
-
-@triton.jit
-def _finish(  # type: ignore[no-untyped-def]
-    total, gate, m, n, inside, width, bias, sample, sample_bias, residual, scale, shift, raw, out,
-    SILU: tl.constexpr, GEGLU: tl.constexpr,
-):  # fmt: skip
-    """The epilogue of a tile: total and gate fp32 [BM, BN], m and inside [BM], n [BN]; see ``epilogue``."""
-    valid = n < width
-    stored = inside[:, None] & valid[None, :]
-    at = m.to(tl.int64)[:, None] * width + n[None, :]  # [BM, BN]
-    if bias is not None:
-        total += tl.load(bias + n, mask=valid, other=0.0).to(tl.float32)[None, :]
-    if GEGLU:
-        if bias is not None:
-            gate += tl.load(bias + width + n, mask=valid, other=0.0).to(tl.float32)[None, :]
-        total *= gate * 0.5 * (1.0 + _erf(gate * 0.7071067811865476))
-    if sample is not None:
-        # What a sample has is a vector [BN], read once for each sample of the tile's rows: mostly one, seldom two. Read
-        # as [BM, BN] it does not fit the registers beside the sum.
-        owner = tl.load(sample + m, mask=inside, other=-1).to(tl.int32)
-        last_owner = tl.max(owner, axis=0)
-        first_owner = tl.min(tl.where(inside, owner, last_owner), axis=0)
-        if sample_bias is not None:
-            for each in range(first_owner, last_owner + 1):
-                vector = tl.load(sample_bias + each * width + n, mask=valid, other=0.0).to(tl.float32)
-                total += tl.where((owner == each)[:, None], vector[None, :], 0.0)
-    if residual is not None:
-        total += tl.load(residual + at, mask=stored, other=0.0).to(tl.float32)
-    if raw is not None:
-        tl.store(raw + at, total.to(raw.dtype.element_ty), mask=stored)
-    if scale is not None:
-        for each in range(first_owner, last_owner + 1):
-            factor = tl.load(scale + each * width + n, mask=valid, other=0.0).to(tl.float32)
-            term = tl.load(shift + each * width + n, mask=valid, other=0.0).to(tl.float32)
-            total = tl.where((owner == each)[:, None], total * factor[None, :] + term[None, :], total)
-    if SILU:
-        total = total / (1.0 + tl.exp(-total))
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=stored)
+def _store_part(part, total, m, n, inside, width):  # type: ignore[no-untyped-def]
+    at = part + m.to(tl.int64)[:, None] * width + n[None, :]
+    tl.store(at, total.to(part.dtype.element_ty), mask=inside[:, None] & (n < width)[None, :])
 
 
 @triton.jit(do_not_specialize=["there", "active", "span"])
 def row_product_kernel(
     rows: tl.tensor,  # [active, channels]
     halo: tl.tensor,  # [Hh, channels] or None
-    weight: tl.tensor,  # [filters, TAPS * channels]; for geglu the values' filters, then the gates'
+    beside: tl.tensor,  # [there, side_channels] or None; with a table alone
+    weight: tl.tensor,  # [filters, TAPS * channels + side_channels]; for geglu the values' filters, then the gates'
     table: tl.tensor,  # int32 [there, TAPS]; None: one tap, the row itself
     count: tl.tensor,  # int32 [1] or None: how many of the output's rows are real
     bias: tl.tensor,  # [filters] or None; this and the next five are the epilogue's
@@ -101,16 +125,19 @@ def row_product_kernel(
     there: tl.tensor,
     active: tl.tensor,
     channels: tl.tensor,
+    side_channels: tl.tensor,  # 0 without ``beside``
     width: tl.tensor,  # of the output: filters, or half of them for geglu
     row_stride: tl.tensor,  # elements from a row to the next
     span: tl.tensor,  # steps of the loop that a split takes
     TAPS: tl.constexpr,
     BM: tl.constexpr,
+    MORE: tl.constexpr,  # rows of the tile beyond BM, itself a power of two; 0: none
     BN: tl.constexpr,
     BK: tl.constexpr,
+    ACROSS: tl.constexpr,  # whether filters run down the product, and rows across; see ``Tile``
     GROUP: tl.constexpr,
-    WHOLE: tl.constexpr,  # BK divides channels
-    ALIGNED: tl.constexpr,  # every row and halo row starts at a multiple of 16 bytes
+    WHOLE: tl.constexpr,  # BK divides channels, and those of ``beside``
+    ALIGNED: tl.constexpr,  # every row that is read starts at a multiple of 16 bytes
     SPLITS: tl.constexpr,  # with a second kernel any number over 1, so that all splits share their code
     HALVES: tl.constexpr,
     SILU: tl.constexpr,
@@ -120,7 +147,7 @@ def row_product_kernel(
     real = there
     if count is not None:
         real = tl.minimum(there, tl.load(count))
-    row_tiles = tl.cdiv(real, BM)
+    row_tiles = tl.cdiv(real, BM + MORE)
     filter_tiles = tl.cdiv(width, BN)
     tile = tl.program_id(0)
     if tile >= row_tiles * filter_tiles:  # padding
@@ -128,70 +155,76 @@ def row_product_kernel(
     group = tile // (GROUP * filter_tiles)
     height = tl.minimum(row_tiles - group * GROUP, GROUP)
     within = tile - group * GROUP * filter_tiles
-    m = (group * GROUP + within % height) * BM + tl.arange(0, BM)  # [BM]
+    first_row = (group * GROUP + within % height) * (BM + MORE)
+    m = first_row + tl.arange(0, BM)  # [BM]
     n = (within // height) * BN + tl.arange(0, BN)  # [BN]
     inside = m < real
 
     step = tl.arange(0, BK)
     # Filters past the last read real weights, whose products are never stored: no mask in the loop.
-    weights = weight + (n % width).to(tl.int64)[None, :] * (TAPS * channels) + step[:, None]  # [BK, BN]
-    gates = weights + width.to(tl.int64) * (TAPS * channels)  # read for geglu alone
-    chunks = tl.cdiv(channels, BK)
+    filter_stride = TAPS * channels + side_channels
+    weights = weight + (n % width).to(tl.int64) * filter_stride  # [BN]
+    gates = weights + width.to(tl.int64) * filter_stride  # read for geglu alone
+    conv_steps = TAPS * tl.cdiv(channels, BK)
     begin = tl.program_id(1) * span
-    end = tl.minimum(begin + span, TAPS * chunks)
-    total = tl.zeros((BM, BN), dtype=tl.float32)
+    end = tl.minimum(begin + span, conv_steps + tl.cdiv(side_channels, BK))
+    total = tl.zeros((BN, BM) if ACROSS else (BM, BN), dtype=tl.float32)
     gate = total
-    if table is not None:
-        # Entries are read a step ahead: a load of rows that waits for its entries in its own step would need stages of
-        # the software pipeline for both, and half as many rows would be in flight.
-        entries = table + m.to(tl.int64) * TAPS  # [BM]
-        entry = tl.load(entries + begin % TAPS, mask=inside, other=-1)  # [BM]
-    else:
-        # Rows past the last read a real one, as filters do.
-        own = rows + tl.minimum(m, real - 1).to(tl.int64) * row_stride  # [BM]
-        if ALIGNED:
-            own = tl.multiple_of(own, [16])
+    # Where the table's entries of a row are, and the entry of the first tap: they are read a step ahead, as a load of
+    # rows that waits for its entries in its own step would need stages of the software pipeline for both, and half as
+    # many rows would be in flight. Without a table, where the row is.
+    at, entry = _places(rows, table, m, inside, real, row_stride, begin, TAPS, ALIGNED)
+    if MORE > 0:
+        more_m = first_row + BM + tl.arange(0, MORE)  # [MORE]
+        more_inside = more_m < real
+        more_total = tl.zeros((BN, MORE) if ACROSS else (MORE, BN), dtype=tl.float32)
+        more_at, more_entry = _places(rows, table, more_m, more_inside, real, row_stride, begin, TAPS, ALIGNED)
     for i in range(begin, end):
         # Taps inside channels: neighbours share their rows' channels, which then come from L2 and not from memory.
-        tap = i % TAPS
-        first = (i // TAPS) * BK
-        valid = first + step < channels
+        tap, first, last = i % TAPS, (i // TAPS) * BK, channels
+        aside = False
+        if beside is not None:
+            aside = i >= conv_steps
+            tap = tl.where(aside, TAPS, tap)
+            first = tl.where(aside, (i - conv_steps) * BK, first)
+            last = tl.where(aside, side_channels, last)
+        a = _row_values(
+            rows, halo, beside, at, entry, m, inside, aside, active, row_stride, channels, side_channels, first, last,
+            step, table is not None, ALIGNED, WHOLE, ACROSS,
+        )  # fmt: skip
+        if MORE > 0:
+            more = _row_values(
+                rows, halo, beside, more_at, more_entry, more_m, more_inside, aside, active, row_stride, channels,
+                side_channels, first, last, step, table is not None, ALIGNED, WHOLE, ACROSS,
+            )  # fmt: skip
         if table is not None:
-            source = rows + entry.to(tl.int64) * row_stride
-            if halo is not None:
-                source = tl.where(entry < active, source, halo + (entry - active).to(tl.int64) * channels)
-            if ALIGNED:  # a choice of two pointers hides it, and unaligned loads are narrow and not pipelined
-                source = tl.multiple_of(source, [16])
-            present = (entry >= 0)[:, None]
-            if not WHOLE:
-                present = present & valid[None, :]
-            a = tl.load(source[:, None] + (first + step)[None, :], mask=present, other=0.0)  # [BM, BK]
-            entry = tl.load(entries + (i + 1) % TAPS, mask=inside, other=-1)
-        elif WHOLE:
-            a = tl.load(own[:, None] + (first + step)[None, :])
-        else:
-            a = tl.load(own[:, None] + (first + step)[None, :], mask=valid[None, :], other=0.0)
-        at_step = tap * channels + first
-        if WHOLE:  # noqa: SIM108 - Triton compiles one branch alone
-            b = tl.load(weights + at_step)  # [BK, BN]
-        else:
-            b = tl.load(weights + at_step, mask=valid[:, None], other=0.0)
-        total = tl.dot(a, b, total, input_precision=PRECISION)
+            entry = tl.load(at + (i + 1) % TAPS, mask=inside, other=-1)
+            if MORE > 0:
+                more_entry = tl.load(more_at + (i + 1) % TAPS, mask=more_inside, other=-1)
+        depth = tap * channels + first + step  # [BK]
+        b = _filter_values(weights, depth, first + step < last, WHOLE, ACROSS)
+        total = _multiplied(a, b, total, ACROSS, PRECISION)
+        if MORE > 0:
+            more_total = _multiplied(more, b, more_total, ACROSS, PRECISION)
         if GEGLU:
-            if WHOLE:  # noqa: SIM108
-                g = tl.load(gates + at_step)
-            else:
-                g = tl.load(gates + at_step, mask=valid[:, None], other=0.0)
-            gate = tl.dot(a, g, gate, input_precision=PRECISION)
+            g = _filter_values(gates, depth, first + step < last, WHOLE, ACROSS)
+            gate = _multiplied(a, g, gate, ACROSS, PRECISION)
+    if ACROSS:
+        total = tl.trans(total)
+        if GEGLU:
+            gate = tl.trans(gate)
+        if MORE > 0:
+            more_total = tl.trans(more_total)
 
     if SPLITS > 1 and arrived is None:
         # As the output lies: [SPLITS, there, width]
-        stored = inside[:, None] & (n < width)[None, :]
         size = there.to(tl.int64) * width
-        part = parts + m.to(tl.int64)[:, None] * width + n[None, :] + tl.program_id(1) * size
-        tl.store(part, total.to(part.dtype.element_ty), mask=stored)
+        part = parts + tl.program_id(1) * size
+        _store_part(part, total, m, n, inside, width)
+        if MORE > 0:
+            _store_part(part, more_total, more_m, n, more_inside, width)
         if GEGLU:
-            tl.store(part + tl.num_programs(1) * size, gate.to(part.dtype.element_ty), mask=stored)
+            _store_part(part + tl.num_programs(1) * size, gate, m, n, inside, width)
     else:
         if SPLITS > 1:
             SIZE: tl.constexpr = BM * BN
@@ -209,62 +242,13 @@ def row_product_kernel(
             total = sum_of_parts(part, SIZE, None, SPLITS)
             if GEGLU:
                 gate = sum_of_parts(part + SPLITS * SIZE, SIZE, None, SPLITS)
-        if HALVES:
-            # One after the other: a whole tile and what its epilogue reads do not fit the registers.
-            left, right = _halves(total, BM, BN)
-            left_gate, right_gate = _halves(gate, BM, BN) if GEGLU else (left, right)
-            n = (within // height) * BN + tl.arange(0, BN // 2)
-            _finish(
-                left, left_gate, m, n, inside, width, bias, sample, sample_bias, residual, scale, shift, raw, out,
-                SILU, GEGLU,
-            )  # fmt: skip
-            _finish(
-                right, right_gate, m, n + BN // 2, inside, width, bias, sample, sample_bias, residual, scale, shift,
-                raw, out, SILU, GEGLU,
-            )  # fmt: skip
-        else:
-            _finish(
-                total, gate, m, n, inside, width, bias, sample, sample_bias, residual, scale, shift, raw, out,
-                SILU, GEGLU,
-            )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["there"])
-def finish_kernel(
-    parts: tl.tensor,  # [SPLITS, there, width]: partial sums, fp32, or a whole product
-    count: tl.tensor,  # int32 [1] or None
-    bias: tl.tensor,
-    sample: tl.tensor,
-    sample_bias: tl.tensor,
-    residual: tl.tensor,
-    scale: tl.tensor,
-    shift: tl.tensor,
-    raw: tl.tensor,
-    out: tl.tensor,
-    there: tl.tensor,
-    width: tl.tensor,
-    part_stride: tl.tensor,  # elements from a row of parts to the next
-    to_gate: tl.tensor,  # elements from a value to its gate, for geglu
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SILU: tl.constexpr,
-    GEGLU: tl.constexpr,
-) -> None:
-    real = there
-    if count is not None:
-        real = tl.minimum(there, tl.load(count))
-    if tl.program_id(0) * BM >= real:
-        return
-    m = tl.program_id(0) * BM + tl.arange(0, BM)  # [BM]
-    n = tl.program_id(1) * BN + tl.arange(0, BN)  # [BN]
-    size = there.to(tl.int64) * width
-    # Rows past the last read a real sum, which is not stored. Filters do not: the least of two would hide from the
-    # compiler that they lie side by side, and loads would be of single values.
-    part = parts + tl.minimum(m, real - 1).to(tl.int64)[:, None] * part_stride + n[None, :]
-    valid = (n < width)[None, :]
-    total = sum_of_parts(part, size, valid, SPLITS)
-    gate = sum_of_parts(part + to_gate, size, valid, SPLITS) if GEGLU else total
-    _finish(
-        total, gate, m, n, m < real, width, bias, sample, sample_bias, residual, scale, shift, raw, out, SILU, GEGLU
-    )
+        finish(
+            total, gate, m, (within // height) * BN, inside, width, bias, sample, sample_bias, residual, scale, shift,
+            raw, out, SILU, GEGLU, HALVES,
+        )  # fmt: skip
+        if MORE > 0:  # noqa: SIM102 - Triton compiles no branch that a constant rules out
+            if first_row + BM < real:  # an epilogue reads what a sample has: there must be a row
+                finish(
+                    more_total, more_total, more_m, (within // height) * BN, more_inside, width, bias, sample,
+                    sample_bias, residual, scale, shift, raw, out, SILU, GEGLU, HALVES,
+                )  # fmt: skip

@@ -13,6 +13,7 @@ from fisedit_compile.passes.cancel_scatter_gather import cancel_scatter_gather
 from fisedit_compile.passes.fuse_pointwise import fuse_pointwise
 from fisedit_compile.passes.hoist_invariants import hoist_invariants
 from fisedit_compile.passes.insert_gather_scatter import insert_gather_scatter
+from fisedit_compile.passes.join_shortcuts import join_shortcuts
 from fisedit_compile.passes.merge_linears import merge_linears
 from fisedit_compile.passes.report import PassReport
 from fisedit_compile.passes.reuse_timestep import reuse_timestep
@@ -37,6 +38,7 @@ SPARSE_PASSES: tuple[Pass, ...] = (
     reuse_timestep,
     merge_linears,
     fuse_pointwise,
+    join_shortcuts,
     hoist_invariants,
 )
 

@@ -21,6 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.passes import ops
 from fisedit_compile.passes.report import PassReport
+from fisedit_compile.passes.rewriting import common_path
 
 aten = ops.aten
 
@@ -80,7 +81,7 @@ def _merge(graph: Graph, linears: Sequence[Node]) -> None:
         pieces = graph.call_function(aten.split_with_sizes.default, (merged, widths, -1))
         for made in (weight, bias, merged, pieces):
             if made is not None:
-                made.meta["module_path"] = _common_path([each.meta["module_path"] for each in linears])
+                made.meta["module_path"] = common_path([each.meta["module_path"] for each in linears])
         for i, node in enumerate(linears):
             piece = graph.call_function(ops.GETITEM, (pieces, i))
             piece.meta.update(node.meta)
@@ -111,13 +112,3 @@ def _source(weight: object) -> Node:
 
 def _width(node: Node) -> int:
     return int(_source(node.args[1]).meta["val"].shape[0])
-
-
-def _common_path(paths: Sequence[str]) -> str:
-    """The innermost module that holds all of these."""
-    shared = []
-    for parts in zip(*(path.split(".") for path in paths), strict=False):
-        if len(set(parts)) > 1:
-            break
-        shared.append(parts[0])
-    return ".".join(shared)

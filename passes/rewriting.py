@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
@@ -67,3 +67,13 @@ def prune(graph: Graph) -> None:
     for node in graph.find_nodes(op="placeholder"):
         if not node.users:
             graph.erase_node(node)
+
+
+def common_path(paths: Sequence[str]) -> str:
+    """The innermost module that holds all of these: that of an operation made of theirs."""
+    shared = []
+    for parts in zip(*(path.split(".") for path in paths), strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared)

@@ -72,8 +72,15 @@ def brute_force_table(
 
 
 def check_against_dense(
-    mask: torch.Tensor, conv: Convolution, dtype: torch.dtype, seed: int, bias: bool, same: bool
+    mask: torch.Tensor,
+    conv: Convolution,
+    dtype: torch.dtype,
+    seed: int,
+    bias: bool,
+    same: bool,
+    side_channels: int = 0,
 ) -> None:
+    """With ``side_channels``, plus a 1x1 convolution of another map, of the output's size and so many channels."""
     channels, filters = 5, 4
     batch, height, width = mask.shape
     x = normal(batch, channels, height, width, dtype=dtype, seed=seed)
@@ -86,6 +93,10 @@ def check_against_dense(
     dense = F.conv2d(
         resized, weight.double(), None if shift is None else shift.double(), conv.stride, conv.padding, conv.dilation
     )
+    other = normal(batch, side_channels, *dense.shape[2:], dtype=dtype, seed=seed + 3)
+    side_weight = normal(filters, side_channels, 1, 1, dtype=dtype, seed=seed + 4)
+    if side_channels:
+        dense = dense + F.conv2d(other.double(), side_weight.double())
     generator = torch.Generator().manual_seed(seed)
     targets = torch.rand(batch, *dense.shape[2:], generator=generator) < 0.4
     if same and dense.shape[2:] == mask.shape[1:]:
@@ -95,7 +106,9 @@ def check_against_dense(
     pixels = x.permute(0, 2, 3, 1).flatten(0, 2)
     flat = weight.permute(0, 2, 3, 1).reshape(filters, -1)
     halo_rows = pixels[halo] if len(halo) or seed % 2 else None  # an empty halo is None or [0, Cin]
-    out = torch.ops.fisedit.conv2d_rows(pixels[pixel_ids(mask)], halo_rows, flat, shift, table)
+    joined = torch.cat([flat, side_weight.flatten(1)], 1)
+    beside = other.permute(0, 2, 3, 1)[targets] if side_channels else None
+    out = torch.ops.fisedit.conv2d_rows(pixels[pixel_ids(mask)], halo_rows, joined, shift, table, beside=beside)
     assert out.dtype == dtype
     assert out.is_contiguous()
     assert_close(out, dense.permute(0, 2, 3, 1)[targets])
@@ -110,10 +123,26 @@ def test_equals_the_dense_convolution(
     check_against_dense(mask, conv, dtype, seed, bias, same)
 
 
+@pytest.mark.parametrize("conv", [CONVOLUTIONS[0], *CONVOLUTIONS[3:5], CONVOLUTIONS[-1]], ids=str)
+@pytest.mark.parametrize("side_channels", [1, 7])
+@hypothesis.given(masks(), st.sampled_from(DTYPES), st.integers(0, 99), st.booleans(), st.booleans())
+def test_equals_the_sum_with_a_pointwise_convolution_beside_it(
+    conv: Convolution,
+    side_channels: int,
+    mask: torch.Tensor,
+    dtype: torch.dtype,
+    seed: int,
+    bias: bool,
+    same: bool,
+) -> None:
+    check_against_dense(mask, conv, dtype, seed, bias, same, side_channels)
+
+
 def test_several_blocks_of_columns_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conv2d_rows, "COLUMNS_BYTES", 3 * 45 * 8)  # three rows of fp64 columns at a time
     mask = torch.ones(2, 5, 4, dtype=torch.bool)
-    check_against_dense(mask, Convolution(), torch.float64, seed=3, bias=True, same=True)
+    for side_channels in (0, 7):
+        check_against_dense(mask, Convolution(), torch.float64, 3, True, True, side_channels)
 
 
 def test_a_row_larger_than_a_block_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,6 +158,29 @@ def test_nothing_inside_the_picture_gives_the_bias() -> None:
         assert torch.equal(
             torch.ops.fisedit.conv2d_rows(torch.empty(0, 4), halo, torch.randn(2, 36), None, table), torch.zeros(3, 2)
         )
+
+
+def test_nothing_inside_the_picture_gives_the_shortcut_beside_it() -> None:
+    table, beside = torch.full((3, 9), -1, dtype=torch.int32), normal(3, 5, dtype=torch.float64, seed=0)
+    weight = normal(2, 36 + 5, dtype=torch.float64, seed=1)
+    out = torch.ops.fisedit.conv2d_rows(beside.new_empty(0, 4), None, weight, None, table, beside=beside)
+    assert_close(out, beside @ weight[:, 36:].t())
+    nothing = torch.ops.fisedit.conv2d_rows(beside[:, :4], None, weight, None, table[:0], beside=beside[:0])
+    assert nothing.shape == (0, 2)
+
+
+def test_the_epilogue_comes_behind_the_shortcut() -> None:
+    table, rows = torch.tensor([[0], [1]], dtype=torch.int32), normal(2, 3, dtype=torch.float64, seed=0)
+    beside, residual = normal(2, 5, dtype=torch.float64, seed=1), normal(2, 4, dtype=torch.float64, seed=2)
+    weight, bias = normal(4, 8, dtype=torch.float64, seed=3), normal(4, dtype=torch.float64, seed=4)
+    scale, shift = normal(1, 4, dtype=torch.float64, seed=5), normal(1, 4, dtype=torch.float64, seed=6)
+    epilogue = {"sample": torch.zeros(2).long(), "residual": residual, "scale": scale, "shift": shift}
+    raw, normed = torch.ops.fisedit.conv2d_rows_and_norm(
+        rows, None, weight, bias, table, **epilogue, activation="silu", beside=beside
+    )
+    total = torch.cat([rows, beside], 1) @ weight.t() + bias + residual
+    assert_close(raw, total)
+    assert_close(normed, F.silu(total * scale + shift))
 
 
 def test_halo_alone_feeds_a_target_without_active_pixels() -> None:
@@ -157,3 +209,10 @@ def test_weights_of_other_channels_are_an_error() -> None:
     table = torch.tensor([[0]], dtype=torch.int32)
     with pytest.raises(RuntimeError):
         torch.ops.fisedit.conv2d_rows(torch.randn(2, 3), None, torch.randn(4, 5), None, table)
+
+
+@pytest.mark.parametrize(("rows", "channels"), [(2, 4), (2, 6), (1, 5), (3, 5)])
+def test_a_shortcut_of_other_rows_or_channels_is_an_error(rows: int, channels: int) -> None:
+    table, beside = torch.tensor([[0], [1]], dtype=torch.int32), torch.randn(rows, channels)
+    with pytest.raises((RuntimeError, ValueError)):
+        torch.ops.fisedit.conv2d_rows(torch.randn(2, 3), None, torch.randn(4, 8), None, table, beside=beside)

@@ -55,6 +55,15 @@ def conv2d_rows_without_halo(rows: int, dtype: torch.dtype) -> Arguments:
     return arguments | {"halo": None, "bias": None, "table": table}
 
 
+def conv2d_rows_beside(rows: int, dtype: torch.dtype) -> Arguments:
+    weight, beside = normal(8, 9 * CHANNELS + 5, dtype=dtype, seed=2), normal(rows + 1, 5, dtype=dtype, seed=4)
+    return conv2d_rows(rows, dtype) | {"weight": weight, "activation": "geglu", "beside": beside}
+
+
+def conv2d_rows_and_norm_beside(rows: int, dtype: torch.dtype) -> Arguments:
+    return conv2d_rows_beside(rows, dtype) | epilogue(rows + 1, 8, dtype) | {"activation": "silu"}
+
+
 def conv2d_rows_and_norm(rows: int, dtype: torch.dtype) -> Arguments:
     arguments = conv2d_rows(rows, dtype)
     return arguments | epilogue(rows + 1, 8, dtype) | {"activation": "silu"}
@@ -144,6 +153,8 @@ EXAMPLES: list[Callable[[int, torch.dtype], Arguments]] = [
     conv2d_rows,
     conv2d_rows_without_halo,
     conv2d_rows_and_norm,
+    conv2d_rows_beside,
+    conv2d_rows_and_norm_beside,
     linear_rows,
     linear_rows_geglu,
     linear_rows_and_norm,
@@ -159,7 +170,7 @@ each_example = pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: 
 
 
 def op_of(example: Callable[..., Arguments]) -> Any:
-    name = example.__name__.removesuffix("_without_halo").removesuffix("_geglu")
+    name = example.__name__.removesuffix("_without_halo").removesuffix("_geglu").removesuffix("_beside")
     return getattr(torch.ops.fisedit, name).default
 
 

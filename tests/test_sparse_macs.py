@@ -47,6 +47,7 @@ def by_hand(
     """
     step, edit, base = Counter[str](), Counter[str](), Counter[str]()
     pooled = unet.config.addition_embed_type is not None  # the prompt is part of the time embedding
+    shortcuts = {path for path, _ in unet.named_modules() if path.endswith("conv_shortcut")}
     sizes = {}  # tokens -> the resolution, or what stays dense
     size = tuple(masks.shape[1:])
     while min(size) >= 1 and np.prod(size) not in sizes:
@@ -64,7 +65,8 @@ def by_hand(
         def count(module: Any, given: tuple[Any, ...], options: dict[str, Any], out: Any) -> None:
             if isinstance(module, torch.nn.Conv2d):
                 weight = module.in_channels * module.kernel_size[0] * module.kernel_size[1] * module.out_channels
-                step[path] += sum(rows(tuple(out.shape[2:]))) * weight
+                joined = re.sub(r"conv2$", "conv_shortcut", path) in shortcuts  # one product with what it is added to
+                step[path.rpartition(".")[0] if joined else path] += sum(rows(tuple(out.shape[2:]))) * weight
             elif isinstance(module, torch.nn.Linear):
                 weight = module.in_features * module.out_features
                 if given[0].shape[1:-1] == (TOKENS,):  # keys and values of all cross-attentions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,11 +18,14 @@ from fisedit_compile.kernels.copy_rows import RowCopies
 from fisedit_compile.kernels.group_norm_rows import group_norm_rows_reference, group_norm_whole_reference
 from fisedit_compile.kernels.layer_norm_rows import layer_norm_rows_reference
 from fisedit_compile.kernels.linear_rows import linear_rows_and_norm_reference, linear_rows_reference
+from fisedit_compile.kernels.row_product_tiles import Tile
 from fisedit_compile.neighbour_table import Taps, neighbour_table
 from fisedit_compile.plan import row_of_pixels
 from fisedit_compile.sample_masks import square_mask
 from fisedit_compile.testing import assert_close
 
+conv = pytest.importorskip("fisedit_compile.kernels.conv2d_rows_triton", reason="Triton is not installed")
+linear = pytest.importorskip("fisedit_compile.kernels.linear_rows_triton", reason="Triton is not installed")
 pytestmark = pytest.mark.gpu
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -89,6 +93,56 @@ def test_convolution_of_stride_2_and_without_halo_or_bias(dtype: torch.dtype) ->
     check(torch.ops.fisedit.conv2d_rows, conv2d_rows_reference, rows, None, weight, None, own)
     for count in (0, 1):
         check(torch.ops.fisedit.conv2d_rows, conv2d_rows_reference, rows, halo, weight, bias, table[:count])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize(
+    ("side", "channels", "side_channels"),
+    [(96, 320, 960), (96, 320, 640), (48, 640, 320), (48, 640, 1920), (24, 1280, 640), (24, 1280, 2560)],
+)
+def test_a_shortcut_beside_a_convolution(
+    dtype: torch.dtype, share: float, side: int, channels: int, side_channels: int
+) -> None:
+    rows, halo, weight, bias, table = conv_inputs(share, side, channels, channels, dtype)
+    beside = normal(len(table), side_channels, dtype=dtype)
+    joined = torch.cat([weight, normal(channels, side_channels, dtype=dtype) / side_channels**0.5], 1)
+    none = (None, None, None, None, None, None, "none")
+    check(torch.ops.fisedit.conv2d_rows, conv2d_rows_reference, rows, halo, joined, bias, table, *none, beside)
+    owner = (torch.arange(len(table), device="cuda") * 2 >= len(table)).long()
+    norm = (None, owner, None, None, normal(BATCH, channels), normal(BATCH, channels), "silu")
+    product = (rows, halo, joined, bias, table)
+    check(torch.ops.fisedit.conv2d_rows_and_norm, conv2d_rows_and_norm_reference, *product, *norm, beside)
+
+
+TILES = (
+    Tile(16, 64, 128, 4, 5, across=True),
+    Tile(64, 128, 64, 4, 4, splits=4, across=True),
+    Tile(48, 128, 64, 4, 4),
+    Tile(80, 128, 64, 4, 4, splits=2, across=True),
+    Tile(144, 128, 64, 4, 3, splits=4, second_kernel=True, across=True),
+    Tile(288, 128, 64, 8, 3, splits=4, second_kernel=True, across=True),
+    Tile(288, 128, 64, 8, 3, across=True),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_tiles_of_two_parts_and_across(dtype: torch.dtype, tile: Tile) -> None:
+    rows, halo, weight, bias, table = conv_inputs(0.05, 48, 640, 640, dtype)
+    beside, residual = normal(len(table), 328, dtype=dtype), normal(len(table), 640, dtype=dtype)
+    joined = torch.cat([weight, normal(640, 328, dtype=dtype) / 328**0.5], 1)
+    owner = (torch.arange(len(table), device="cuda") * 2 >= len(table)).long()
+    epilogue = (owner, normal(BATCH, 640, dtype=dtype), residual, normal(BATCH, 640), normal(BATCH, 640), "silu")
+    raw_too, one = (partial(op, tile=tile) for op in (conv.conv2d_rows_and_norm_triton, conv.conv2d_rows_triton))
+    check(raw_too, conv2d_rows_and_norm_reference, rows, halo, joined, bias, table, None, *epilogue, beside)
+    check(one, conv2d_rows_reference, rows, halo, weight, bias, table)
+    layer = partial(linear.linear_rows_triton, tile=tile)
+    square = normal(640, 640, dtype=dtype) / 640**0.5
+    check(layer, linear_rows_reference, residual, square, bias, None, None, None, residual)
+    if not tile.more_rows:
+        geglu = (normal(2560, 640, dtype=dtype) / 640**0.5, None, None, None, None, None, None, None, "geglu")
+        check(layer, linear_rows_reference, residual, *geglu)
 
 
 @pytest.mark.parametrize(("allowed", "least", "most"), [(False, 0.0, 5e-6), (True, 5e-6, 2e-3)])

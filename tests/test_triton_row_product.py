@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from interpreter import INTERPRETED_DTYPES, MARKS
-from poison import poisoned
 from random_rows import normal
+from row_products import EPILOGUES, check, conv_arguments, epilogue
 
 from fisedit_compile.kernels.conv2d_rows import conv2d_rows_and_norm_reference, conv2d_rows_reference
 from fisedit_compile.kernels.linear_rows import (
@@ -25,73 +23,10 @@ linear = pytest.importorskip("fisedit_compile.kernels.linear_rows_triton", reaso
 product = pytest.importorskip("fisedit_compile.kernels.row_product_launch", reason="Triton is not installed")
 pytestmark = MARKS
 
-Arguments = dict[str, Any]
 WHOLE, SPLIT = Tile(32, 16, 16, 4, 2), Tile(16, 32, 16, 4, 2, splits=3)
 APART = Tile(16, 16, 16, 4, 2, splits=2, second_kernel=True)
 tiles = pytest.mark.parametrize("tile", [WHOLE, SPLIT, APART], ids=["whole", "split", "second kernel"])
 dtypes = pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
-
-EPILOGUES: dict[str, set[str]] = {
-    "none": set(),
-    "time": {"sample_bias"},
-    "residual": {"residual"},
-    "norm": {"scale", "shift"},
-    "all": {"sample_bias", "residual", "scale", "shift", "silu"},
-    "silu": {"silu"},
-    "geglu": {"geglu"},
-}
-
-
-def epilogue(parts: set[str], count: int, width: int, dtype: torch.dtype) -> Arguments:
-    """The arguments of an epilogue for ``count`` rows of three samples."""
-    given: Arguments = {}
-    if parts & {"sample_bias", "scale"}:
-        given["sample"] = torch.arange(count) * 3 // max(count, 1)
-    if "sample_bias" in parts:
-        given["sample_bias"] = normal(3, width, dtype=dtype, seed=11)
-    if "residual" in parts:
-        given["residual"] = normal(count, width, dtype=dtype, seed=12)
-    if "scale" in parts:
-        given["scale"], given["shift"] = (normal(3, width, dtype=torch.float32, seed=seed) for seed in (13, 14))
-    for activation in parts & {"silu", "geglu"}:
-        given["activation"] = activation
-    return given
-
-
-def conv_arguments(
-    dtype: torch.dtype, count: int, rows: int, halo: int | None, channels: int, filters: int, taps: int = 9
-) -> Arguments:
-    x, halo_rows = (None if n is None else normal(n, channels, dtype=dtype, seed=n) for n in (rows, halo))
-    weight = normal(filters, taps * channels, dtype=dtype, seed=2) / (taps * channels) ** 0.5
-    table = torch.randint(-1, rows + (halo or 0), (count, taps), generator=torch.Generator().manual_seed(count)).int()
-    return {
-        "rows": x,
-        "halo": halo_rows,
-        "weight": weight,
-        "bias": normal(filters, dtype=dtype, seed=3),
-        "table": table,
-    }
-
-
-def wide(arguments: Arguments) -> Arguments:
-    return {
-        name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for name, value in arguments.items()
-    }
-
-
-def check(
-    launch: Any, reference: Any, arguments: Arguments, tile: Tile | Library | None, real: int | None = None
-) -> None:
-    """Right within the tolerance, twice the same bits, and the counters zero again; ``real`` rows are compared."""
-    with poisoned():
-        first, again = (launch(**arguments, tile=tile) for _ in range(2))
-    wanted = reference(**wide(arguments))
-    for out, same, right in zip(*(t if isinstance(t, tuple) else (t,) for t in (first, again, wanted)), strict=True):
-        assert out.dtype == arguments["rows"].dtype
-        assert torch.equal(out[:real], same[:real])
-        assert_close(out[:real], right[:real])
-    assert not semaphores(torch.device("cpu"), 1).any()
 
 
 @dtypes
@@ -100,6 +35,34 @@ def check(
 @pytest.mark.parametrize("halo", [None, 0, 9])
 def test_convolution(dtype: torch.dtype, tile: Tile, channels: int, halo: int | None) -> None:
     check(conv.conv2d_rows_triton, conv2d_rows_reference, conv_arguments(dtype, 37, 29, halo, channels, 20), tile)
+
+
+@dtypes
+@tiles
+@pytest.mark.parametrize(("channels", "side_channels"), [(16, 32), (16, 21), (21, 16), (21, 5)])
+@pytest.mark.parametrize("halo", [None, 9])
+def test_a_shortcut_beside_a_convolution(
+    dtype: torch.dtype, tile: Tile, channels: int, side_channels: int, halo: int | None
+) -> None:
+    arguments = conv_arguments(dtype, 37, 29, halo, channels, 20, side_channels=side_channels)
+    check(conv.conv2d_rows_triton, conv2d_rows_reference, arguments, tile)
+
+
+@tiles
+def test_a_split_of_the_shortcut_alone(tile: Tile) -> None:
+    for taps, side_channels in ((1, 80), (2, 200)):
+        arguments = conv_arguments(torch.float32, 37, 29, 9, 16, 20, taps, side_channels)
+        check(conv.conv2d_rows_triton, conv2d_rows_reference, arguments, tile)
+
+
+@tiles
+@pytest.mark.parametrize("parts", EPILOGUES.values(), ids=EPILOGUES)
+def test_every_epilogue_behind_a_shortcut(tile: Tile, parts: set[str]) -> None:
+    arguments = conv_arguments(torch.float16, 41, 41, 9, 16, 24, side_channels=21)
+    arguments |= epilogue(parts, 41, 24, torch.float16)
+    check(conv.conv2d_rows_triton, conv2d_rows_reference, arguments, tile)
+    if "geglu" not in parts:
+        check(conv.conv2d_rows_and_norm_triton, conv2d_rows_and_norm_reference, arguments, tile)
 
 
 @dtypes
@@ -168,12 +131,24 @@ def test_padding_is_not_computed(tile: Tile, real: int) -> None:
         check(linear.linear_rows_triton, linear_rows_reference, arguments, each, real)
 
 
+@tiles
+@pytest.mark.parametrize("real", [0, 1, 17, 33, 70])
+def test_padding_of_a_shortcut_is_not_read(tile: Tile, real: int) -> None:
+    arguments = conv_arguments(torch.float32, 70, 50, 9, 16, 24, side_channels=21)
+    arguments["beside"][real:] = torch.nan
+    arguments["table"][real:] = -1
+    arguments["count"] = torch.tensor([real], dtype=torch.int32)
+    check(conv.conv2d_rows_triton, conv2d_rows_reference, arguments, tile, real)
+
+
 @dtypes
 @pytest.mark.parametrize(("channels", "filters"), [(4, 40), (48, 4)])
 def test_the_channels_of_latents_with_the_tile_of_the_heuristic(
     dtype: torch.dtype, channels: int, filters: int
 ) -> None:
-    check(conv.conv2d_rows_triton, conv2d_rows_reference, conv_arguments(dtype, 70, 61, 9, channels, filters), None)
+    for side_channels in (0, 12):
+        arguments = conv_arguments(dtype, 70, 61, 9, channels, filters, side_channels=side_channels)
+        check(conv.conv2d_rows_triton, conv2d_rows_reference, arguments, None)
 
 
 @tiles
@@ -199,6 +174,12 @@ def test_no_active_rows(splits: int) -> None:
     table = torch.full((3, 9), -1, dtype=torch.int32)  # nothing inside the picture
     out = conv.conv2d_rows_triton(rows, None, torch.ones(8, 72), bias, table, tile=tile)
     assert torch.equal(out, bias.expand(3, 8))
+    for count, active in ((6, 0), (0, 5)):
+        arguments = conv_arguments(torch.float32, count, active, 4, 8, 8, side_channels=21)
+        check(conv.conv2d_rows_triton, conv2d_rows_reference, arguments, tile)
+    beside, weight = normal(3, 21, dtype=torch.float32, seed=0), normal(8, 72 + 21, dtype=torch.float32, seed=1)
+    out = conv.conv2d_rows_triton(rows, None, weight, bias, table, beside=beside, tile=tile)
+    assert_close(out, beside.double() @ weight[:, 72:].double().t() + bias)  # the shortcut alone
 
 
 @tiles
@@ -210,6 +191,9 @@ def test_strided_inputs(tile: Tile) -> None:
         check(conv.conv2d_rows_triton, conv2d_rows_reference, arguments, tile)
         plain = {"rows": given, "weight": weight[:16].t(), "bias": None}
         check(linear.linear_rows_triton, linear_rows_reference, plain, tile)
+    arguments = conv_arguments(torch.float32, 9, 9, None, 16, 8, side_channels=16)
+    for given in (normal(9, 64, dtype=torch.float32, seed=2)[:, ::4], normal(16, 9, dtype=torch.float32, seed=3).t()):
+        check(conv.conv2d_rows_triton, conv2d_rows_reference, arguments | {"beside": given}, tile)
 
 
 def test_counters_of_ones_own() -> None:
@@ -228,6 +212,18 @@ def test_refuses_what_does_not_fit() -> None:
         conv.conv2d_rows_triton(rows.half(), None, weight, None, table)
     with pytest.raises(ValueError, match=r"give \[Cout, 72\]"):
         conv.conv2d_rows_triton(rows, None, weight[:, :9], None, table)
+    beside, joined = torch.zeros(2, 5), torch.zeros(4, 72 + 5)
+    with pytest.raises(ValueError, match="float16, float32"):
+        conv.conv2d_rows_triton(rows, None, joined, None, table, beside=beside.half())
+    with pytest.raises(ValueError, match=r"9 taps and 5 channels beside; give \[Cout, 77\]"):
+        conv.conv2d_rows_triton(rows, None, weight, None, table, beside=beside)
+    with pytest.raises(ValueError, match=r"0 channels beside; give \[Cout, 72\]"):
+        conv.conv2d_rows_triton(rows, None, joined, None, table)
+    for other in (beside[:1], torch.zeros(3, 5)):  # of the first, rows past its end would be read
+        with pytest.raises(ValueError, match=r"[13] rows beside a convolution of 2; give one for each output row"):
+            conv.conv2d_rows_triton(rows, None, joined, None, table, beside=other)
+    with pytest.raises(ValueError, match="beside a convolution"):
+        linear.linear_rows_triton(rows, weight[:, :13], None, beside=beside)
     with pytest.raises(ValueError, match="give the sample of each row"):
         conv.conv2d_rows_triton(rows, None, weight, None, table, sample_bias=torch.zeros(1, 4))
     with pytest.raises(ValueError, match="give both or neither"):

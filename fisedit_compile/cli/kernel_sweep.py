@@ -38,6 +38,11 @@ _PRODUCTS: tuple[tuple[tuple[tuple[int, int, int, bool], ...], int, tuple[int, .
     ),
 )  # fmt: skip
 
+
+def _across(rows: int, filters: int, channels: int, warps: int, stages: int) -> Tile:
+    return Tile(rows, filters, channels, warps, stages, across=True)
+
+
 #: Tiles worth a try on Hopper, with the stages of the software pipeline, and those for geglu, which loads two weights.
 _TILES = (
     (Tile(128, 256, 64, 8, 3), 0), (Tile(128, 128, 64, 8, 3), 3), (Tile(128, 128, 64, 4, 3), 0),
@@ -45,8 +50,16 @@ _TILES = (
     (Tile(64, 128, 64, 4, 4), 4), (Tile(64, 128, 128, 4, 3), 0), (Tile(64, 64, 64, 4, 4), 3),
     (Tile(64, 64, 128, 4, 3), 4), (Tile(32, 128, 64, 4, 4), 4), (Tile(16, 64, 64, 4, 5), 3),
     (Tile(16, 128, 128, 4, 5), 0),
+    (_across(144, 128, 64, 4, 3), 0), (_across(128, 128, 64, 8, 4), 3), (_across(128, 128, 64, 4, 4), 0),
+    (_across(96, 128, 64, 4, 3), 0), (_across(80, 128, 64, 4, 4), 0), (_across(96, 64, 64, 4, 5), 0),
+    (_across(64, 128, 64, 4, 5), 4), (_across(64, 64, 64, 4, 6), 4), (_across(64, 64, 128, 4, 4), 0),
+    (_across(48, 64, 128, 4, 4), 0), (_across(32, 128, 64, 4, 6), 3), (_across(32, 64, 128, 4, 5), 0),
+    (_across(16, 64, 128, 4, 5), 0), (_across(16, 64, 64, 4, 6), 5),
 )  # fmt: skip
-_SPLITS = ((1, False), (2, False), (4, False), (2, True), (3, True), (4, True), (6, True), (8, True), (12, True))
+_SPLITS = (
+    (1, False), (2, False), (4, False),
+    (2, True), (3, True), (4, True), (6, True), (8, True), (10, True), (13, True), (20, True),
+)  # fmt: skip
 _MULTIPROCESSORS = 132
 
 #: Bytes of weights that the launches of a graph go through: a step of a U-Net never finds its weights in a cache.
@@ -82,8 +95,8 @@ class Product:
                     continue
                 if splits > 1 and (steps < 3 * splits or programs * splits > 3 * _MULTIPROCESSORS):
                     continue
-                if splits > 1 and not second_kernel and tile.rows * tile.filters > 128 * 64:
-                    continue  # one program would add too much
+                if splits > 1 and not second_kernel and (tile.rows * tile.filters > 128 * 64 or tile.more_rows):
+                    continue  # one program would add too much, or cannot
                 if 2 * programs * splits < _MULTIPROCESSORS and (splits >= 6 or steps >= 12 * splits):
                     continue  # more splits are better
                 if splits > 1 and programs > _MULTIPROCESSORS:

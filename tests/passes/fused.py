@@ -54,6 +54,12 @@ def silu(build: HandBuilt, x: Node) -> Node:
     return build.op(aten.silu.default, x, path="silu")
 
 
+def normed_and_raw(build: HandBuilt, x: Node) -> Node:
+    """As a ResNet's output is read: by the next norm, and as the next residual."""
+    normed = silu(build, norm(build, x))
+    return build.op(aten.mul.Tensor, normed, x, path="block")
+
+
 def products(done: Snapshots) -> list[Node]:
     kinds = (ops.CONV2D_ROWS, ops.CONV2D_ROWS_AND_NORM, ops.LINEAR_ROWS, ops.LINEAR_ROWS_AND_NORM)
     return [node for node in done.after(fuse_pointwise).graph.nodes if node.target in kinds]

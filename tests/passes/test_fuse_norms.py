@@ -16,6 +16,7 @@ from fused import (
     epilogue,
     left,
     norm,
+    normed_and_raw,
     product,
     products,
     silu,
@@ -77,12 +78,6 @@ def test_5_a_norm_alone(kind: str, activation: str) -> None:
     assert epilogue(fused) == expected | ({"activation": "silu"} if activation == "silu" else {})
     assert left(done) == []
     assert_means_the_same(done, fuse_pointwise)
-
-
-def normed_and_raw(build: HandBuilt, x: Node) -> Node:
-    """As a ResNet's output is read: by the next norm, and as the next residual."""
-    normed = silu(build, norm(build, x))
-    return build.op(aten.mul.Tensor, normed, x, path="block")
 
 
 @pytest.mark.parametrize("kind", ["conv", "linear"])

@@ -1,0 +1,63 @@
+"""Pass 12: a ResNet's 1x1 shortcut becomes more depth of the convolution that it is added to.
+
+    conv2d_rows(%h, ..., %w, %b, %table, residual=linear_rows(%x, %v, %c))
+->  conv2d_rows(%h, ..., cat([%w, %v], 1), add(%b, %c), %table, beside=%x)
+
+Both sums run over the same output, so that one product can run over both: one launch less, and the shortcut is neither
+stored nor read again. The weights are joined in the stage ``constant``, once a model.
+"""
+
+from __future__ import annotations
+
+from torch.fx import Graph, GraphModule, Node
+
+from fisedit_compile.config import SparsityConfig
+from fisedit_compile.passes import ops
+from fisedit_compile.passes.report import PassReport
+from fisedit_compile.passes.rewriting import common_path, prune
+
+aten = ops.aten
+
+#: Where the arguments of a convolution are, and what those behind its product are without being given.
+_WEIGHT, _BIAS, _RESIDUAL = 2, 3, 8
+_EPILOGUE = (None, None, None, None, None, None, "none")
+
+
+def join_shortcuts(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
+    """Let each convolution of rows whose residual is a linear layer of rows take in that layer."""
+    report = PassReport("join_shortcuts")
+    graph = graph_module.graph
+    for conv in list(graph.nodes):
+        if conv.target not in (ops.CONV2D_ROWS, ops.CONV2D_ROWS_AND_NORM) or len(conv.args) <= _RESIDUAL:
+            continue
+        shortcut = conv.args[_RESIDUAL]
+        if not isinstance(shortcut, Node) or shortcut.target is not ops.LINEAR_ROWS:
+            continue
+        if len(shortcut.users) > 1:
+            report.skip(shortcut, "its result is read elsewhere, too")
+        elif len(shortcut.args) > 4:
+            report.skip(shortcut, "something follows it before the sum")
+        else:
+            _join(graph, conv, shortcut)
+            report.change(shortcut)
+    prune(graph)
+    return report
+
+
+def _join(graph: Graph, conv: Node, shortcut: Node) -> None:
+    rows, side_weight, side_bias = shortcut.args[:3]
+    bias = conv.args[_BIAS]
+    with graph.inserting_before(conv):
+        weight = graph.call_function(aten.cat.default, ([conv.args[_WEIGHT], side_weight], 1))
+        made = [weight]
+        if bias is None or side_bias is None:
+            bias = bias or side_bias
+        else:
+            bias = graph.call_function(aten.add.Tensor, (bias, side_bias))
+            made.append(bias)
+    path = common_path([conv.meta["module_path"], shortcut.meta["module_path"]])
+    for node in (*made, conv):
+        node.meta["module_path"] = path
+    arguments = [*conv.args, *_EPILOGUE[len(conv.args) - 5 :], rows]
+    arguments[_WEIGHT], arguments[_BIAS], arguments[_RESIDUAL] = weight, bias, None
+    conv.args = tuple(arguments)

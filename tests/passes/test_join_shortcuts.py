@@ -1,0 +1,233 @@
+"""A ResNet's 1x1 shortcut becomes more depth of the convolution that it is added to, and what must be left as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from fused import COUNT, SAMPLE, embedding, norm, normed_and_raw, silu
+from hand_built import (
+    CHANNELS,
+    SIZE,
+    HandBuilt,
+    Snapshots,
+    arguments,
+    assert_every_step_means_the_same,
+    assert_means_the_same,
+    aten,
+    only,
+    snapshots,
+    targets,
+)
+from torch.fx import Node
+
+from fisedit_compile.config import SparsityConfig
+from fisedit_compile.passes import ops
+from fisedit_compile.passes.join_shortcuts import join_shortcuts
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+#: Channels of the value that the shortcut reads.
+WIDE = 6
+
+
+def resnet(
+    then: Callable[[HandBuilt, Node], Node] = lambda build, total: total,
+    behind: Callable[[HandBuilt, Node], Node] = lambda build, shortcut: shortcut,
+    *,
+    conv_first: bool = True,
+    bias: tuple[bool, bool] = (True, True),
+) -> Snapshots:
+    """The second half of a ResNet, its input that of the shortcut: what is behind the shortcut, and behind the sum."""
+    build = HandBuilt()
+    x = build.conv(build.latents(), WIDE, path="in")
+    h = product(build, build.op(aten.tanh.default, x), 3, bias[0], path="resnet.conv2")
+    shortcut = behind(build, product(build, x, 1, bias[1], path="resnet.conv_shortcut"))
+    both = (h, shortcut) if conv_first else (shortcut, h)
+    return snapshots(build.output(then(build, build.op(aten.add.Tensor, *both, path="resnet"))))
+
+
+def product(build: HandBuilt, x: Node, kernel: int, bias: bool, path: str) -> Node:
+    weight = build.weight(CHANNELS, x.meta["val"].shape[1], kernel, kernel)
+    geometry = [1, 1], [kernel // 2] * 2, [1, 1], 1
+    return build.op(aten.conv2d.default, x, weight, build.weight(CHANNELS) if bias else None, *geometry, path=path)
+
+
+def convolution(done: Snapshots) -> Node:
+    """The second convolution, after the pass."""
+    graph = done.after(join_shortcuts).graph
+    return [node for node in graph.nodes if node.target in (ops.CONV2D_ROWS, ops.CONV2D_ROWS_AND_NORM)][1]
+
+
+def assert_left(done: Snapshots, *reasons: str) -> None:
+    """The pass changes nothing, and reports the shortcut for these reasons."""
+    assert targets(done.after(join_shortcuts)) == targets(done.before(join_shortcuts))
+    assert done.reports["join_shortcuts"].changes == []
+    assert done.skips("join_shortcuts") == [("resnet.conv_shortcut", reason) for reason in reasons]
+    assert_means_the_same(done, join_shortcuts)
+
+
+@pytest.mark.parametrize("conv_first", [True, False])
+def test_exact_rewriting(conv_first: bool) -> None:
+    done = resnet(conv_first=conv_first)
+    before = only(done.before(join_shortcuts), ops.LINEAR_ROWS)
+    (old,) = before.users
+    conv = convolution(done)
+    assert conv.target is ops.CONV2D_ROWS
+    weight, bias = conv.args[2:4]
+    assert weight.target is aten.cat.default
+    assert [part.name for part in weight.args[0]] == [old.args[2].name, before.args[1].name]
+    assert weight.args[1:] == (1,)
+    assert (bias.target, [part.name for part in bias.args]) == (
+        aten.add.Tensor,
+        [old.args[3].name, before.args[2].name],
+    )
+    assert arguments(conv)[4:] == [*arguments(old)[4:5], COUNT, None, None, None, None, None, "none", ops.CONV2D_ROWS]
+    assert [conv.args[i].name for i in (0, 1, 12)] == [old.args[0].name, old.args[1].name, before.args[0].name]
+    assert conv.args[12].meta["module_path"] == "in"
+    assert conv.meta["rows"].size == SIZE
+    assert ops.LINEAR_ROWS not in targets(done.after(join_shortcuts))
+    report = done.reports["join_shortcuts"]
+    assert [(change.module_path, change.op) for change in report.changes] == [
+        ("resnet.conv_shortcut", "fisedit.linear_rows.default")
+    ]
+    assert report.skipped == []
+    assert_means_the_same(done, join_shortcuts)
+    assert_every_step_means_the_same(done)
+
+
+@pytest.mark.parametrize("bias", [(True, True), (True, False), (False, True), (False, False)])
+def test_the_bias_is_the_sum_of_those_that_there_are(bias: tuple[bool, bool]) -> None:
+    done = resnet(bias=bias)
+    old = only(done.before(join_shortcuts), ops.LINEAR_ROWS)
+    given = [part.name for part in (next(iter(old.users)).args[3], old.args[2]) if part is not None]
+    joined = convolution(done).args[3]
+    if sum(bias) == 2:
+        assert (joined.target, [part.name for part in joined.args]) == (aten.add.Tensor, given)
+    else:
+        assert ([] if joined is None else [joined.name]) == given
+    assert len(given) == sum(bias)
+    assert_means_the_same(done, join_shortcuts)
+
+
+def test_the_module_is_that_of_both_and_the_weights_are_joined_once_a_model() -> None:
+    done = resnet()
+    conv = convolution(done)
+    assert [node.meta["module_path"] for node in (conv, *conv.args[2:4])] == ["resnet"] * 3
+    joined = [done.final.graph.find_nodes(op="call_function", target=op) for op in (aten.cat.default, aten.add.Tensor)]
+    assert [[(node.meta["module_path"], node.meta["stage"]) for node in nodes] for nodes in joined] == [
+        [("resnet", "constant")]
+    ] * 2
+
+
+def test_a_norm_that_is_not_the_only_reader_comes_behind_both() -> None:
+    done = resnet(normed_and_raw)
+    conv = convolution(done)
+    assert conv.target is ops.CONV2D_ROWS_AND_NORM
+    count, sample, sample_bias, residual, scale, shift, activation, beside = arguments(conv)[5:]
+    assert (count, sample, sample_bias, residual) == (COUNT, SAMPLE, None, None)
+    assert [entry.kind for entry in (scale, shift)] == ["scale", "shift"]
+    assert (activation, beside) == ("silu", ops.CONV2D_ROWS)
+    assert sorted(user.args[1] for user in conv.users) == [0, 1]
+    assert_means_the_same(done, join_shortcuts)
+
+
+@pytest.mark.parametrize("activation", [True, False])
+def test_a_norm_that_alone_reads_the_sum_comes_behind_both(activation: bool) -> None:
+    done = resnet(lambda build, x: silu(build, norm(build, x)) if activation else norm(build, x))
+    conv = convolution(done)
+    assert conv.target is ops.CONV2D_ROWS
+    assert arguments(conv)[5:9] == [COUNT, SAMPLE, None, None]
+    assert arguments(conv)[11:] == ["silu" if activation else "none", ops.CONV2D_ROWS]
+    assert_means_the_same(done, join_shortcuts)
+
+
+def test_an_embedding_stays_in_the_convolution() -> None:
+    done = resnet(lambda build, x: build.op(aten.add.Tensor, x, embedding(build)))
+    conv = convolution(done)
+    assert arguments(conv)[5:] == [COUNT, SAMPLE, aten.reshape.default, *[None] * 3, "none", ops.CONV2D_ROWS]
+    assert_means_the_same(done, join_shortcuts)
+
+
+def test_a_linear_layer_of_tokens_is_joined_as_well() -> None:
+    build = HandBuilt()
+    x = build.op(aten.tanh.default, build.latents())
+    tokens = build.tokens(build.conv(x, path="net.conv"))
+    weights = build.weight(CHANNELS, CHANNELS), build.weight(CHANNELS)
+    other = build.op(aten.linear.default, build.tokens(build.op(aten.neg.default, x)), *weights, path="net.linear")
+    done = snapshots(build.output(build.op(aten.add.Tensor, tokens, other)))
+    assert arguments(only(done.after(join_shortcuts), ops.CONV2D_ROWS))[12] is aten.neg.default
+    assert_means_the_same(done, join_shortcuts)
+
+
+def test_a_whole_level_has_no_count() -> None:
+    build = HandBuilt()
+    small = build.conv(build.latents(), stride=[2, 2])
+    both = build.conv(small, path="mid.conv2"), build.conv(small, kernel=1, path="mid.conv_shortcut")
+    small = build.op(aten.add.Tensor, *both)
+    large = build.op(aten.upsample_nearest2d.vec, small, list(SIZE), None)
+    done = snapshots(build.output(build.conv(large, path="up")), SparsityConfig(dense_below=5))
+    conv = convolution(done)
+    assert conv.meta["module_path"] == "mid"
+    assert arguments(conv)[5:] == [*[None] * 6, "none", ops.CONV2D_ROWS]
+    assert_means_the_same(done, join_shortcuts)
+
+
+def test_each_resnet_takes_its_own() -> None:
+    build = HandBuilt()
+    x = build.latents()
+    for path in ("first", "second"):
+        h = build.conv(build.op(aten.tanh.default, x), path=f"{path}.conv2")
+        x = build.op(aten.add.Tensor, h, build.conv(x, kernel=1, path=f"{path}.conv_shortcut"), path=path)
+    done = snapshots(build.output(x))
+    convs = done.after(join_shortcuts).graph.find_nodes(op="call_function", target=ops.CONV2D_ROWS)
+    assert [(conv.meta["module_path"], arguments(conv)[12]) for conv in convs] == [
+        ("first", ops.GATHER_ROWS),
+        ("second", ops.CONV2D_ROWS),
+    ]
+    assert convs[1].args[12] is convs[0]
+    assert_means_the_same(done, join_shortcuts)
+    assert_every_step_means_the_same(done)
+
+
+def test_skips_a_shortcut_that_is_read_elsewhere() -> None:
+    build = HandBuilt()
+    x = build.op(aten.tanh.default, build.latents())
+    conv, shortcut = build.conv(x, path="resnet.conv2"), build.conv(x, kernel=1, path="resnet.conv_shortcut")
+    total = build.op(aten.add.Tensor, conv, shortcut)
+    done = snapshots(build.output(build.op(aten.mul.Tensor, total, shortcut)))
+    assert_left(done, "its result is read elsewhere, too")
+    assert only(done.after(join_shortcuts), ops.CONV2D_ROWS).args[8].target is ops.LINEAR_ROWS
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [silu, norm, lambda build, x: build.op(aten.add.Tensor, x, embedding(build))],
+    ids=["silu", "norm", "embedding"],
+)
+def test_skips_a_shortcut_with_something_behind_it(behind: Callable[[HandBuilt, Node], Node]) -> None:
+    done = resnet(behind=behind)
+    assert_left(done, "something follows it before the sum")
+    assert convolution(done).args[8].target is ops.LINEAR_ROWS
+
+
+@pytest.mark.parametrize(
+    ("behind", "residual"),
+    [
+        (lambda build, x: build.op(aten.neg.default, x), aten.neg.default),
+        (lambda build, x: build.conv(x, path="other"), ops.CONV2D_ROWS),
+    ],
+    ids=["activation", "convolution"],
+)
+def test_skips_a_residual_that_is_no_linear_layer(behind: Callable[[HandBuilt, Node], Node], residual: object) -> None:
+    done = resnet(behind=behind)
+    assert_left(done)
+    found = [arguments(node)[8:] for node in done.after(join_shortcuts).graph.nodes if node.target is ops.CONV2D_ROWS]
+    assert [residual] in found
+
+
+def test_skips_a_convolution_without_a_residual_and_a_linear_layer_with_one() -> None:
+    build = HandBuilt()
+    x = build.op(aten.tanh.default, build.conv(build.latents(), path="in"))
+    out = build.op(aten.add.Tensor, build.conv(x, kernel=1, path="resnet.linear"), x)
+    assert_left(snapshots(build.output(out)))
