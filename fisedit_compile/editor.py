@@ -77,6 +77,10 @@ class Editor:
 
         Returns:
             The base; it is never changed afterwards.
+
+        Raises:
+            ValueError: an argument that an editor cannot do with: no prompt, another kind of output, or perturbed-
+                attention guidance, which adds a part to the batch.
         """
         prompts = _prompts(prompt)
         if num_inference_steps < 1:
@@ -84,6 +88,9 @@ class Editor:
         reserved = {"output_type", "return_dict", "prompt_embeds"} & set(arguments)
         if reserved - {"output_type"} or arguments.get("output_type") == "latent":
             raise ValueError(f"{', '.join(sorted(reserved))}: an editor needs words, and returns pictures and latents")
+        perturbed = inspect.signature(type(self.pipe).__call__).parameters.get("pag_scale")
+        if perturbed is not None and arguments.get("pag_scale", perturbed.default) > 0:
+            raise ValueError("perturbed-attention guidance adds a third part to the batch: pass pag_scale=0")
         generators = [generator] if isinstance(generator, torch.Generator) else list(generator or [_fresh_generator()])
         states = tuple((g.get_state(), g.device) for g in generators)
         kept = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **arguments}

@@ -54,6 +54,17 @@ def test_a_controlnet() -> None:
     assert edit.report.macs["ratio"] > 1
 
 
+def test_perturbed_attention_guidance_is_refused_unless_it_is_off() -> None:
+    pipe = diffusers.StableDiffusionPAGPipeline(**load_pipeline().components)
+    pipe.set_progress_bar_config(disable=True)
+    editor = Editor(pipe, CONFIG)
+    for scale in ({}, {"pag_scale": 3.0}):
+        with pytest.raises(ValueError, match="pass pag_scale=0"):
+            generate(editor, **scale)
+    base = generate(editor, pag_scale=0.0)
+    assert editor.edit(base, DOG).report.background_identical
+
+
 def sdxl() -> Any:
     """A small SDXL: two text encoders, size and crop in the time embedding; weights are random."""
     demo = load_pipeline()

@@ -105,6 +105,15 @@ CASES: dict[str, tuple[Any, tuple[Any, ...], str, int]] = {
         "convolution",
         7 * 4 * 4 * 6,
     ),
+    "conv of rows, with a shortcut beside it": (
+        fisedit.conv2d_rows.default,
+        (
+            *(normal(5, 4), None, normal(6, 4 * 4 + 3), None, torch.randint(-1, 5, (7, 4), dtype=torch.int32)),
+            *(None, None, None, None, None, None, "none", normal(7, 3)),
+        ),
+        "convolution",
+        7 * (4 * 4 + 3) * 6,
+    ),
     "linear of rows": (
         fisedit.linear_rows.default,
         (normal(7, 4), normal(6, 4), None, torch.tensor([5], dtype=torch.int32)),  # padded rows count
