@@ -8,9 +8,6 @@
     and where the product itself is read as well     ->  product_and_norm(%x, ...), which stores both
 6.  silu(product(%x))                                ->  product(%x, silu)
 7.  mul(%a, gelu(%b)) with %a, %b = chunk(linear(%x))->  linear_rows(%x, geglu)
-8.  group_norm_rows(%ab, ...) with %ab = cat([%a, %b]) ->  %ab, %normed = cat_norm_rows(%a, %b, ...)
-9.  layer_norm(%rows, [C], ...)                       ->  layer_norm_rows(%rows, ...)              which skips padding
-10. layer_norm_rows(linear_rows(%x, residual=%rows))  ->  %raw, %normed = linear_rows_and_layer_norm(%x, ...)
 
 A group norm with the base's statistics works on each pixel alone, so that 5. takes it out of the ResNet altogether: the
 first convolution of a ResNet stores what the second reads.
@@ -18,7 +15,6 @@ first convolution of a ResNet stores what the second reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +25,7 @@ from fisedit_compile.layout import Layout
 from fisedit_compile.passes import ops
 from fisedit_compile.passes.report import PassReport
 from fisedit_compile.passes.requests import Inputs
-from fisedit_compile.passes.rewriting import prune
+from fisedit_compile.passes.rewriting import prune, stands_for
 from fisedit_compile.plan import PlanTensor
 
 aten = ops.aten
@@ -40,11 +36,7 @@ _WITH_NORM = {
     ops.LINEAR_ROWS: ops.LINEAR_ROWS_AND_NORM,
 }
 #: Pointwise operations on rows that may be left, and why.
-_LEFT: dict[Any, str] = {
-    **dict.fromkeys(ops.UNARY | ops.BINARY, "it follows no product that it alone reads"),
-    ops.GROUP_NORM_ROWS: "it follows no product and joins no two values",
-    **dict.fromkeys(ops.CAT, "no norm with the base's statistics reads it"),
-}
+_LEFT: dict[Any, str] = dict.fromkeys(ops.UNARY | ops.BINARY, "it follows no product that it alone reads")
 #: Arguments of a product in front of its epilogue.
 _PRODUCT_ARGUMENTS = {ops.CONV2D_ROWS: 5, ops.LINEAR_ROWS: 3}
 
@@ -59,7 +51,6 @@ def fuse_pointwise(graph_module: GraphModule, config: SparsityConfig) -> PassRep
         return None if config.is_whole(layout.size) else inputs(PlanTensor("count", layout.size))
 
     _silu_into_norms(graph, report)
-    _layer_norms(graph, count_at, report)
     for node in [node for node in graph.nodes if node.target in (ops.CONV2D_ROWS, ops.LINEAR)]:
         layout = node.meta.get("rows")
         if layout is None or layout.roles.count("c") != 1:
@@ -67,8 +58,6 @@ def fuse_pointwise(graph_module: GraphModule, config: SparsityConfig) -> PassRep
         if node.target is ops.LINEAR:
             node.target, node.args = ops.LINEAR_ROWS, (*node.args, None)[:3]
         _fuse(graph, node, count_at(layout), report)
-    _group_norms(graph, count_at, report)
-    _layer_norms_into_linears(graph, report)
     prune(graph)
     for node in graph.nodes:
         if "rows" in node.meta and node.target in _LEFT:
@@ -85,61 +74,6 @@ def _silu_into_norms(graph: Graph, report: PassReport) -> None:
                 silu.replace_all_uses_with(norm)
                 graph.erase_node(silu)
                 report.change(silu)
-
-
-def _layer_norms(graph: Graph, count_at: Callable[[Layout], Node | None], report: PassReport) -> None:
-    for norm in graph.find_nodes(op="call_function", target=ops.LAYER_NORM):
-        if "rows" not in norm.meta or len(norm.args[1]) != 1 or norm.meta["rows"].roles.count("c") != 1:
-            continue
-        args: list[Any] = [*norm.args, *(None, None, None, None, 1e-5)[len(norm.args) :]]
-        rows, _, weight, bias, eps = args[:5]
-        norm.target, norm.args = ops.LAYER_NORM_ROWS, (rows, weight, bias, eps, count_at(norm.meta["rows"]))
-        report.change(norm)
-
-
-def _layer_norms_into_linears(graph: Graph, report: PassReport) -> None:
-    """Case 10."""
-    for norm in graph.find_nodes(op="call_function", target=ops.LAYER_NORM_ROWS):
-        product, weight, bias, eps, count = norm.args
-        if product.target is not ops.LINEAR_ROWS:
-            continue
-        _, sample, sample_bias, residual, *rest = [*product.args[3:], *([None] * 7)][:7]
-        if any(each not in (None, "none") for each in (sample, sample_bias, *rest)):
-            continue
-        later = [each for each in (weight, bias) if isinstance(each, Node) and product < each]
-        if any(each.op != "get_attr" for each in later):
-            continue  # computed behind the product
-        for each in later:
-            product.prepend(each)
-        with graph.inserting_before(product):
-            both = graph.call_function(
-                ops.LINEAR_ROWS_AND_LAYER_NORM, (*product.args[:3], residual, weight, bias, eps, count)
-            )
-            both.meta.update(product.meta)
-            raw, normed = (graph.call_function(ops.GETITEM, (both, i)) for i in (0, 1))
-        _stands_for(normed, norm, product)
-        _stands_for(raw, product, product)
-        report.change(norm)
-
-
-def _group_norms(graph: Graph, count_at: Callable[[Layout], Node | None], report: PassReport) -> None:
-    """Case 8, and the count of the other norms that no product took."""
-    for norm in graph.find_nodes(op="call_function", target=ops.GROUP_NORM_ROWS):
-        rows, *rest = norm.args
-        rest = [*rest[:3], len(rest) > 3 and rest[3], count_at(norm.meta["rows"])]
-        parts = rows.args[0] if rows.target is aten.cat.default and rows.args[1:] == (1,) else ()
-        if len(parts) != 2:
-            norm.args = (rows, *rest)
-            continue
-        with graph.inserting_before(rows):
-            both = graph.call_function(ops.CAT_NORM_ROWS, (*parts, *rest))
-            both.meta.update(norm.meta)
-            joined, normed = (graph.call_function(ops.GETITEM, (both, i)) for i in (0, 1))
-        for new, old in ((normed, norm), (joined, rows)):
-            new.meta.update(old.meta)
-            old.replace_all_uses_with(new)
-        report.change(rows)
-        report.change(norm)
 
 
 @dataclass
@@ -177,20 +111,15 @@ def _fuse(graph: Graph, product: Node, count: Node | None, report: PassReport) -
             return
         with graph.inserting_before(found.last):
             fused = graph.call_function(target, arguments)
-        _stands_for(fused, found.last, product)
+        stands_for(fused, found.last, product)
     else:
         with graph.inserting_after(found.last):
             fused = graph.call_function(_WITH_NORM[target], arguments)
         fused.meta.update(product.meta)
         with graph.inserting_after(fused):
             raw, normed = (graph.call_function(ops.GETITEM, (fused, i)) for i in (0, 1))
-        _stands_for(normed, found.norm, product)
-        _stands_for(raw, found.last, product)
-
-
-def _stands_for(new: Node, old: Node, product: Node) -> None:
-    new.meta.update(rows=product.meta["rows"], module_path=product.meta["module_path"])
-    old.replace_all_uses_with(new)
+        stands_for(normed, found.norm, product)
+        stands_for(raw, found.last, product)
 
 
 def _next(found: _Epilogue, layout: Layout) -> Node | None:
@@ -263,7 +192,7 @@ def _geglu(graph: Graph, product: Node, found: _Epilogue, count: Node | None, re
         return False
     with graph.inserting_before(mul):
         fused = graph.call_function(ops.LINEAR_ROWS, (*product.args[:3], count, None, None, None, None, None, "geglu"))
-    _stands_for(fused, mul, product)
+    stands_for(fused, mul, product)
     for node in (chunk, gelu, mul):
         report.change(node)
     return True

@@ -1,4 +1,4 @@
-"""Pass 13: take out of the step what does not change from step to step.
+"""Pass 14: take out of the step what does not change from step to step.
 
 Every value is put into the earliest stage that has all it depends on:
 

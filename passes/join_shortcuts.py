@@ -1,4 +1,4 @@
-"""Pass 12: a ResNet's 1x1 shortcut becomes more depth of the convolution that it is added to.
+"""Pass 13: a ResNet's 1x1 shortcut becomes more depth of the convolution that it is added to.
 
     conv2d_rows(%h, ..., %w, %b, %table, residual=linear_rows(%x, %v, %c))
 ->  conv2d_rows(%h, ..., cat([%w, %v], 1), add(%b, %c), %table, beside=%x)

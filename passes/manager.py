@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.passes.annotate_layout import annotate_layout
 from fisedit_compile.passes.cancel_scatter_gather import cancel_scatter_gather
+from fisedit_compile.passes.fuse_norms import fuse_norms
 from fisedit_compile.passes.fuse_pointwise import fuse_pointwise
 from fisedit_compile.passes.hoist_invariants import hoist_invariants
 from fisedit_compile.passes.insert_gather_scatter import insert_gather_scatter
@@ -38,6 +39,7 @@ SPARSE_PASSES: tuple[Pass, ...] = (
     reuse_timestep,
     merge_linears,
     fuse_pointwise,
+    fuse_norms,
     join_shortcuts,
     hoist_invariants,
 )

@@ -77,3 +77,9 @@ def common_path(paths: Sequence[str]) -> str:
             break
         shared.append(parts[0])
     return ".".join(shared)
+
+
+def stands_for(new: Node, old: Node, product: Node) -> None:
+    """Let rows made of a product take the place of an operation that followed it."""
+    new.meta.update(rows=product.meta["rows"], module_path=product.meta["module_path"])
+    old.replace_all_uses_with(new)

@@ -1,4 +1,4 @@
-"""What the tests of ``fuse_pointwise`` share: products of rows, what follows them, and what is found of it after."""
+"""What the tests of ``fuse_pointwise`` and ``fuse_norms`` share: products, what follows them, and what is left."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from hand_built import CHANNELS, HandBuilt, arguments, assert_means_the_same, at
 from torch.fx import Node
 
 from fisedit_compile.passes import ops
-from fisedit_compile.passes.fuse_pointwise import fuse_pointwise
+from fisedit_compile.passes.fuse_norms import fuse_norms
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -20,7 +20,7 @@ def layer_norm(build: HandBuilt, x: Node, *, affine: bool = True) -> Node:
 
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("residual", [True, False])
-def test_10_a_linear_layer_stores_both(residual: bool, affine: bool) -> None:
+def test_a_linear_layer_stores_both(residual: bool, affine: bool) -> None:
     """As in a transformer block: the norm's result goes into a layer, what it normalised into a sum behind it."""
 
     def then(build: HandBuilt, x: Node) -> Node:
@@ -30,36 +30,36 @@ def test_10_a_linear_layer_stores_both(residual: bool, affine: bool) -> None:
         return build.op(aten.mul.Tensor, layer_norm(build, tokens, affine=affine), tokens, path="block")
 
     done = behind_a_product(then, "linear")
-    fused = only(done.after(fuse_pointwise), ops.LINEAR_ROWS_AND_LAYER_NORM)
+    fused = only(done.after(fuse_norms), ops.LINEAR_ROWS_AND_LAYER_NORM)
     given = arguments(fused)
     assert [given[3] is not None, given[4] is not None, given[5] is not None] == [residual, affine, affine]
     assert given[6:] == [1e-3, COUNT]
     raw, normed = sorted(fused.users, key=lambda node: node.args[1])
     assert (raw.args, normed.args) == ((fused, 0), (fused, 1))
-    assert only(done.after(fuse_pointwise), aten.mul.Tensor).args == (normed, raw)
-    assert ops.LAYER_NORM_ROWS not in targets(done.after(fuse_pointwise))
-    assert_means_the_same(done, fuse_pointwise)
+    assert only(done.after(fuse_norms), aten.mul.Tensor).args == (normed, raw)
+    assert ops.LAYER_NORM_ROWS not in targets(done.after(fuse_norms))
+    assert_means_the_same(done, fuse_norms)
 
 
-def test_10_skips_the_norm_of_a_convolution() -> None:
+def test_skips_the_norm_of_a_convolution() -> None:
     done = behind_a_product(lambda build, x: layer_norm(build, build.tokens(x)), "conv")
-    assert ops.LAYER_NORM_ROWS in targets(done.after(fuse_pointwise))
-    assert_means_the_same(done, fuse_pointwise)
+    assert ops.LAYER_NORM_ROWS in targets(done.after(fuse_norms))
+    assert_means_the_same(done, fuse_norms)
 
 
-def test_10_skips_the_norm_of_an_activation() -> None:
+def test_skips_the_norm_of_an_activation() -> None:
     done = behind_a_product(lambda build, x: layer_norm(build, build.tokens(silu(build, x))), "linear")
-    assert only(done.after(fuse_pointwise), ops.LAYER_NORM_ROWS).args[0].target is ops.LINEAR_ROWS
-    assert_means_the_same(done, fuse_pointwise)
+    assert only(done.after(fuse_norms), ops.LAYER_NORM_ROWS).args[0].target is ops.LINEAR_ROWS
+    assert_means_the_same(done, fuse_norms)
 
 
-def test_10_of_two_norms_the_second_reads_what_is_stored() -> None:
+def test_of_two_norms_the_second_reads_what_is_stored() -> None:
     def then(build: HandBuilt, x: Node) -> Node:
         tokens = build.tokens(x)
         norms = layer_norm(build, tokens), layer_norm(build, tokens, affine=False)
         return build.op(aten.mul.Tensor, *norms, path="block")
 
     done = behind_a_product(then, "linear")
-    fused = only(done.after(fuse_pointwise), ops.LINEAR_ROWS_AND_LAYER_NORM)
-    assert only(done.after(fuse_pointwise), ops.LAYER_NORM_ROWS).args[0].args == (fused, 0)
-    assert_means_the_same(done, fuse_pointwise)
+    fused = only(done.after(fuse_norms), ops.LINEAR_ROWS_AND_LAYER_NORM)
+    assert only(done.after(fuse_norms), ops.LAYER_NORM_ROWS).args[0].args == (fused, 0)
+    assert_means_the_same(done, fuse_norms)

@@ -1,4 +1,4 @@
-"""What follows a product of rows is part of it: norms, and the layers that are made of them."""
+"""Norms of rows, in the products before them or joined with what is before them: ``fuse_pointwise``, ``fuse_norms``."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ from torch.fx import Node
 
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.passes import ops
+from fisedit_compile.passes.fuse_norms import fuse_norms
 from fisedit_compile.passes.fuse_pointwise import fuse_pointwise
 from fisedit_compile.passes.requests import CacheEntry
 
@@ -46,11 +47,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_2_silu_of_a_norm() -> None:
     done = beside_a_product(lambda build, x: silu(build, norm(build, x)))
-    normed = only(done.after(fuse_pointwise), ops.GROUP_NORM_ROWS)
+    normed = only(done.after(fuse_norms), ops.GROUP_NORM_ROWS)
     entries = [CacheEntry("group_norm_default", kind) for kind in ("scale", "shift")]
     assert arguments(normed) == [aten.add.Tensor, SAMPLE, *entries, True, COUNT]
     assert aten.silu.default not in targets(done.after(fuse_pointwise))
-    assert ("norm", "it follows no product and joins no two values") in done.skips("fuse_pointwise")
+    assert ("norm", "it follows no product and joins no two values") in done.skips("fuse_norms")
     assert_means_the_same(done, fuse_pointwise)
 
 
@@ -60,7 +61,7 @@ def test_2_skips_silu_where_the_norm_is_read_as_well() -> None:
         return build.op(aten.mul.Tensor, silu(build, normed), normed)
 
     done = beside_a_product(then)
-    assert arguments(only(done.after(fuse_pointwise), ops.GROUP_NORM_ROWS))[4:] == [False, COUNT]
+    assert arguments(only(done.after(fuse_norms), ops.GROUP_NORM_ROWS))[4:] == [False, COUNT]
     assert aten.silu.default in targets(done.after(fuse_pointwise))
     assert ("silu", NO_PRODUCT) in done.skips("fuse_pointwise")
     assert_means_the_same(done, fuse_pointwise)
@@ -146,48 +147,48 @@ def wide_norm(build: HandBuilt, x: Node) -> Node:
 
 
 @pytest.mark.parametrize("activation", [True, False])
-def test_8_the_norm_of_two_values_side_by_side(activation: bool) -> None:
+def test_the_norm_of_two_values_side_by_side(activation: bool) -> None:
     def then(build: HandBuilt, x: Node) -> Node:
         normed = wide_norm(build, x)
         return build.op(aten.mul.Tensor, silu(build, normed) if activation else normed, x)
 
     done = side_by_side(2, then)
-    both = only(done.after(fuse_pointwise), ops.CAT_NORM_ROWS)
+    both = only(done.after(fuse_norms), ops.CAT_NORM_ROWS)
     entries = [CacheEntry("group_norm_default", kind) for kind in ("scale", "shift")]
     assert arguments(both) == [ops.CONV2D_ROWS, ops.CONV2D_ROWS, SAMPLE, *entries, activation, COUNT]
     joined, normed = sorted(both.users, key=lambda node: node.args[1])
-    assert only(done.after(fuse_pointwise), aten.mul.Tensor).args == (normed, joined)
+    assert only(done.after(fuse_norms), aten.mul.Tensor).args == (normed, joined)
     assert (joined.meta["module_path"], normed.meta["module_path"]) == ("cat", "norm")
-    assert aten.cat.default not in targets(done.after(fuse_pointwise))
-    assert_means_the_same(done, fuse_pointwise)
+    assert aten.cat.default not in targets(done.after(fuse_norms))
+    assert_means_the_same(done, fuse_norms)
 
 
-def test_8_skips_three_values() -> None:
+def test_skips_three_values() -> None:
     done = side_by_side(3, wide_norm)
-    assert len(only(done.after(fuse_pointwise), aten.cat.default).args[0]) == 3
-    assert arguments(only(done.after(fuse_pointwise), ops.GROUP_NORM_ROWS))[4:] == [False, COUNT]
-    assert {path for path, _ in done.skips("fuse_pointwise")} == {"cat", "norm"}
-    assert_means_the_same(done, fuse_pointwise)
+    assert len(only(done.after(fuse_norms), aten.cat.default).args[0]) == 3
+    assert arguments(only(done.after(fuse_norms), ops.GROUP_NORM_ROWS))[4:] == [False, COUNT]
+    assert {path for path, _ in done.skips("fuse_norms")} == {"cat", "norm"}
+    assert_means_the_same(done, fuse_norms)
 
 
-def test_8_skips_values_that_no_norm_reads() -> None:
+def test_skips_values_that_no_norm_reads() -> None:
     done = side_by_side(2, silu)
-    assert ("cat", "no norm with the base's statistics reads it") in done.skips("fuse_pointwise")
-    assert_means_the_same(done, fuse_pointwise)
+    assert ("cat", "no norm with the base's statistics reads it") in done.skips("fuse_norms")
+    assert_means_the_same(done, fuse_norms)
 
 
-def test_8_of_two_norms_the_second_reads_the_joined_rows() -> None:
+def test_of_two_norms_the_second_reads_the_joined_rows() -> None:
     done = side_by_side(2, lambda build, x: build.op(aten.mul.Tensor, wide_norm(build, x), wide_norm(build, x)))
     both, other = (
-        only(done.after(fuse_pointwise), ops.CAT_NORM_ROWS),
-        only(done.after(fuse_pointwise), ops.GROUP_NORM_ROWS),
+        only(done.after(fuse_norms), ops.CAT_NORM_ROWS),
+        only(done.after(fuse_norms), ops.GROUP_NORM_ROWS),
     )
     assert other.args[0].args == (both, 0)
-    assert_means_the_same(done, fuse_pointwise)
+    assert_means_the_same(done, fuse_norms)
 
 
 @pytest.mark.parametrize("given", [0, 1, 2, 3])
-def test_9_a_layer_norm(given: int) -> None:
+def test_a_layer_norm(given: int) -> None:
     """``given`` optional arguments: weight, bias, eps."""
 
     def then(build: HandBuilt, x: Node) -> Node:
@@ -195,22 +196,22 @@ def test_9_a_layer_norm(given: int) -> None:
         return build.op(aten.layer_norm.default, build.tokens(x), [CHANNELS], *options[:given], path="norm")
 
     done = behind_a_product(then)
-    layer_norm = only(done.after(fuse_pointwise), ops.LAYER_NORM_ROWS)
+    layer_norm = only(done.after(fuse_norms), ops.LAYER_NORM_ROWS)
     rows, weight, bias, eps, count = arguments(layer_norm)
     assert (rows, weight is not None, bias is not None) == (ops.CONV2D_ROWS, given > 0, given > 1)
     assert (eps, count) == (1e-3 if given > 2 else 1e-5, COUNT)
-    assert_means_the_same(done, fuse_pointwise)
+    assert_means_the_same(done, fuse_norms)
 
 
 @pytest.mark.parametrize("shape", [[CHANNELS // 2], [2, CHANNELS // 2]])
-def test_9_skips_a_layer_norm_of_more_or_less_than_the_channels(shape: list[int]) -> None:
+def test_skips_a_layer_norm_of_more_or_less_than_the_channels(shape: list[int]) -> None:
     def then(build: HandBuilt, x: Node) -> Node:
         split = build.op(aten.view.default, build.tokens(x), [BATCH, -1, 2, CHANNELS // 2])
         return build.op(aten.layer_norm.default, split, shape)
 
     done = behind_a_product(then)
-    assert only(done.after(fuse_pointwise), ops.LAYER_NORM).args[1] == shape
-    assert_means_the_same(done, fuse_pointwise)
+    assert only(done.after(fuse_norms), ops.LAYER_NORM).args[1] == shape
+    assert_means_the_same(done, fuse_norms)
 
 
 def test_a_layer_norm_of_a_whole_level_has_no_count() -> None:
@@ -220,8 +221,8 @@ def test_a_layer_norm_of_a_whole_level_has_no_count() -> None:
     small = build.op(aten.permute.default, build.op(aten.reshape.default, tokens, [BATCH, 3, 3, 4]), [0, 3, 1, 2])
     large = build.op(aten.upsample_nearest2d.vec, small, list(SIZE), None)
     done = snapshots(build.output(build.conv(large)), SparsityConfig(dense_below=5))
-    assert arguments(only(done.after(fuse_pointwise), ops.LAYER_NORM_ROWS))[1:] == [None, None, 1e-5, None]
-    assert_means_the_same(done, fuse_pointwise)
+    assert arguments(only(done.after(fuse_norms), ops.LAYER_NORM_ROWS))[1:] == [None, None, 1e-5, None]
+    assert_means_the_same(done, fuse_norms)
 
 
 def test_a_resnet_is_two_products() -> None:
