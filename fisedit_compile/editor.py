@@ -49,6 +49,7 @@ class Editor:
                 "pipeline of its family"
             )
         self.pipe = pipe
+        self._parameters = parameters
         self.config = SparsityConfig.of(config)
         unet = pipe.unet
         self.unet: SparseUNet = unet if isinstance(unet, SparseUNet) else sparsify(unet, self.config)
@@ -88,7 +89,7 @@ class Editor:
         reserved = {"output_type", "return_dict", "prompt_embeds"} & set(arguments)
         if reserved - {"output_type"} or arguments.get("output_type") == "latent":
             raise ValueError(f"{', '.join(sorted(reserved))}: an editor needs words, and returns pictures and latents")
-        perturbed = inspect.signature(type(self.pipe).__call__).parameters.get("pag_scale")
+        perturbed = self._parameters.get("pag_scale")
         if perturbed is not None and arguments.get("pag_scale", perturbed.default) > 0:
             raise ValueError("perturbed-attention guidance adds a third part to the batch: pass pag_scale=0")
         generators = [generator] if isinstance(generator, torch.Generator) else list(generator or [_fresh_generator()])

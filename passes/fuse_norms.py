@@ -12,6 +12,7 @@ kernel of a split product has.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
@@ -21,8 +22,7 @@ from fisedit_compile.layout import Layout
 from fisedit_compile.passes import ops
 from fisedit_compile.passes.report import PassReport
 from fisedit_compile.passes.requests import Inputs
-from fisedit_compile.passes.rewriting import prune, stands_for
-from fisedit_compile.plan import PlanTensor
+from fisedit_compile.passes.rewriting import prune, row_count, stands_for
 
 aten = ops.aten
 
@@ -37,11 +37,7 @@ def fuse_norms(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
     """Join the norms of rows that are left with concatenations and linear layers."""
     report = PassReport("fuse_norms")
     graph = graph_module.graph
-    inputs = Inputs(graph)
-
-    def count_at(layout: Layout) -> Node | None:
-        return None if config.is_whole(layout.size) else inputs(PlanTensor("count", layout.size))
-
+    count_at = partial(row_count, Inputs(graph), config)
     _group_norms(graph, count_at, report)
     _layer_norms(graph, count_at, report)
     _layer_norms_into_linears(graph, report)

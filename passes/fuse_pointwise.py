@@ -25,7 +25,7 @@ from fisedit_compile.layout import Layout
 from fisedit_compile.passes import ops
 from fisedit_compile.passes.report import PassReport
 from fisedit_compile.passes.requests import Inputs
-from fisedit_compile.passes.rewriting import prune, stands_for
+from fisedit_compile.passes.rewriting import prune, row_count, stands_for
 from fisedit_compile.plan import PlanTensor
 
 aten = ops.aten
@@ -46,10 +46,6 @@ def fuse_pointwise(graph_module: GraphModule, config: SparsityConfig) -> PassRep
     report = PassReport("fuse_pointwise")
     graph = graph_module.graph
     inputs = Inputs(graph)
-
-    def count_at(layout: Layout) -> Node | None:
-        return None if config.is_whole(layout.size) else inputs(PlanTensor("count", layout.size))
-
     _silu_into_norms(graph, report)
     for node in [node for node in graph.nodes if node.target in (ops.CONV2D_ROWS, ops.LINEAR)]:
         layout = node.meta.get("rows")
@@ -57,7 +53,7 @@ def fuse_pointwise(graph_module: GraphModule, config: SparsityConfig) -> PassRep
             continue  # a linear layer of the text or the time embedding, or of each head
         if node.target is ops.LINEAR:
             node.target, node.args = ops.LINEAR_ROWS, (*node.args, None)[:3]
-        _fuse(graph, node, count_at(layout), report)
+        _fuse(graph, node, row_count(inputs, config, layout), report)
     prune(graph)
     for node in graph.nodes:
         if "rows" in node.meta and node.target in _LEFT:

@@ -1,4 +1,4 @@
-"""What the passes share: moving a gather in front of its operation, and removing what nobody reads."""
+"""What the passes share: moving a gather in front of its operation, replacing, naming and removing operations."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
+from fisedit_compile.config import SparsityConfig
+from fisedit_compile.layout import Layout
 from fisedit_compile.passes import ops
 from fisedit_compile.passes.insert_gather_scatter import gather
 from fisedit_compile.passes.report import PassReport
@@ -67,6 +69,11 @@ def prune(graph: Graph) -> None:
     for node in graph.find_nodes(op="placeholder"):
         if not node.users:
             graph.erase_node(node)
+
+
+def row_count(inputs: Inputs, config: SparsityConfig, layout: Layout) -> Node | None:
+    """How many rows of a layout's resolution are real, which kernels read; None where all pixels are rows."""
+    return None if config.is_whole(layout.size) else inputs(PlanTensor("count", layout.size))
 
 
 def common_path(paths: Sequence[str]) -> str:

@@ -24,7 +24,7 @@ def test_a_size_that_was_measured_gets_its_best_tile(entry: dict) -> None:
     )
     assert isinstance(chosen, Tile)
     best = {name: entry[name] for name in ("rows", "filters", "channels", "warps", "splits", "second_kernel")}
-    best |= {"rows": min(entry["rows"], chosen.rows), "across": entry.get("across", False)}
+    best |= {"rows": min(entry["rows"], chosen.rows), "across": entry["across"]}
     assert {name: getattr(chosen, name) for name in best} == best
 
 
