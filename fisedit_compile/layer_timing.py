@@ -68,11 +68,12 @@ class LayerTimer:
         return self._microseconds([lambda: source.index_select(0, index)] * _CALLS[0])
 
     def _product(self, shape: LayerShape, rows: int) -> list[Call]:
-        size = shape.depth * shape.filters
+        size, side = shape.depth * shape.filters, shape.beside * shape.filters
         stride = -(-size // 64) * 64  # elements; keeps weights aligned
         calls = self._count(stride * self.dtype.itemsize)
         pool = self._values(calls * stride).view(calls, stride)
-        weights = [each[:size].view(shape.filters, -1) for each in pool]
+        weights = [each[: size - side].view(shape.filters, -1) for each in pool]
+        side_weights = [each[size - side : size].view(shape.filters, -1) if side else None for each in pool]
         count = torch.tensor([rows], dtype=torch.int32, device=self.device)
         bias = self._values(shape.filters).clone()
         x = self._values(rows, shape.channels).clone()
@@ -84,8 +85,10 @@ class LayerTimer:
         table, halo = table.to(self.device), self._values(halo_rows, shape.channels).clone()
         beside = self._values(rows, shape.beside).clone() if shape.beside else None
         return [
-            lambda w=w: torch.ops.fisedit.conv2d_rows(x, halo, w, bias, table, *rest, beside)  # type: ignore[misc]
-            for w in weights
+            lambda pair=pair: torch.ops.fisedit.conv2d_rows(  # type: ignore[misc]
+                x, halo, pair[0], bias, table, *rest, beside, pair[1]
+            )
+            for pair in zip(weights, side_weights, strict=True)
         ]
 
     def _attention(self, shape: LayerShape, rows: int) -> list[Call]:

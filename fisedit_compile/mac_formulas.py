@@ -74,14 +74,15 @@ def attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) 
 
 
 def conv2d_rows(
-    out: Any, rows: Tensor, halo: Tensor | None, weight: Tensor, bias: Any, table: Tensor, *_: Any, **__: Any
+    out: Any, rows: Tensor, halo: Tensor | None, weight: Tensor, bias: Any, table: Tensor, *epilogue: Any, **named: Any
 ) -> int:
-    """table [M, K], rows [R, Cin], weight [Cout, K * Cin]: M * K * Cin * Cout; a shortcut is part of the weight.
+    """table [M, K], rows [R, Cin], weight [Cout, K * Cin]: M * K * Cin * Cout; and what ``beside_weight`` does.
 
     Every tap counts, one outside the picture (entry -1) too: the dense convolution's padding is counted as well, so
     that the ratio of the two is that of their active pixels.
     """
-    return table.shape[0] * prod(weight.shape)
+    side_weight = named.get("beside_weight", epilogue[8] if len(epilogue) > 8 else None)
+    return table.shape[0] * (prod(weight.shape) + (0 if side_weight is None else prod(side_weight.shape)))
 
 
 def linear_rows(out: Any, rows: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:

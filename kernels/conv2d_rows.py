@@ -33,12 +33,11 @@ def conv2d_rows_reference(
     Args:
         rows: [R, Cin], the input's active pixels.
         halo: [Hh, Cin], inactive pixels that the taps also read, or None.
-        weight: [Cout, K * Cin], tap-major: ``conv.weight.permute(0, 2, 3, 1).reshape(Cout, -1)``; with ``beside``
-            [Cout, K * Cin + Cb].
+        weight: [Cout, K * Cin], tap-major: ``conv.weight.permute(0, 2, 3, 1).reshape(Cout, -1)``.
         bias: [Cout] or None.
         table: int32 [M, K]; an entry in [0, R) is a row, in [R, R + Hh) a halo row, -1 is outside the picture (zero).
         epilogue, named: ``count, sample, sample_bias, residual, scale, shift, activation``, see ``epilogue``, and
-            ``beside``: [M, Cb], whose product with the weight's last columns is added, as a 1x1 convolution beside it.
+            ``beside`` [M, Cb] and ``beside_weight`` [Cout, Cb], whose product is added: a 1x1 convolution beside it.
 
     Returns:
         [M, Cout], half as wide for ``geglu``. R, Hh and M may each be 0.
@@ -65,18 +64,16 @@ def conv2d_rows_and_norm_reference(
     shift: torch.Tensor | None = None,
     activation: str = "none",
     beside: torch.Tensor | None = None,
+    beside_weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`conv2d_rows_reference`, with the result both before and after norm and activation."""
-    if beside is None:
-        product = _convolve(rows, halo, weight, bias, table)
-    else:
+    product = _convolve(rows, halo, weight, bias, table)
+    if beside is not None and beside_weight is not None:
         if beside.shape[0] != table.shape[0]:
             raise ValueError(
                 f"{beside.shape[0]} rows beside a convolution of {table.shape[0]}; give one for each output row"
             )
-        depth = weight.shape[1] - beside.shape[1]
-        product = _convolve(rows, halo, weight[:, :depth], bias, table)
-        product = torch.addmm(product, beside, weight[:, depth:].t())
+        product = torch.addmm(product, beside, beside_weight.t())
     return finish_rows_reference(product, count, sample, sample_bias, residual, scale, shift, activation)
 
 

@@ -130,7 +130,10 @@ _register(
     _scatter_rows,
     _launcher("scatter_rows_triton", "scatter_rows_triton", scatter_rows_reference),
 )
-_CONV2D_ROWS = f"Tensor rows, Tensor? halo, Tensor weight, Tensor? bias, Tensor table, {SCHEMA}, Tensor? beside=None"
+_CONV2D_ROWS = (
+    f"Tensor rows, Tensor? halo, Tensor weight, Tensor? bias, Tensor table, {SCHEMA}, Tensor? beside=None, "
+    "Tensor? beside_weight=None"
+)
 _register(
     "conv2d_rows",
     _CONV2D_ROWS,

@@ -50,6 +50,7 @@ def launch_row_product(
     shift: torch.Tensor | None = None,
     activation: str = "none",
     beside: torch.Tensor | None = None,
+    beside_weight: torch.Tensor | None = None,
     *,
     keep_raw: bool,
     tile: Tile | Library | None,
@@ -66,19 +67,26 @@ def launch_row_product(
     Raises:
         ValueError: arguments that do not fit, or dtypes that differ or that the kernel does not take.
     """
-    check_dtypes(op, rows, halo, weight, bias, sample_bias, residual, beside)
+    check_dtypes(op, rows, halo, weight, bias, sample_bias, residual, beside, beside_weight)
     check_epilogue(op, sample, sample_bias, residual, scale, shift, activation)
     (active, channels), filters = rows.shape, weight.shape[0]
     there, taps = (active, 1) if table is None else table.shape
-    side_channels = 0 if beside is None else beside.shape[1]
-    depth = taps * channels + side_channels
-    if weight.shape[1] != depth or (halo is not None and halo.shape[1] != channels):
+    if weight.shape[1] != taps * channels or (halo is not None and halo.shape[1] != channels):
         raise ValueError(
-            f"{op}: weight [{filters}, {weight.shape[1]}] does not fit rows of {channels} channels, {taps} taps and "
-            f"{side_channels} channels beside; give [Cout, {depth}], and a halo with the channels of the rows"
+            f"{op}: weight [{filters}, {weight.shape[1]}] does not fit rows of {channels} channels and {taps} taps; "
+            f"give [Cout, {taps * channels}], and a halo with the channels of the rows"
         )
-    if beside is not None and (table is None or beside.shape[0] != there):
-        raise ValueError(f"{op}: {beside.shape[0]} rows beside a convolution of {there}; give one for each output row")
+    side_channels = 0
+    if beside is not None or beside_weight is not None:
+        if beside is None or beside_weight is None or table is None or beside.shape[0] != there:
+            raise ValueError(f"{op}: rows beside a convolution of {there} take one for each output row, and a weight")
+        side_channels = beside.shape[1]
+        if beside_weight.shape != (filters, side_channels):
+            raise ValueError(
+                f"{op}: beside_weight {list(beside_weight.shape)} does not fit {filters} filters and {side_channels} "
+                f"channels beside; give [{filters}, {side_channels}]"
+            )
+        beside, beside_weight = beside.contiguous(), beside_weight.contiguous()
     geglu = activation == "geglu"
     if geglu and keep_raw:
         raise ValueError(f"{op}: geglu has another width than what it reads; use the operator without a norm")
@@ -103,9 +111,8 @@ def launch_row_product(
     if geglu and tile.more_rows:
         raise ValueError(f"{op}: a tile of {tile.rows} rows, two parts, cannot do geglu; give a power of two")
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    table = None if table is None else table.contiguous()
+    weight, table = weight.contiguous(), None if table is None else table.contiguous()
     halo = halo.contiguous() if halo is not None and halo.numel() else None
-    beside = None if beside is None else beside.contiguous()
     steps = taps * triton.cdiv(channels, tile.channels) + triton.cdiv(side_channels, tile.channels)
     span = triton.cdiv(steps, tile.splits)
     splits = triton.cdiv(steps, span)  # none without a step
@@ -121,7 +128,8 @@ def launch_row_product(
         rows,
         halo,
         beside,
-        weight.contiguous(),
+        weight,
+        beside_weight,
         table,
         count,
         *([None] * len(finish.epilogue) if apart else finish.epilogue),
@@ -144,7 +152,9 @@ def launch_row_product(
         ACROSS=tile.across,
         GROUP=_GROUP,
         WHOLE=channels % tile.channels == 0 and side_channels % tile.channels == 0,
-        ALIGNED=aligned(channels, halo) and aligned(rows.stride(0), rows) and aligned(side_channels, beside),
+        ALIGNED=aligned(channels, halo, weight)
+        and aligned(rows.stride(0), rows)
+        and aligned(side_channels, beside, beside_weight),
         SPLITS=2 if apart else splits,
         HALVES=not apart and tile.rows * tile.filters > _REGISTERS * 32 * tile.warps,
         SILU=activation == "silu" and not apart,

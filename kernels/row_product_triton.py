@@ -67,13 +67,26 @@ def _row_values(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _filter_values(weights, depth, within, WHOLE: tl.constexpr, ACROSS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Columns ``depth`` [BK] of filters [BN], where ``within``: [BK, BN], across [BN, BK]."""
-    at = _along(weights, ACROSS) + _down(depth, ACROSS)
-    if WHOLE:  # noqa: SIM108 - Triton compiles one branch alone
-        values = tl.load(at)
+def _filter_values(  # type: ignore[no-untyped-def]
+    weight, side_weight, n, aside, tap, channels, side_channels, first, last, step,
+    TAPS: tl.constexpr, ALIGNED: tl.constexpr, WHOLE: tl.constexpr, ACROSS: tl.constexpr,
+):  # fmt: skip
+    """Channels ``first + step`` [BK] of a tap, or ``aside``, in filters n [BN]: [BK, BN], across [BN, BK]."""
+    channel = first + step
+    start, stride, depth = weight, TAPS * channels, tap * channels + channel
+    if side_weight is not None:
+        start = tl.where(aside, side_weight, weight)
+        stride = tl.where(aside, side_channels, stride)
+        depth = tl.where(aside, 0, tap * channels) + channel
+    at = start + n * stride  # [BN]
+    if side_weight is not None:  # noqa: SIM102 - Triton compiles no branch that a constant rules out
+        if ALIGNED:  # a choice of two pointers hides it
+            at = tl.multiple_of(at, [16])
+    if WHOLE:
+        values = tl.load(_along(at, ACROSS) + _down(depth, ACROSS))
     else:
-        values = tl.load(at, mask=_down(within, ACROSS), other=0.0)
+        known = _down(channel < last, ACROSS)
+        values = tl.load(_along(at, ACROSS) + _down(depth, ACROSS), mask=known, other=0.0)
     return values
 
 
@@ -109,7 +122,8 @@ def row_product_kernel(
     rows: tl.tensor,  # [active, channels]
     halo: tl.tensor,  # [Hh, channels] or None
     beside: tl.tensor,  # [there, side_channels] or None; with a table alone
-    weight: tl.tensor,  # [filters, TAPS * channels + side_channels]; for geglu the values' filters, then the gates'
+    weight: tl.tensor,  # [filters, TAPS * channels]; for geglu the values' filters, then the gates'
+    side_weight: tl.tensor,  # [filters, side_channels] or None, likewise
     table: tl.tensor,  # int32 [there, TAPS]; None: one tap, the row itself
     count: tl.tensor,  # int32 [1] or None: how many of the output's rows are real
     bias: tl.tensor,  # [filters] or None; this and the next five are the epilogue's
@@ -162,9 +176,7 @@ def row_product_kernel(
 
     step = tl.arange(0, BK)
     # Filters past the last read real weights, whose products are never stored: no mask in the loop.
-    filter_stride = TAPS * channels + side_channels
-    weights = weight + (n % width).to(tl.int64) * filter_stride  # [BN]
-    gates = weights + width.to(tl.int64) * filter_stride  # read for geglu alone
+    read = (n % width).to(tl.int64)  # [BN]
     conv_steps = TAPS * tl.cdiv(channels, BK)
     begin = tl.program_id(1) * span
     end = tl.minimum(begin + span, conv_steps + tl.cdiv(side_channels, BK))
@@ -185,7 +197,6 @@ def row_product_kernel(
         aside = False
         if beside is not None:
             aside = i >= conv_steps
-            tap = tl.where(aside, TAPS, tap)
             first = tl.where(aside, (i - conv_steps) * BK, first)
             last = tl.where(aside, side_channels, last)
         a = _row_values(
@@ -201,13 +212,18 @@ def row_product_kernel(
             entry = tl.load(at + (i + 1) % TAPS, mask=inside, other=-1)
             if MORE > 0:
                 more_entry = tl.load(more_at + (i + 1) % TAPS, mask=more_inside, other=-1)
-        depth = tap * channels + first + step  # [BK]
-        b = _filter_values(weights, depth, first + step < last, WHOLE, ACROSS)
+        b = _filter_values(
+            weight, side_weight, read, aside, tap, channels, side_channels, first, last, step, TAPS, ALIGNED, WHOLE,
+            ACROSS,
+        )  # fmt: skip
         total = _multiplied(a, b, total, ACROSS, PRECISION)
         if MORE > 0:
             more_total = _multiplied(more, b, more_total, ACROSS, PRECISION)
         if GEGLU:
-            g = _filter_values(gates, depth, first + step < last, WHOLE, ACROSS)
+            g = _filter_values(
+                weight, side_weight, read + width, aside, tap, channels, side_channels, first, last, step, TAPS,
+                ALIGNED, WHOLE, ACROSS,
+            )  # fmt: skip
             gate = _multiplied(a, g, gate, ACROSS, PRECISION)
     if ACROSS:
         total = tl.trans(total)

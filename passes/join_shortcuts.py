@@ -1,10 +1,10 @@
 """Pass 13: a ResNet's 1x1 shortcut becomes more depth of the convolution that it is added to.
 
     conv2d_rows(%h, ..., %w, %b, %table, residual=linear_rows(%x, %v, %c))
-->  conv2d_rows(%h, ..., cat([%w, %v], 1), add(%b, %c), %table, beside=%x)
+->  conv2d_rows(%h, ..., %w, add(%b, %c), %table, beside=%x, beside_weight=%v)
 
 Both sums run over the same output, so that one product can run over both: one launch less, and the shortcut is neither
-stored nor read again. The weights are joined in the stage ``constant``, once a model.
+stored nor read again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fisedit_compile.passes.rewriting import common_path, prune
 aten = ops.aten
 
 #: Where the arguments of a convolution are, and what those behind its product are without being given.
-_WEIGHT, _BIAS, _RESIDUAL = 2, 3, 8
+_BIAS, _RESIDUAL = 3, 8
 _EPILOGUE = (None, None, None, None, None, None, "none")
 
 
@@ -46,18 +46,13 @@ def join_shortcuts(graph_module: GraphModule, config: SparsityConfig) -> PassRep
 
 def _join(graph: Graph, conv: Node, shortcut: Node) -> None:
     rows, side_weight, side_bias = shortcut.args[:3]
-    bias = conv.args[_BIAS]
-    with graph.inserting_before(conv):
-        weight = graph.call_function(aten.cat.default, ([conv.args[_WEIGHT], side_weight], 1))
-        made = [weight]
-        if bias is None or side_bias is None:
-            bias = bias or side_bias
-        else:
-            bias = graph.call_function(aten.add.Tensor, (bias, side_bias))
-            made.append(bias)
     path = common_path([conv.meta["module_path"], shortcut.meta["module_path"]])
-    for node in (*made, conv):
-        node.meta["module_path"] = path
-    arguments = [*conv.args, *_EPILOGUE[len(conv.args) - 5 :], rows]
-    arguments[_WEIGHT], arguments[_BIAS], arguments[_RESIDUAL] = weight, bias, None
+    conv.meta["module_path"] = path
+    bias = conv.args[_BIAS] or side_bias
+    if conv.args[_BIAS] is not None and side_bias is not None:
+        with graph.inserting_before(conv):
+            bias = graph.call_function(aten.add.Tensor, (conv.args[_BIAS], side_bias))
+        bias.meta["module_path"] = path
+    arguments = [*conv.args, *_EPILOGUE[len(conv.args) - 5 :], rows, side_weight]
+    arguments[_BIAS], arguments[_RESIDUAL] = bias, None
     conv.args = tuple(arguments)

@@ -54,9 +54,11 @@ def conv_arguments(
     """Of a convolution of ``rows`` rows at ``count``; with ``side_channels``, of a shortcut of so many beside it."""
     x, halo_rows = (None if n is None else normal(n, channels, dtype=dtype, seed=n) for n in (rows, halo))
     depth = taps * channels + side_channels
-    weight = normal(filters, depth, dtype=dtype, seed=2) / depth**0.5
+    weight, side_weight = (normal(filters, depth, dtype=dtype, seed=2) / depth**0.5).tensor_split([taps * channels], 1)
     table = torch.randint(-1, rows + (halo or 0), (count, taps), generator=torch.Generator().manual_seed(count)).int()
-    given: Arguments = {"beside": normal(count, side_channels, dtype=dtype, seed=4)} if side_channels else {}
+    given: Arguments = {}
+    if side_channels:
+        given = {"beside": normal(count, side_channels, dtype=dtype, seed=4), "beside_weight": side_weight}
     return given | {
         "rows": x,
         "halo": halo_rows,

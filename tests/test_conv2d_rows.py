@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import hypothesis
 import pytest
@@ -106,9 +107,10 @@ def check_against_dense(
     pixels = x.permute(0, 2, 3, 1).flatten(0, 2)
     flat = weight.permute(0, 2, 3, 1).reshape(filters, -1)
     halo_rows = pixels[halo] if len(halo) or seed % 2 else None  # an empty halo is None or [0, Cin]
-    joined = torch.cat([flat, side_weight.flatten(1)], 1)
-    beside = other.permute(0, 2, 3, 1)[targets] if side_channels else None
-    out = torch.ops.fisedit.conv2d_rows(pixels[pixel_ids(mask)], halo_rows, joined, shift, table, beside=beside)
+    given = {"beside": other.permute(0, 2, 3, 1)[targets], "beside_weight": side_weight.flatten(1)}
+    out = torch.ops.fisedit.conv2d_rows(
+        pixels[pixel_ids(mask)], halo_rows, flat, shift, table, **(given if side_channels else {})
+    )
     assert out.dtype == dtype
     assert out.is_contiguous()
     assert_close(out, dense.permute(0, 2, 3, 1)[targets])
@@ -162,10 +164,10 @@ def test_nothing_inside_the_picture_gives_the_bias() -> None:
 
 def test_nothing_inside_the_picture_gives_the_shortcut_beside_it() -> None:
     table, beside = torch.full((3, 9), -1, dtype=torch.int32), normal(3, 5, dtype=torch.float64, seed=0)
-    weight = normal(2, 36 + 5, dtype=torch.float64, seed=1)
-    out = torch.ops.fisedit.conv2d_rows(beside.new_empty(0, 4), None, weight, None, table, beside=beside)
-    assert_close(out, beside @ weight[:, 36:].t())
-    nothing = torch.ops.fisedit.conv2d_rows(beside[:, :4], None, weight, None, table[:0], beside=beside[:0])
+    weight, side_weight = normal(2, 36 + 5, dtype=torch.float64, seed=1).tensor_split([36], 1)
+    conv = partial(torch.ops.fisedit.conv2d_rows, halo=None, weight=weight, bias=None, beside_weight=side_weight)
+    assert_close(conv(beside.new_empty(0, 4), table=table, beside=beside), beside @ side_weight.t())
+    nothing = conv(beside[:, :4], table=table[:0], beside=beside[:0])
     assert nothing.shape == (0, 2)
 
 
@@ -175,8 +177,9 @@ def test_the_epilogue_comes_behind_the_shortcut() -> None:
     weight, bias = normal(4, 8, dtype=torch.float64, seed=3), normal(4, dtype=torch.float64, seed=4)
     scale, shift = normal(1, 4, dtype=torch.float64, seed=5), normal(1, 4, dtype=torch.float64, seed=6)
     epilogue = {"sample": torch.zeros(2).long(), "residual": residual, "scale": scale, "shift": shift}
+    side = {"beside": beside, "beside_weight": weight[:, 3:]}
     raw, normed = torch.ops.fisedit.conv2d_rows_and_norm(
-        rows, None, weight, bias, table, **epilogue, activation="silu", beside=beside
+        rows, None, weight[:, :3], bias, table, **epilogue, activation="silu", **side
     )
     total = torch.cat([rows, beside], 1) @ weight.t() + bias + residual
     assert_close(raw, total)
@@ -215,4 +218,6 @@ def test_weights_of_other_channels_are_an_error() -> None:
 def test_a_shortcut_of_other_rows_or_channels_is_an_error(rows: int, channels: int) -> None:
     table, beside = torch.tensor([[0], [1]], dtype=torch.int32), torch.randn(rows, channels)
     with pytest.raises((RuntimeError, ValueError)):
-        torch.ops.fisedit.conv2d_rows(torch.randn(2, 3), None, torch.randn(4, 8), None, table, beside=beside)
+        torch.ops.fisedit.conv2d_rows(
+            torch.randn(2, 3), None, torch.randn(4, 3), None, table, beside=beside, beside_weight=torch.randn(4, 5)
+        )

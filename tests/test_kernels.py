@@ -56,8 +56,8 @@ def conv2d_rows_without_halo(rows: int, dtype: torch.dtype) -> Arguments:
 
 
 def conv2d_rows_beside(rows: int, dtype: torch.dtype) -> Arguments:
-    weight, beside = normal(8, 9 * CHANNELS + 5, dtype=dtype, seed=2), normal(rows + 1, 5, dtype=dtype, seed=4)
-    return conv2d_rows(rows, dtype) | {"weight": weight, "activation": "geglu", "beside": beside}
+    beside, weight = normal(rows + 1, 5, dtype=dtype, seed=4), normal(8, 5, dtype=dtype, seed=5)
+    return conv2d_rows(rows, dtype) | {"activation": "geglu", "beside": beside, "beside_weight": weight}
 
 
 def conv2d_rows_and_norm_beside(rows: int, dtype: torch.dtype) -> Arguments:

@@ -108,8 +108,8 @@ CASES: dict[str, tuple[Any, tuple[Any, ...], str, int]] = {
     "conv of rows, with a shortcut beside it": (
         fisedit.conv2d_rows.default,
         (
-            *(normal(5, 4), None, normal(6, 4 * 4 + 3), None, torch.randint(-1, 5, (7, 4), dtype=torch.int32)),
-            *(None, None, None, None, None, None, "none", normal(7, 3)),
+            *(normal(5, 4), None, normal(6, 4 * 4), None, torch.randint(-1, 5, (7, 4), dtype=torch.int32)),
+            *(None, None, None, None, None, None, "none", normal(7, 3), normal(6, 3)),
         ),
         "convolution",
         7 * (4 * 4 + 3) * 6,

@@ -106,13 +106,13 @@ def test_a_shortcut_beside_a_convolution(
 ) -> None:
     rows, halo, weight, bias, table = conv_inputs(share, side, channels, channels, dtype)
     beside = normal(len(table), side_channels, dtype=dtype)
-    joined = torch.cat([weight, normal(channels, side_channels, dtype=dtype) / side_channels**0.5], 1)
+    side = (beside, normal(channels, side_channels, dtype=dtype) / side_channels**0.5)
     none = (None, None, None, None, None, None, "none")
-    check(torch.ops.fisedit.conv2d_rows, conv2d_rows_reference, rows, halo, joined, bias, table, *none, beside)
+    check(torch.ops.fisedit.conv2d_rows, conv2d_rows_reference, rows, halo, weight, bias, table, *none, *side)
     owner = (torch.arange(len(table), device="cuda") * 2 >= len(table)).long()
     norm = (None, owner, None, None, normal(BATCH, channels), normal(BATCH, channels), "silu")
-    product = (rows, halo, joined, bias, table)
-    check(torch.ops.fisedit.conv2d_rows_and_norm, conv2d_rows_and_norm_reference, *product, *norm, beside)
+    product = (rows, halo, weight, bias, table)
+    check(torch.ops.fisedit.conv2d_rows_and_norm, conv2d_rows_and_norm_reference, *product, *norm, *side)
 
 
 TILES = (
@@ -131,12 +131,13 @@ TILES = (
 def test_tiles_of_two_parts_and_across(dtype: torch.dtype, tile: Tile) -> None:
     rows, halo, weight, bias, table = conv_inputs(0.05, 48, 640, 640, dtype)
     beside, residual = normal(len(table), 328, dtype=dtype), normal(len(table), 640, dtype=dtype)
-    joined = torch.cat([weight, normal(640, 328, dtype=dtype) / 328**0.5], 1)
+    side_weight = normal(640, 328, dtype=dtype) / 328**0.5
     owner = (torch.arange(len(table), device="cuda") * 2 >= len(table)).long()
     epilogue = (owner, normal(BATCH, 640, dtype=dtype), residual, normal(BATCH, 640), normal(BATCH, 640), "silu")
     raw_too, one = (partial(op, tile=tile) for op in (conv.conv2d_rows_and_norm_triton, conv.conv2d_rows_triton))
-    check(raw_too, conv2d_rows_and_norm_reference, rows, halo, joined, bias, table, None, *epilogue, beside)
-    check(one, conv2d_rows_reference, rows, halo, weight, bias, table)
+    product = (rows, halo, weight, bias, table)
+    check(raw_too, conv2d_rows_and_norm_reference, *product, None, *epilogue, beside, side_weight)
+    check(one, conv2d_rows_reference, *product)
     layer = partial(linear.linear_rows_triton, tile=tile)
     square = normal(640, 640, dtype=dtype) / 640**0.5
     check(layer, linear_rows_reference, residual, square, bias, None, None, None, residual)

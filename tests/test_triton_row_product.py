@@ -177,9 +177,10 @@ def test_no_active_rows(splits: int) -> None:
     for count, active in ((6, 0), (0, 5)):
         arguments = conv_arguments(torch.float32, count, active, 4, 8, 8, side_channels=21)
         check(conv.conv2d_rows_triton, conv2d_rows_reference, arguments, tile)
-    beside, weight = normal(3, 21, dtype=torch.float32, seed=0), normal(8, 72 + 21, dtype=torch.float32, seed=1)
-    out = conv.conv2d_rows_triton(rows, None, weight, bias, table, beside=beside, tile=tile)
-    assert_close(out, beside.double() @ weight[:, 72:].double().t() + bias)  # the shortcut alone
+    beside, weight = normal(3, 21, dtype=torch.float32, seed=0), normal(8, 21, dtype=torch.float32, seed=1)
+    given = {"beside": beside, "beside_weight": weight}
+    out = conv.conv2d_rows_triton(rows, None, torch.ones(8, 72), bias, table, **given, tile=tile)
+    assert_close(out, beside.double() @ weight.double().t() + bias)  # the shortcut alone
 
 
 @tiles
@@ -193,7 +194,8 @@ def test_strided_inputs(tile: Tile) -> None:
         check(linear.linear_rows_triton, linear_rows_reference, plain, tile)
     arguments = conv_arguments(torch.float32, 9, 9, None, 16, 8, side_channels=16)
     for given in (normal(9, 64, dtype=torch.float32, seed=2)[:, ::4], normal(16, 9, dtype=torch.float32, seed=3).t()):
-        check(conv.conv2d_rows_triton, conv2d_rows_reference, arguments | {"beside": given}, tile)
+        strided = arguments | {"beside": given, "beside_weight": arguments["beside_weight"].t().contiguous().t()}
+        check(conv.conv2d_rows_triton, conv2d_rows_reference, strided, tile)
 
 
 def test_counters_of_ones_own() -> None:
@@ -212,18 +214,19 @@ def test_refuses_what_does_not_fit() -> None:
         conv.conv2d_rows_triton(rows.half(), None, weight, None, table)
     with pytest.raises(ValueError, match=r"give \[Cout, 72\]"):
         conv.conv2d_rows_triton(rows, None, weight[:, :9], None, table)
-    beside, joined = torch.zeros(2, 5), torch.zeros(4, 72 + 5)
-    with pytest.raises(ValueError, match="float16, float32"):
-        conv.conv2d_rows_triton(rows, None, joined, None, table, beside=beside.half())
-    with pytest.raises(ValueError, match=r"9 taps and 5 channels beside; give \[Cout, 77\]"):
-        conv.conv2d_rows_triton(rows, None, weight, None, table, beside=beside)
-    with pytest.raises(ValueError, match=r"0 channels beside; give \[Cout, 72\]"):
-        conv.conv2d_rows_triton(rows, None, joined, None, table)
-    for other in (beside[:1], torch.zeros(3, 5)):  # of the first, rows past its end would be read
-        with pytest.raises(ValueError, match=r"[13] rows beside a convolution of 2; give one for each output row"):
-            conv.conv2d_rows_triton(rows, None, joined, None, table, beside=other)
+    beside, side_weight = torch.zeros(2, 5), torch.zeros(4, 5)
+    for given in ((beside.half(), side_weight), (beside, side_weight.half())):
+        with pytest.raises(ValueError, match="float16, float32"):
+            conv.conv2d_rows_triton(rows, None, weight, None, table, beside=given[0], beside_weight=given[1])
+    for other in (side_weight[:3], side_weight[:, :4], torch.zeros(5, 4)):
+        with pytest.raises(ValueError, match=r"beside_weight \[\d, \d\] does not fit .*; give \[4, 5\]"):
+            conv.conv2d_rows_triton(rows, None, weight, None, table, beside=beside, beside_weight=other)
+    # Of the first, rows past its end would be read.
+    for given in ((beside[:1], side_weight), (torch.zeros(3, 5), side_weight), (beside, None), (None, side_weight)):
+        with pytest.raises(ValueError, match="convolution of 2 take one for each output row, and a weight"):
+            conv.conv2d_rows_triton(rows, None, weight, None, table, beside=given[0], beside_weight=given[1])
     with pytest.raises(ValueError, match="beside a convolution"):
-        linear.linear_rows_triton(rows, weight[:, :13], None, beside=beside)
+        linear.linear_rows_triton(rows, weight[:, :8], None, beside=beside, beside_weight=side_weight)
     with pytest.raises(ValueError, match="give the sample of each row"):
         conv.conv2d_rows_triton(rows, None, weight, None, table, sample_bias=torch.zeros(1, 4))
     with pytest.raises(ValueError, match="give both or neither"):

@@ -27,8 +27,9 @@ from fisedit_compile.passes.join_shortcuts import join_shortcuts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-#: Channels of the value that the shortcut reads.
+#: Channels of the value that the shortcut reads, and what its weight is.
 WIDE = 6
+FLAT = aten.flatten.using_ints
 
 
 def resnet(
@@ -74,16 +75,14 @@ def test_exact_rewriting(conv_first: bool) -> None:
     (old,) = before.users
     conv = convolution(done)
     assert conv.target is ops.CONV2D_ROWS
-    weight, bias = conv.args[2:4]
-    assert weight.target is aten.cat.default
-    assert [part.name for part in weight.args[0]] == [old.args[2].name, before.args[1].name]
-    assert weight.args[1:] == (1,)
+    bias = conv.args[3]
     assert (bias.target, [part.name for part in bias.args]) == (
         aten.add.Tensor,
         [old.args[3].name, before.args[2].name],
     )
-    assert arguments(conv)[4:] == [*arguments(old)[4:5], COUNT, None, None, None, None, None, "none", ops.CONV2D_ROWS]
-    assert [conv.args[i].name for i in (0, 1, 12)] == [old.args[0].name, old.args[1].name, before.args[0].name]
+    assert arguments(conv)[4:] == [*arguments(old)[4:5], COUNT, *[None] * 5, "none", ops.CONV2D_ROWS, FLAT]
+    assert [conv.args[i].name for i in (0, 1, 2)] == [old.args[i].name for i in (0, 1, 2)]
+    assert [conv.args[i].name for i in (12, 13)] == [before.args[i].name for i in (0, 1)]
     assert conv.args[12].meta["module_path"] == "in"
     assert conv.meta["rows"].size == SIZE
     assert ops.LINEAR_ROWS not in targets(done.after(join_shortcuts))
@@ -110,24 +109,22 @@ def test_the_bias_is_the_sum_of_those_that_there_are(bias: tuple[bool, bool]) ->
     assert_means_the_same(done, join_shortcuts)
 
 
-def test_the_module_is_that_of_both_and_the_weights_are_joined_once_a_model() -> None:
+def test_the_module_is_that_of_both_and_biases_are_added_once_a_model() -> None:
     done = resnet()
     conv = convolution(done)
-    assert [node.meta["module_path"] for node in (conv, *conv.args[2:4])] == ["resnet"] * 3
-    joined = [done.final.graph.find_nodes(op="call_function", target=op) for op in (aten.cat.default, aten.add.Tensor)]
-    assert [[(node.meta["module_path"], node.meta["stage"]) for node in nodes] for nodes in joined] == [
-        [("resnet", "constant")]
-    ] * 2
+    assert [node.meta["module_path"] for node in (conv, conv.args[3])] == ["resnet"] * 2
+    joined = only(done.final, aten.add.Tensor)
+    assert (joined.meta["module_path"], joined.meta["stage"]) == ("resnet", "constant")
 
 
 def test_a_norm_that_is_not_the_only_reader_comes_behind_both() -> None:
     done = resnet(normed_and_raw)
     conv = convolution(done)
     assert conv.target is ops.CONV2D_ROWS_AND_NORM
-    count, sample, sample_bias, residual, scale, shift, activation, beside = arguments(conv)[5:]
+    count, sample, sample_bias, residual, scale, shift, activation, *beside = arguments(conv)[5:]
     assert (count, sample, sample_bias, residual) == (COUNT, SAMPLE, None, None)
     assert [entry.kind for entry in (scale, shift)] == ["scale", "shift"]
-    assert (activation, beside) == ("silu", ops.CONV2D_ROWS)
+    assert (activation, beside) == ("silu", [ops.CONV2D_ROWS, FLAT])
     assert sorted(user.args[1] for user in conv.users) == [0, 1]
     assert_means_the_same(done, join_shortcuts)
 
@@ -138,14 +135,14 @@ def test_a_norm_that_alone_reads_the_sum_comes_behind_both(activation: bool) -> 
     conv = convolution(done)
     assert conv.target is ops.CONV2D_ROWS
     assert arguments(conv)[5:9] == [COUNT, SAMPLE, None, None]
-    assert arguments(conv)[11:] == ["silu" if activation else "none", ops.CONV2D_ROWS]
+    assert arguments(conv)[11:] == ["silu" if activation else "none", ops.CONV2D_ROWS, FLAT]
     assert_means_the_same(done, join_shortcuts)
 
 
 def test_an_embedding_stays_in_the_convolution() -> None:
     done = resnet(lambda build, x: build.op(aten.add.Tensor, x, embedding(build)))
     conv = convolution(done)
-    assert arguments(conv)[5:] == [COUNT, SAMPLE, aten.reshape.default, *[None] * 3, "none", ops.CONV2D_ROWS]
+    assert arguments(conv)[5:] == [COUNT, SAMPLE, aten.reshape.default, *[None] * 3, "none", ops.CONV2D_ROWS, FLAT]
     assert_means_the_same(done, join_shortcuts)
 
 
@@ -169,7 +166,7 @@ def test_a_whole_level_has_no_count() -> None:
     done = snapshots(build.output(build.conv(large, path="up")), SparsityConfig(dense_below=5))
     conv = convolution(done)
     assert conv.meta["module_path"] == "mid"
-    assert arguments(conv)[5:] == [*[None] * 6, "none", ops.CONV2D_ROWS]
+    assert arguments(conv)[5:] == [*[None] * 6, "none", ops.CONV2D_ROWS, FLAT]
     assert_means_the_same(done, join_shortcuts)
 
 
