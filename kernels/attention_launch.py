@@ -31,7 +31,10 @@ def launch_attention(
     scale: float | None,
     tile: AttentionTile | None,
 ) -> torch.Tensor:
-    """Launch the kernel; ``base`` is (base_k, base_v, row_of), and then ``k_offsets`` is None."""
+    """Launch the kernel; ``base`` is (base_k, base_v, row_of).
+
+    ``k_offsets`` None: each sample has as many keys, one a pixel; always so with a base.
+    """
     if scale is not None and scale <= 0.0:
         raise ValueError(f"attention with scale={scale}: the kernel takes a positive one")
     q, k, v = head_last(q), head_last(k), head_last(v)
@@ -41,7 +44,7 @@ def launch_attention(
     tile = tile or choose_attention_tile(
         count, keys.shape[0], samples, heads, head_dim, q.dtype, multiprocessors(q.device), cached=base is not None
     )
-    pixels = 0 if base_k is None else base_k.shape[0] // samples
+    pixels = keys.shape[0] // samples  # read without k_offsets alone
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     split = tile.splits > 1
     parts = q.new_empty(tile.splits, *q.shape, dtype=torch.float32) if split else out

@@ -66,7 +66,7 @@ def attention_kernel(
     base_v: tl.tensor,
     row_of: tl.tensor,  # int32 [samples * pixels]: the row that replaces a pixel, or -1; None without a base
     q_offsets: tl.tensor,  # int32 [samples + 1]
-    k_offsets: tl.tensor,  # int32 [samples + 1]; None with a base
+    k_offsets: tl.tensor,  # int32 [samples + 1]; None: ``pixels`` keys each
     out: tl.tensor,  # [M, heads, HD]; of splits fp32 [splits, M, heads, HD], not yet divided
     peaks: tl.tensor,  # fp32 [splits, M, heads] or None: the greatest score, in powers of two
     sums: tl.tensor,  # fp32 [splits, M, heads] or None: the sum of exp2(score - peak)
@@ -101,7 +101,7 @@ def attention_kernel(
     if sample < 0:
         return
 
-    if base_k is not None:
+    if k_offsets is None:
         key_begin = tl.cast(sample, tl.int64) * pixels
         keys = pixels
     else:

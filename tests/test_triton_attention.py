@@ -60,8 +60,11 @@ def test_queries_of_a_sample_without_keys_give_zeros(tile: AttentionTile) -> Non
 @pytest.mark.usefixtures("many_keys")
 @pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
 @pytest.mark.parametrize("tile", [WHOLE, SPLIT], ids=["whole", "split"])
+@pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize(("head_dim", "pixels"), [(16, 32), (40, 35)])
-def test_cached_equals_the_reference(dtype: torch.dtype, tile: AttentionTile, head_dim: int, pixels: int) -> None:
+def test_cached_equals_the_reference(
+    dtype: torch.dtype, tile: AttentionTile, head_dim: int, pixels: int, merged: bool
+) -> None:
     counts = (19, 0, 3)
     index = torch.cat([b * pixels + torch.randperm(pixels)[:n].sort().values for b, n in enumerate(counts)])
     q, k, v = (rows(sum(counts), head_dim, dtype, seed) for seed in range(3))
@@ -69,15 +72,18 @@ def test_cached_equals_the_reference(dtype: torch.dtype, tile: AttentionTile, he
     before = base_k.clone(), base_v.clone()
     arguments = (row_of_pixels(index, 3 * pixels), offsets(*counts), None)
     with poisoned():
-        out = cached_kernel.attention_cached_triton(q, k, v, base_k, base_v, *arguments, tile)
+        out = cached_kernel.attention_cached_triton(q, k, v, base_k, base_v, *arguments, tile, merged)
     assert torch.equal(base_k, before[0])
     assert torch.equal(base_v, before[1])
     assert_close(out, attention_cached_reference(*(t.double() for t in (q, k, v, base_k, base_v)), *arguments))
 
 
 @pytest.mark.parametrize("tile", [WHOLE, SPLIT], ids=["whole", "split"])
+@pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("counts", [(0, 0), (1, 0), (6, 19)])
-def test_padding_behind_the_last_offset_is_never_read(tile: AttentionTile, counts: tuple[int, int]) -> None:
+def test_padding_behind_the_last_offset_is_never_read(
+    tile: AttentionTile, counts: tuple[int, int], merged: bool
+) -> None:
     real, pixels, samples = sum(counts), 35, offsets(*counts)
     index = torch.cat([b * pixels + torch.randperm(pixels)[:n].sort().values for b, n in enumerate(counts)])
     q, k, v = (rows(30, 16, torch.float32, seed) for seed in range(3))
@@ -87,7 +93,7 @@ def test_padding_behind_the_last_offset_is_never_read(tile: AttentionTile, count
     row_of = row_of_pixels(index, 2 * pixels)
     with poisoned():
         out = rows_kernel.attention_rows_triton(q, k, v, samples, samples, None, tile)
-        cached = cached_kernel.attention_cached_triton(q, k, v, base_k, base_v, row_of, samples, None, tile)
+        cached = cached_kernel.attention_cached_triton(q, k, v, base_k, base_v, row_of, samples, None, tile, merged)
     q, k, v = (t[:real].double() for t in (q, k, v))
     assert_close(out[:real], attention_rows_reference(q, k, v, samples, samples, None), torch.float32)
     expected = attention_cached_reference(q, k, v, base_k.double(), base_v.double(), row_of, samples, None)
