@@ -17,89 +17,7 @@ import triton
 import triton.language as tl
 
 from fisedit_compile.kernels.row_product_finish_triton import finish, sum_of_parts
-
-
-@triton.jit
-def _places(rows, table, m, inside, real, row_stride, begin, TAPS: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where the table has the entries of rows m [BM], and those of the first tap; without a table where they lie."""
-    if table is not None:
-        at = table + m.to(tl.int64) * TAPS
-        entry = tl.load(at + begin % TAPS, mask=inside, other=-1)
-    else:
-        # Rows past the last read a real one, as filters do.
-        at = rows + tl.minimum(m, real - 1).to(tl.int64) * row_stride
-        entry = m
-        if ALIGNED:
-            at = tl.multiple_of(at, [16])
-    return at, entry
-
-
-@triton.jit
-def _row_values(  # type: ignore[no-untyped-def]
-    rows, halo, beside, at, entry, m, inside, aside, active, row_stride, channels, side_channels, first, last, step,
-    TABLE: tl.constexpr, ALIGNED: tl.constexpr, WHOLE: tl.constexpr, ACROSS: tl.constexpr,
-):  # fmt: skip
-    """Channels ``first + step`` [BK] of the rows that entries [BM] name: [BM, BK], across [BK, BM].
-
-    Without a table, of the rows at ``at``; ``aside``, of the rows m of ``beside``.
-    """
-    channel = first + step
-    if TABLE:
-        source = rows + entry.to(tl.int64) * row_stride
-        present = entry >= 0
-        if halo is not None:
-            source = tl.where(entry < active, source, halo + (entry - active).to(tl.int64) * channels)
-        if beside is not None:
-            source = tl.where(aside, beside + m.to(tl.int64) * side_channels, source)
-            present = tl.where(aside, inside, present)
-        if ALIGNED:  # a choice of two pointers hides it, and unaligned loads are narrow and not pipelined
-            source = tl.multiple_of(source, [16])
-        present = _down(present, ACROSS)
-        if not WHOLE:
-            present = present & _along(channel < last, ACROSS)
-        values = tl.load(_down(source, ACROSS) + _along(channel, ACROSS), mask=present, other=0.0)
-    elif WHOLE:
-        values = tl.load(_down(at, ACROSS) + _along(channel, ACROSS))
-    else:
-        known = _along(channel < last, ACROSS)
-        values = tl.load(_down(at, ACROSS) + _along(channel, ACROSS), mask=known, other=0.0)
-    return values
-
-
-@triton.jit
-def _filter_values(  # type: ignore[no-untyped-def]
-    weight, side_weight, n, aside, tap, channels, side_channels, first, last, step,
-    TAPS: tl.constexpr, ALIGNED: tl.constexpr, WHOLE: tl.constexpr, ACROSS: tl.constexpr,
-):  # fmt: skip
-    """Channels ``first + step`` [BK] of a tap, or ``aside``, in filters n [BN]: [BK, BN], across [BN, BK]."""
-    channel = first + step
-    start, stride, depth = weight, TAPS * channels, tap * channels + channel
-    if side_weight is not None:
-        start = tl.where(aside, side_weight, weight)
-        stride = tl.where(aside, side_channels, stride)
-        depth = tl.where(aside, 0, tap * channels) + channel
-    at = start + n * stride  # [BN]
-    if side_weight is not None:  # noqa: SIM102 - Triton compiles no branch that a constant rules out
-        if ALIGNED:  # a choice of two pointers hides it
-            at = tl.multiple_of(at, [16])
-    if WHOLE:
-        values = tl.load(_along(at, ACROSS) + _down(depth, ACROSS))
-    else:
-        known = _down(channel < last, ACROSS)
-        values = tl.load(_along(at, ACROSS) + _down(depth, ACROSS), mask=known, other=0.0)
-    return values
-
-
-@triton.jit
-def _down(vector, ACROSS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """[M] as [M, 1], across [1, M]."""
-    return vector[None, :] if ACROSS else vector[:, None]
-
-
-@triton.jit
-def _along(vector, ACROSS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """[N] as [1, N], across [N, 1]."""
-    return vector[:, None] if ACROSS else vector[None, :]
+from fisedit_compile.kernels.row_product_sources_triton import filter_values, places, row_values
 
 
 @triton.jit
@@ -185,12 +103,12 @@ def row_product_kernel(
     # Where the table's entries of a row are, and the entry of the first tap: they are read a step ahead, as a load of
     # rows that waits for its entries in its own step would need stages of the software pipeline for both, and half as
     # many rows would be in flight. Without a table, where the row is.
-    at, entry = _places(rows, table, m, inside, real, row_stride, begin, TAPS, ALIGNED)
+    at, entry = places(rows, table, m, inside, real, row_stride, begin, TAPS, ALIGNED)
     if MORE > 0:
         more_m = first_row + BM + tl.arange(0, MORE)  # [MORE]
         more_inside = more_m < real
         more_total = tl.zeros((BN, MORE) if ACROSS else (MORE, BN), dtype=tl.float32)
-        more_at, more_entry = _places(rows, table, more_m, more_inside, real, row_stride, begin, TAPS, ALIGNED)
+        more_at, more_entry = places(rows, table, more_m, more_inside, real, row_stride, begin, TAPS, ALIGNED)
     for i in range(begin, end):
         # Taps inside channels: neighbours share their rows' channels, which then come from L2 and not from memory.
         tap, first, last = i % TAPS, (i // TAPS) * BK, channels
@@ -199,12 +117,12 @@ def row_product_kernel(
             aside = i >= conv_steps
             first = tl.where(aside, (i - conv_steps) * BK, first)
             last = tl.where(aside, side_channels, last)
-        a = _row_values(
+        a = row_values(
             rows, halo, beside, at, entry, m, inside, aside, active, row_stride, channels, side_channels, first, last,
             step, table is not None, ALIGNED, WHOLE, ACROSS,
         )  # fmt: skip
         if MORE > 0:
-            more = _row_values(
+            more = row_values(
                 rows, halo, beside, more_at, more_entry, more_m, more_inside, aside, active, row_stride, channels,
                 side_channels, first, last, step, table is not None, ALIGNED, WHOLE, ACROSS,
             )  # fmt: skip
@@ -212,7 +130,7 @@ def row_product_kernel(
             entry = tl.load(at + (i + 1) % TAPS, mask=inside, other=-1)
             if MORE > 0:
                 more_entry = tl.load(more_at + (i + 1) % TAPS, mask=more_inside, other=-1)
-        b = _filter_values(
+        b = filter_values(
             weight, side_weight, read, aside, tap, channels, side_channels, first, last, step, TAPS, ALIGNED, WHOLE,
             ACROSS,
         )  # fmt: skip
@@ -220,7 +138,7 @@ def row_product_kernel(
         if MORE > 0:
             more_total = _multiplied(more, b, more_total, ACROSS, PRECISION)
         if GEGLU:
-            g = _filter_values(
+            g = filter_values(
                 weight, side_weight, read + width, aside, tap, channels, side_channels, first, last, step, TAPS,
                 ALIGNED, WHOLE, ACROSS,
             )  # fmt: skip
