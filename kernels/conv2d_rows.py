@@ -45,7 +45,7 @@ def conv2d_rows_reference(
     Raises:
         IndexError: an entry of ``table`` is over R + Hh.
         RuntimeError: the channels or dtypes of the arguments do not fit.
-        ValueError: arguments of the epilogue that do not go together, or ``beside`` has another number of rows.
+        ValueError: arguments of the epilogue that do not go together, or those of a shortcut do not fit.
     """
     return conv2d_rows_and_norm_reference(rows, halo, weight, bias, table, *epilogue, **named)[1]
 
@@ -68,13 +68,29 @@ def conv2d_rows_and_norm_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`conv2d_rows_reference`, with the result both before and after norm and activation."""
     product = _convolve(rows, halo, weight, bias, table)
+    check_beside("conv2d_rows", beside, beside_weight, outputs=table.shape[0], filters=weight.shape[0])
     if beside is not None and beside_weight is not None:
-        if beside.shape[0] != table.shape[0]:
-            raise ValueError(
-                f"{beside.shape[0]} rows beside a convolution of {table.shape[0]}; give one for each output row"
-            )
         product = torch.addmm(product, beside, beside_weight.t())
     return finish_rows_reference(product, count, sample, sample_bias, residual, scale, shift, activation)
+
+
+def check_beside(
+    op: str, beside: torch.Tensor | None, beside_weight: torch.Tensor | None, *, outputs: int, filters: int
+) -> None:
+    """Raises ValueError unless the arguments of a shortcut beside a convolution fit it and each other."""
+    if beside is None and beside_weight is None:
+        return
+    if beside is None or beside_weight is None:
+        raise ValueError(f"{op}: rows beside a convolution and their weight belong together; give both or neither")
+    if beside.shape[0] != outputs:
+        raise ValueError(
+            f"{op}: {beside.shape[0]} rows beside a convolution of {outputs}; give one for each output row"
+        )
+    if beside_weight.shape != (filters, beside.shape[1]):
+        raise ValueError(
+            f"{op}: beside_weight {list(beside_weight.shape)} does not fit {filters} filters and {beside.shape[1]} "
+            f"channels beside; give [{filters}, {beside.shape[1]}]"
+        )
 
 
 def _convolve(

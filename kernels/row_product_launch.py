@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import triton
 
+from fisedit_compile.kernels.conv2d_rows import check_beside
 from fisedit_compile.kernels.epilogue import check_epilogue
 from fisedit_compile.kernels.row_product_finish_triton import finish_kernel
 from fisedit_compile.kernels.row_product_layer_norm_triton import finish_layer_norm_kernel
@@ -76,16 +77,12 @@ def launch_row_product(
             f"{op}: weight [{filters}, {weight.shape[1]}] does not fit rows of {channels} channels and {taps} taps; "
             f"give [Cout, {taps * channels}], and a halo with the channels of the rows"
         )
+    check_beside(op, beside, beside_weight, outputs=there, filters=filters)
     side_channels = 0
-    if beside is not None or beside_weight is not None:
-        if beside is None or beside_weight is None or table is None or beside.shape[0] != there:
-            raise ValueError(f"{op}: rows beside a convolution of {there} take one for each output row, and a weight")
+    if beside is not None and beside_weight is not None:
+        if table is None:
+            raise ValueError(f"{op}: rows beside a convolution need its neighbour table")
         side_channels = beside.shape[1]
-        if beside_weight.shape != (filters, side_channels):
-            raise ValueError(
-                f"{op}: beside_weight {list(beside_weight.shape)} does not fit {filters} filters and {side_channels} "
-                f"channels beside; give [{filters}, {side_channels}]"
-            )
         beside, beside_weight = beside.contiguous(), beside_weight.contiguous()
     geglu = activation == "geglu"
     if geglu and keep_raw:

@@ -48,11 +48,8 @@ def row_values(  # type: ignore[no-untyped-def]
         if not WHOLE:
             present = present & along(channel < last, ACROSS)
         values = tl.load(down(source, ACROSS) + along(channel, ACROSS), mask=present, other=0.0)
-    elif WHOLE:
-        values = tl.load(down(at, ACROSS) + along(channel, ACROSS))
     else:
-        known = along(channel < last, ACROSS)
-        values = tl.load(down(at, ACROSS) + along(channel, ACROSS), mask=known, other=0.0)
+        values = _load(down(at, ACROSS) + along(channel, ACROSS), along(channel < last, ACROSS), WHOLE)
     return values
 
 
@@ -72,11 +69,16 @@ def filter_values(  # type: ignore[no-untyped-def]
     if side_weight is not None:  # noqa: SIM102 - Triton compiles no branch that a constant rules out
         if ALIGNED:  # a choice of two pointers hides it
             at = tl.multiple_of(at, [16])
-    if WHOLE:
-        values = tl.load(along(at, ACROSS) + down(depth, ACROSS))
+    return _load(along(at, ACROSS) + down(depth, ACROSS), down(channel < last, ACROSS), WHOLE)
+
+
+@triton.jit
+def _load(at, within, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What lies there, and zeros where a step goes past the last channel."""
+    if WHOLE:  # noqa: SIM108 - Triton compiles one branch alone
+        values = tl.load(at)
     else:
-        known = down(channel < last, ACROSS)
-        values = tl.load(along(at, ACROSS) + down(depth, ACROSS), mask=known, other=0.0)
+        values = tl.load(at, mask=within, other=0.0)
     return values
 
 

@@ -214,10 +214,24 @@ def test_weights_of_other_channels_are_an_error() -> None:
         torch.ops.fisedit.conv2d_rows(torch.randn(2, 3), None, torch.randn(4, 5), None, table)
 
 
-@pytest.mark.parametrize(("rows", "channels"), [(2, 4), (2, 6), (1, 5), (3, 5)])
-def test_a_shortcut_of_other_rows_or_channels_is_an_error(rows: int, channels: int) -> None:
-    table, beside = torch.tensor([[0], [1]], dtype=torch.int32), torch.randn(rows, channels)
-    with pytest.raises((RuntimeError, ValueError)):
-        torch.ops.fisedit.conv2d_rows(
-            torch.randn(2, 3), None, torch.randn(4, 3), None, table, beside=beside, beside_weight=torch.randn(4, 5)
-        )
+@pytest.mark.parametrize(
+    ("beside", "weight", "said"),
+    [
+        ((2, 4), (4, 5), r"does not fit .*; give \[4, 4\]"),
+        ((2, 5), (3, 5), r"does not fit .*; give \[4, 5\]"),
+        ((1, 5), (4, 5), "1 rows beside a convolution of 2; give one for each output row"),
+        ((3, 5), (4, 5), "3 rows beside a convolution of 2; give one for each output row"),
+        ((2, 5), None, "belong together"),
+        (None, (4, 5), "belong together"),
+    ],
+)
+def test_a_shortcut_that_does_not_fit_is_an_error(
+    beside: tuple[int, int] | None, weight: tuple[int, int] | None, said: str
+) -> None:
+    table = torch.tensor([[0], [1]], dtype=torch.int32)
+    given = {
+        name: None if size is None else torch.randn(size)
+        for name, size in (("beside", beside), ("beside_weight", weight))
+    }
+    with pytest.raises(ValueError, match=said):
+        torch.ops.fisedit.conv2d_rows(torch.randn(2, 3), None, torch.randn(4, 3), None, table, **given)

@@ -222,10 +222,13 @@ def test_refuses_what_does_not_fit() -> None:
         with pytest.raises(ValueError, match=r"beside_weight \[\d, \d\] does not fit .*; give \[4, 5\]"):
             conv.conv2d_rows_triton(rows, None, weight, None, table, beside=beside, beside_weight=other)
     # Of the first, rows past its end would be read.
-    for given in ((beside[:1], side_weight), (torch.zeros(3, 5), side_weight), (beside, None), (None, side_weight)):
-        with pytest.raises(ValueError, match="convolution of 2 take one for each output row, and a weight"):
+    for other in (beside[:1], torch.zeros(3, 5)):
+        with pytest.raises(ValueError, match=r"[13] rows beside a convolution of 2; give one for each output row"):
+            conv.conv2d_rows_triton(rows, None, weight, None, table, beside=other, beside_weight=side_weight)
+    for given in ((beside, None), (None, side_weight)):
+        with pytest.raises(ValueError, match="belong together"):
             conv.conv2d_rows_triton(rows, None, weight, None, table, beside=given[0], beside_weight=given[1])
-    with pytest.raises(ValueError, match="beside a convolution"):
+    with pytest.raises(ValueError, match="need its neighbour table"):
         linear.linear_rows_triton(rows, weight[:, :8], None, beside=beside, beside_weight=side_weight)
     with pytest.raises(ValueError, match="give the sample of each row"):
         conv.conv2d_rows_triton(rows, None, weight, None, table, sample_bias=torch.zeros(1, 4))
