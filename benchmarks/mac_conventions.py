@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from fisedit_compile.macs import MacCount, count_macs
-from fisedit_compile.text_table import text_table
+from fisedit_compile.utils.text_table import text_table
 
 PAPER = 1901e9
 SIZE, STEPS = 768, 50

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fisedit_compile.ir.meta_interpreter import MetaInterpreter
 from fisedit_compile.mac_formulas import FORMULAS, OpFormula
-from fisedit_compile.meta_interpreter import MetaInterpreter
 
 aten = torch.ops.aten
 

@@ -17,10 +17,10 @@ from torch.fx.node import map_arg
 
 from fisedit_compile.capture import module_path
 from fisedit_compile.errors import CaptureError
+from fisedit_compile.ir.meta_interpreter import MetaInterpreter
 from fisedit_compile.mac_formulas import FORMULAS, OP_KINDS, is_refused
 from fisedit_compile.mac_report import NO_RESOLUTION, MacCount, by_area
 from fisedit_compile.mac_tracing import fvcore_by_kind
-from fisedit_compile.meta_interpreter import MetaInterpreter
 
 aten = torch.ops.aten
 

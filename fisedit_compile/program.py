@@ -18,19 +18,19 @@ from fisedit_compile.config import SparsityConfig
 from fisedit_compile.dense_graphs import DenseGraphs, copy_graph
 from fisedit_compile.errors import MaskError
 from fisedit_compile.fingerprint import Weights, WeightWatch
+from fisedit_compile.ir.requests import CacheEntry, requests_of
 from fisedit_compile.kernels.gather_scatter import inverse_permutation
 from fisedit_compile.passes import ops
 from fisedit_compile.passes.annotate_layout import annotate_layout
 from fisedit_compile.passes.hoist_invariants import fetched_rows, split_stages
 from fisedit_compile.passes.manager import SPARSE_PASSES, run_passes
 from fisedit_compile.passes.report import PassReport
-from fisedit_compile.passes.requests import CacheEntry, requests_of
 from fisedit_compile.passes.reuse_timestep import is_timestep
 from fisedit_compile.plan import EditPlan, PlanTensor, plan_edit
 from fisedit_compile.prepared import Prepared
-from fisedit_compile.single_thread import single_thread
 from fisedit_compile.stage import Stage
 from fisedit_compile.step_cache import CacheDescription, Recorded, StepCache
+from fisedit_compile.utils.single_thread import single_thread
 
 if TYPE_CHECKING:
     from fisedit_compile.row_costs import RowCosts

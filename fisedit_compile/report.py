@@ -8,13 +8,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from torch import Tensor
 from torch.fx import Node
 
+from fisedit_compile.ir.requests import CacheEntry
 from fisedit_compile.mac_report import NO_RESOLUTION, lineage
 from fisedit_compile.macs import MacCounter
 from fisedit_compile.passes.report import Change, Skip
-from fisedit_compile.passes.requests import CacheEntry
 from fisedit_compile.program import Program
 from fisedit_compile.sample_masks import square_mask
-from fisedit_compile.text_table import text_table
+from fisedit_compile.utils.text_table import text_table
 
 #: What readers call an ATen operation. One that only regroups a value is left out (""), any other is pointwise.
 _KINDS = {

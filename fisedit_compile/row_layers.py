@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from fisedit_compile.meta_interpreter import MetaInterpreter
+from fisedit_compile.ir.meta_interpreter import MetaInterpreter
 from fisedit_compile.neighbour_table import Size
 from fisedit_compile.passes import ops
 

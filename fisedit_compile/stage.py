@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fisedit_compile.passes.requests import Hoisted
+from fisedit_compile.ir.requests import Hoisted
 
 
 class Stage:

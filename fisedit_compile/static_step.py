@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisedit_compile.announce import announce
 from fisedit_compile.buckets import Bucket, pad_plan
 from fisedit_compile.cuda_graph import GraphRecorder
+from fisedit_compile.ir.requests import CacheEntry, Hoisted
 from fisedit_compile.kernels.copy_rows import RowCopies
-from fisedit_compile.passes.requests import CacheEntry, Hoisted
 from fisedit_compile.plan import EditPlan, PlanTensor
-from fisedit_compile.single_thread import single_thread
 from fisedit_compile.stage import Stage
 from fisedit_compile.step_cache import CacheDescription, Recorded, StepCache
+from fisedit_compile.utils.announce import announce
+from fisedit_compile.utils.single_thread import single_thread
 
 _ALIGNMENT = 256  # bytes, as torch's own allocator aligns
 

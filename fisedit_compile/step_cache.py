@@ -12,7 +12,7 @@ from torch.fx import Graph
 
 from fisedit_compile.capture import Signature
 from fisedit_compile.errors import BaseMismatchError
-from fisedit_compile.passes.requests import CacheEntry
+from fisedit_compile.ir.requests import CacheEntry
 
 #: What the base keeps of one U-Net call.
 StepCache = Mapping[CacheEntry, Tensor]

@@ -1,4 +1,4 @@
-"""Pass 1: give every spatial value its :class:`~fisedit_compile.layout.Layout`, from the U-Net's inputs on.
+"""Pass 1: give every spatial value its :class:`~fisedit_compile.ir.layout.Layout`, from the U-Net's inputs on.
 
     %sample   [B, 4, H, W]        ->  bchw at (H, W)
     %conv2d   [B, C, H, W]        ->  bchw at (H, W)
@@ -19,7 +19,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fisedit_compile.config import SparsityConfig
-from fisedit_compile.layout import Layout
+from fisedit_compile.ir.layout import Layout
 from fisedit_compile.passes import ops
 from fisedit_compile.passes.report import PassReport
 

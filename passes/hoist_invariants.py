@@ -16,9 +16,9 @@ from __future__ import annotations
 from torch.fx import Graph, GraphModule, Node
 
 from fisedit_compile.config import SparsityConfig
+from fisedit_compile.ir.requests import CacheEntry, Hoisted, Inputs
 from fisedit_compile.passes import ops
 from fisedit_compile.passes.report import PassReport
-from fisedit_compile.passes.requests import CacheEntry, Hoisted, Inputs
 from fisedit_compile.passes.reuse_timestep import is_timestep
 from fisedit_compile.passes.rewriting import prune
 from fisedit_compile.plan import PlanTensor
@@ -75,7 +75,7 @@ def split_stages(graph_module: GraphModule) -> dict[str, GraphModule]:
     """One graph for each stage, the step's last.
 
     A hoisted stage's graph returns the tuple of its values that later stages read; there they are placeholders whose
-    ``meta["request"]`` is a :class:`~fisedit_compile.passes.requests.Hoisted`. ``meta["stage"]`` and
+    ``meta["request"]`` is a :class:`~fisedit_compile.ir.requests.Hoisted`. ``meta["stage"]`` and
     ``meta["values"]`` of its output node name the stage and, in the order of the tuple, those values.
     """
     read_later = {stage: _read_later(graph_module, stage) for stage in HOISTED_STAGES}

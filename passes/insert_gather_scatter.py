@@ -16,10 +16,10 @@ from __future__ import annotations
 from torch.fx import Graph, GraphModule, Node
 
 from fisedit_compile.config import SparsityConfig
-from fisedit_compile.layout import Layout
+from fisedit_compile.ir.layout import Layout
+from fisedit_compile.ir.requests import CacheEntry, Inputs
 from fisedit_compile.passes import ops
 from fisedit_compile.passes.report import PassReport
-from fisedit_compile.passes.requests import CacheEntry, Inputs
 from fisedit_compile.plan import PlanTensor
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from fisedit_compile.config import SparsityConfig
-from fisedit_compile.layout import Size
+from fisedit_compile.ir.layout import Size
 from fisedit_compile.passes import ops
 from fisedit_compile.passes.report import PassReport
 from fisedit_compile.passes.rewriting import RowBuilder, move_gathers

@@ -17,9 +17,9 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from fisedit_compile.config import SparsityConfig
+from fisedit_compile.ir.requests import CacheEntry
 from fisedit_compile.passes import ops
 from fisedit_compile.passes.report import PassReport
-from fisedit_compile.passes.requests import CacheEntry
 from fisedit_compile.passes.rewriting import RowBuilder, move_gathers
 from fisedit_compile.plan import PlanTensor
 

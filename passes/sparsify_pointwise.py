@@ -19,7 +19,7 @@ from functools import partial
 from torch.fx import GraphModule, Node
 
 from fisedit_compile.config import SparsityConfig
-from fisedit_compile.layout import Layout
+from fisedit_compile.ir.layout import Layout
 from fisedit_compile.passes import ops
 from fisedit_compile.passes.annotate_layout import permutation
 from fisedit_compile.passes.report import PassReport

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fisedit_compile.layout import Layout
+from fisedit_compile.ir.layout import Layout
 
 MAP = Layout("bchw", (4, 6))
 TOKENS = Layout("bsc", (4, 6))

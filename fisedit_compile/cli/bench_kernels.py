@@ -55,7 +55,7 @@ def run_kernels(args: argparse.Namespace) -> None:
     from fisedit_compile.cli.kernel_cases import all_cases, measure
     from fisedit_compile.cli.kernel_sweep import sweep
     from fisedit_compile.cli.kernel_timing import Roof
-    from fisedit_compile.text_table import text_table
+    from fisedit_compile.utils.text_table import text_table
 
     # cuDNN tries its kernels before it is timed: the strongest dense counterpart
     with torch.no_grad(), torch.cuda.device(device), torch.backends.cudnn.flags(enabled=True, benchmark=True):

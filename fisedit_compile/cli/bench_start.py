@@ -52,7 +52,7 @@ def run_start(args: argparse.Namespace) -> None:
     device, dtype = start(args)
 
     from fisedit_compile.architectures import latent_size
-    from fisedit_compile.text_table import text_table
+    from fisedit_compile.utils.text_table import text_table
 
     settings = {
         "arch": args.arch,

@@ -107,7 +107,7 @@ def _remark(calibration: Calibration) -> str:
 def _table(rows: Sequence[Comparison]) -> str:
     """Every choice at every resolution of each set of masks, and their sums over the resolutions."""
     from fisedit_compile.block_report import CHOICES
-    from fisedit_compile.text_table import text_table
+    from fisedit_compile.utils.text_table import text_table
 
     shown = [["masks", "size", "choice", "block", "rows", "predicted us", "measured us", "error"]]
     for source in dict.fromkeys(row.source for row in rows):

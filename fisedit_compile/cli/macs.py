@@ -129,7 +129,7 @@ def _remark(file: Path, counts: MaskCounts) -> str:
 def _table(columns: list[tuple[str, MacReport]], by: str) -> str:
     """Dense MACs and those of each edit, for people."""
     from fisedit_compile.mac_report import lineage
-    from fisedit_compile.text_table import text_table
+    from fisedit_compile.utils.text_table import text_table
 
     heads, reports = zip(*columns, strict=True)
     dense: MacCount = reports[0].dense

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fisedit_compile.text_table import text_table
+from fisedit_compile.utils.text_table import text_table
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -25,7 +25,7 @@ from hand_built import (
 )
 from torch.fx import GraphModule, Node
 
-from fisedit_compile.layout import Layout
+from fisedit_compile.ir.layout import Layout
 from fisedit_compile.passes import ops
 from fisedit_compile.passes.annotate_layout import annotate_layout
 from fisedit_compile.testing import assert_close

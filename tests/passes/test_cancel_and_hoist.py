@@ -23,6 +23,7 @@ from hand_built import (
 )
 from torch.fx import Graph, GraphModule
 
+from fisedit_compile.ir.requests import CacheEntry, Hoisted, Inputs, requests_of
 from fisedit_compile.passes import ops
 from fisedit_compile.passes.cancel_scatter_gather import cancel_scatter_gather
 from fisedit_compile.passes.hoist_invariants import (
@@ -32,7 +33,6 @@ from fisedit_compile.passes.hoist_invariants import (
     is_fetch,
     split_stages,
 )
-from fisedit_compile.passes.requests import CacheEntry, Hoisted, Inputs, requests_of
 from fisedit_compile.plan import PlanTensor, Taps, plan_edit
 from fisedit_compile.testing import assert_close
 

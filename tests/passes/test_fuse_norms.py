@@ -37,10 +37,10 @@ from hand_built import (
 from torch.fx import Node
 
 from fisedit_compile.config import SparsityConfig
+from fisedit_compile.ir.requests import CacheEntry
 from fisedit_compile.passes import ops
 from fisedit_compile.passes.fuse_norms import fuse_norms
 from fisedit_compile.passes.fuse_pointwise import fuse_pointwise
-from fisedit_compile.passes.requests import CacheEntry
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

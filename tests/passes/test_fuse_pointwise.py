@@ -34,7 +34,7 @@ from hand_built import (
 )
 from torch.fx import Graph, GraphModule, Node
 
-from fisedit_compile.layout import Layout
+from fisedit_compile.ir.layout import Layout
 from fisedit_compile.passes import ops
 from fisedit_compile.passes.fuse_pointwise import fuse_pointwise
 

@@ -20,8 +20,8 @@ from hand_built import (
 )
 from torch.fx import Node
 
+from fisedit_compile.ir.requests import CacheEntry, requests_of
 from fisedit_compile.passes import ops
-from fisedit_compile.passes.requests import CacheEntry, requests_of
 from fisedit_compile.passes.reuse_timestep import is_timestep, reuse_timestep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
