@@ -25,8 +25,8 @@ from fisedit_compile.architectures import build_unet
 from fisedit_compile.cli.runtime import whole_number
 from fisedit_compile.mac_report import NO_RESOLUTION
 from fisedit_compile.macs import MacCounter
-from fisedit_compile.passes.choose_blocks import expand_to_tiles
-from fisedit_compile.sample_masks import read_masks
+from fisedit_compile.masks.sample_masks import read_masks
+from fisedit_compile.planning.apsc import expand_to_tiles
 
 #: Sides of the square tiles that are compared. 1 is pixel-exact, 2 what the paper's objective (A.1) chooses.
 TILES = (1, 2, 4, 8, 16, 32)

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
+from fisedit_compile.ir.layout import Size
 from fisedit_compile.layer_timing import Timer
-from fisedit_compile.neighbour_table import Size
-from fisedit_compile.passes.choose_blocks import RowCandidate
-from fisedit_compile.plan import EditPlan, plan_edit
+from fisedit_compile.planning.apsc import RowCandidate
+from fisedit_compile.planning.edit_plan import EditPlan, plan_edit
 from fisedit_compile.program import Program
 from fisedit_compile.row_costs import RowCosts
 from fisedit_compile.row_layers import LayerShape

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fisedit_compile.kernels.semaphores import new_semaphores, use_semaphores
-from fisedit_compile.kernels.triton_launch import compiling_alone
+from fisedit_compile.kernels.launch.semaphores import new_semaphores, use_semaphores
+from fisedit_compile.kernels.launch.triton_launch import compiling_alone
 from fisedit_compile.stage import Stage
 
 _Out = TypeVar("_Out")

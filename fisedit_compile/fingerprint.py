@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fisedit_compile.kernels.copy_rows import RowCopies
+from fisedit_compile.kernels.indexing.copy_rows import RowCopies
 
 #: Values of each parameter that are compared, evenly spaced. A fine-tune, a LoRA or another seed changes nearly all
 #: weights, so a few tell it; reading every byte of a large U-Net would take seconds an edit.

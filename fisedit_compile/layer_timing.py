@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fisedit_compile.kernels.ops  # noqa: F401  (registers torch.ops.fisedit)
-from fisedit_compile.plan import row_of_pixels
+from fisedit_compile.planning.edit_plan import row_of_pixels
 from fisedit_compile.row_layers import LayerShape
 
 #: Weights of a step do not fit a GPU's L2 cache: a timed run goes through so many bytes of them, in so many calls.
@@ -142,7 +142,7 @@ class LayerTimer:
             return 1e6 * statistics.median(times)
 
     def _replays(self, calls: list[Call], repeats: int) -> float:
-        from fisedit_compile.kernels.semaphores import new_semaphores, use_semaphores
+        from fisedit_compile.kernels.launch.semaphores import new_semaphores, use_semaphores
 
         with torch.cuda.device(self.device), use_semaphores(new_semaphores(self.device)):
             graph = torch.cuda.CUDAGraph()

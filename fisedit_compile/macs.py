@@ -19,14 +19,14 @@ from fisedit_compile.config import AttentionMode, SparsityConfig
 from fisedit_compile.dense_graphs import copy_graph
 from fisedit_compile.mac_report import MacCount, MacReport
 from fisedit_compile.mac_walk import GraphCounter, count_graph
+from fisedit_compile.masks.sample_masks import latent_mask, square_mask
+from fisedit_compile.masks.user_mask import MaskLike
 from fisedit_compile.passes.annotate_layout import annotate_layout
 from fisedit_compile.passes.hoist_invariants import HOISTED_STAGES
 from fisedit_compile.passes.rewriting import prune
-from fisedit_compile.plan import EditPlan
+from fisedit_compile.planning.edit_plan import EditPlan
 from fisedit_compile.program import Program
-from fisedit_compile.sample_masks import latent_mask, square_mask
 from fisedit_compile.step_shapes import step_shapes
-from fisedit_compile.user_mask import MaskLike
 
 __all__ = [
     "MacCount",
@@ -172,9 +172,9 @@ class MacCounter:
         """Dense call and sparse step of an edit side by side.
 
         Args:
-            mask: see :func:`~fisedit_compile.sample_masks.latent_mask`. Sample b of the batch has mask ``b % n``.
+            mask: see :func:`~fisedit_compile.masks.sample_masks.latent_mask`. Sample b of the batch has mask ``b % n``.
             edit_size: instead, the share in (0, 1] that a square in the middle has, see
-                :func:`~fisedit_compile.sample_masks.square_mask`.
+                :func:`~fisedit_compile.masks.sample_masks.square_mask`.
 
         Raises:
             ValueError: not exactly one of the two, or an edit size outside (0, 1].

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fisedit_compile.buckets import Bucket
-from fisedit_compile.plan import EditPlan
+from fisedit_compile.planning.buckets import Bucket
+from fisedit_compile.planning.edit_plan import EditPlan
 
 if TYPE_CHECKING:
     from fisedit_compile.program import Program

@@ -12,21 +12,22 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fisedit_compile.buckets import Bucket, Buckets
 from fisedit_compile.capture import Call, Signature, capture
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.dense_graphs import DenseGraphs, copy_graph
 from fisedit_compile.errors import MaskError
 from fisedit_compile.fingerprint import Weights, WeightWatch
+from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry, requests_of
-from fisedit_compile.kernels.gather_scatter import inverse_permutation
+from fisedit_compile.kernels.indexing.gather_scatter import inverse_permutation
 from fisedit_compile.passes import ops
 from fisedit_compile.passes.annotate_layout import annotate_layout
 from fisedit_compile.passes.hoist_invariants import fetched_rows, split_stages
 from fisedit_compile.passes.manager import SPARSE_PASSES, run_passes
 from fisedit_compile.passes.report import PassReport
 from fisedit_compile.passes.reuse_timestep import is_timestep
-from fisedit_compile.plan import EditPlan, PlanTensor, plan_edit
+from fisedit_compile.planning.buckets import Bucket, Buckets
+from fisedit_compile.planning.edit_plan import EditPlan, plan_edit
 from fisedit_compile.prepared import Prepared
 from fisedit_compile.stage import Stage
 from fisedit_compile.step_cache import CacheDescription, Recorded, StepCache

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from fisedit_compile.calibration import Calibration, calibrate
-from fisedit_compile.neighbour_table import Size
+from fisedit_compile.ir.layout import Size
 from fisedit_compile.row_layers import LayerShape, RowLayer, row_layers
 
 if TYPE_CHECKING:

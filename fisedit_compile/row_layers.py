@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from fisedit_compile.ir.layout import Size
 from fisedit_compile.ir.meta_interpreter import MetaInterpreter
-from fisedit_compile.neighbour_table import Size
 from fisedit_compile.passes import ops
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def row_layers(program: Program) -> list[RowLayer]:
     Norms, gathers and the resolutions at which every pixel is computed anyway (``config.is_whole``) are left out.
     Shapes come from a run on the meta device, where nothing is computed.
     """
-    from fisedit_compile.plan import plan_edit
+    from fisedit_compile.planning.edit_plan import plan_edit
     from fisedit_compile.step_shapes import step_shapes
 
     batch, _, *latents = program.signature.sample_shape

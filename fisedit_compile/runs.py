@@ -13,8 +13,8 @@ from torch import Tensor
 from fisedit_compile.base import Base, RecordedCall
 from fisedit_compile.capture import Call
 from fisedit_compile.config import SparsityConfig
-from fisedit_compile.difference_mask import difference_mask
 from fisedit_compile.errors import BaseMismatchError, CaptureError, MaskError
+from fisedit_compile.masks.difference_mask import difference_mask
 from fisedit_compile.prepared import Prepared
 from fisedit_compile.prompt_to_prompt import align_batch
 from fisedit_compile.sparse_unet import SparseUNet

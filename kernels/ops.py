@@ -19,22 +19,22 @@ from typing import Any
 
 import torch
 
-from fisedit_compile.kernels.attention_rows import attention_cached_reference, attention_rows_reference
-from fisedit_compile.kernels.cat_norm_rows import cat_norm_rows_reference
-from fisedit_compile.kernels.conv2d_rows import conv2d_rows_and_norm_reference, conv2d_rows_reference
-from fisedit_compile.kernels.epilogue import SCHEMA
-from fisedit_compile.kernels.gather_scatter import (
-    gather_rows_reference,
-    inverse_permutation,
-    scatter_rows_reference,
-)
-from fisedit_compile.kernels.group_norm_rows import group_norm_rows_reference, group_norm_whole_reference
-from fisedit_compile.kernels.layer_norm_rows import layer_norm_rows_reference
-from fisedit_compile.kernels.linear_rows import (
+from fisedit_compile.kernels.attention.attention_rows import attention_cached_reference, attention_rows_reference
+from fisedit_compile.kernels.implicit_gemm.conv2d_rows import conv2d_rows_and_norm_reference, conv2d_rows_reference
+from fisedit_compile.kernels.implicit_gemm.epilogue import SCHEMA
+from fisedit_compile.kernels.implicit_gemm.linear_rows import (
     linear_rows_and_layer_norm_reference,
     linear_rows_and_norm_reference,
     linear_rows_reference,
 )
+from fisedit_compile.kernels.indexing.gather_scatter import (
+    gather_rows_reference,
+    inverse_permutation,
+    scatter_rows_reference,
+)
+from fisedit_compile.kernels.norms.cat_norm_rows import cat_norm_rows_reference
+from fisedit_compile.kernels.norms.group_norm_rows import group_norm_rows_reference, group_norm_whole_reference
+from fisedit_compile.kernels.norms.layer_norm_rows import layer_norm_rows_reference
 
 NAMESPACE = "fisedit"
 
@@ -128,7 +128,7 @@ _register(
     "Tensor rows, Tensor base, Tensor index, SymInt[] shape, int[] order, int pixel_dims, Tensor? count=None",
     scatter_rows_reference,
     _scatter_rows,
-    _launcher("scatter_rows_triton", "scatter_rows_triton", scatter_rows_reference),
+    _launcher("indexing.scatter_rows_triton", "scatter_rows_triton", scatter_rows_reference),
 )
 _CONV2D_ROWS = (
     f"Tensor rows, Tensor? halo, Tensor weight, Tensor? bias, Tensor table, {SCHEMA}, Tensor? beside=None, "
@@ -139,14 +139,14 @@ _register(
     _CONV2D_ROWS,
     conv2d_rows_reference,
     _conv2d_rows,
-    _launcher("conv2d_rows_triton", "conv2d_rows_triton", conv2d_rows_reference),
+    _launcher("implicit_gemm.conv2d_rows_triton", "conv2d_rows_triton", conv2d_rows_reference),
 )
 _register(
     "conv2d_rows_and_norm",
     _CONV2D_ROWS,
     conv2d_rows_and_norm_reference,
     _conv2d_rows_and_norm,
-    _launcher("conv2d_rows_triton", "conv2d_rows_and_norm_triton", conv2d_rows_and_norm_reference),
+    _launcher("implicit_gemm.conv2d_rows_triton", "conv2d_rows_and_norm_triton", conv2d_rows_and_norm_reference),
     results="(Tensor, Tensor)",
 )
 _LINEAR_ROWS = f"Tensor rows, Tensor weight, Tensor? bias, {SCHEMA}"
@@ -155,14 +155,14 @@ _register(
     _LINEAR_ROWS,
     linear_rows_reference,
     _linear_rows,
-    _launcher("linear_rows_triton", "linear_rows_triton", linear_rows_reference),
+    _launcher("implicit_gemm.linear_rows_triton", "linear_rows_triton", linear_rows_reference),
 )
 _register(
     "linear_rows_and_norm",
     _LINEAR_ROWS,
     linear_rows_and_norm_reference,
     _linear_rows_and_norm,
-    _launcher("linear_rows_triton", "linear_rows_and_norm_triton", linear_rows_and_norm_reference),
+    _launcher("implicit_gemm.linear_rows_triton", "linear_rows_and_norm_triton", linear_rows_and_norm_reference),
     results="(Tensor, Tensor)",
 )
 _register(
@@ -171,7 +171,9 @@ _register(
     "Tensor? count=None",
     linear_rows_and_layer_norm_reference,
     _linear_rows_and_layer_norm,
-    _launcher("linear_rows_triton", "linear_rows_and_layer_norm_triton", linear_rows_and_layer_norm_reference),
+    _launcher(
+        "implicit_gemm.linear_rows_triton", "linear_rows_and_layer_norm_triton", linear_rows_and_layer_norm_reference
+    ),
     results="(Tensor, Tensor)",
 )
 _register(
@@ -179,28 +181,28 @@ _register(
     "Tensor rows, Tensor sample, Tensor scale, Tensor shift, bool silu=False, Tensor? count=None",
     group_norm_rows_reference,
     _like_rows,
-    _launcher("group_norm_rows_triton", "group_norm_rows_triton", group_norm_rows_reference),
+    _launcher("norms.group_norm_rows_triton", "group_norm_rows_triton", group_norm_rows_reference),
 )
 _register(
     "group_norm_whole",
     "Tensor rows, int samples, int groups, Tensor? weight, Tensor? bias, float eps, bool silu=False",
     group_norm_whole_reference,
     _like_rows,
-    _launcher("group_norm_whole_triton", "group_norm_whole_triton", group_norm_whole_reference),
+    _launcher("norms.group_norm_whole_triton", "group_norm_whole_triton", group_norm_whole_reference),
 )
 _register(
     "layer_norm_rows",
     "Tensor rows, Tensor? weight, Tensor? bias, float eps, Tensor? count=None",
     layer_norm_rows_reference,
     _like_rows,
-    _launcher("layer_norm_rows_triton", "layer_norm_rows_triton", layer_norm_rows_reference),
+    _launcher("norms.layer_norm_rows_triton", "layer_norm_rows_triton", layer_norm_rows_reference),
 )
 _register(
     "cat_norm_rows",
     "Tensor left, Tensor right, Tensor sample, Tensor scale, Tensor shift, bool silu=False, Tensor? count=None",
     cat_norm_rows_reference,
     _cat_norm_rows,
-    _launcher("cat_norm_rows_triton", "cat_norm_rows_triton", cat_norm_rows_reference),
+    _launcher("norms.cat_norm_rows_triton", "cat_norm_rows_triton", cat_norm_rows_reference),
     results="(Tensor, Tensor)",
 )
 _register(
@@ -208,12 +210,12 @@ _register(
     "Tensor q, Tensor k, Tensor v, Tensor q_offsets, Tensor k_offsets, float? scale",
     attention_rows_reference,
     _like_rows,
-    _launcher("attention_rows_triton", "attention_rows_triton", attention_rows_reference),
+    _launcher("attention.attention_rows_triton", "attention_rows_triton", attention_rows_reference),
 )
 _register(
     "attention_cached",
     "Tensor q, Tensor k, Tensor v, Tensor base_k, Tensor base_v, Tensor row_of, Tensor offsets, float? scale",
     attention_cached_reference,
     _like_rows,
-    _launcher("attention_cached_triton", "attention_cached_triton", attention_cached_reference),
+    _launcher("attention.attention_cached_triton", "attention_cached_triton", attention_cached_reference),
 )

@@ -12,10 +12,10 @@ from torch.fx import GraphModule, Node
 
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.requests import CacheEntry, ControlTensor, Inputs
+from fisedit_compile.kernels.attention.controlled_attention import controlled_attention
 from fisedit_compile.passes import ops
 from fisedit_compile.passes.report import PassReport
 from fisedit_compile.passes.rewriting import RowBuilder
-from fisedit_compile.prompt_to_prompt import controlled_attention
 
 
 def control_cross_attention(graph_module: GraphModule, config: SparsityConfig) -> PassReport:

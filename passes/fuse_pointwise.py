@@ -22,11 +22,11 @@ from torch.fx import Graph, GraphModule, Node
 
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.layout import Layout
+from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import Inputs
 from fisedit_compile.passes import ops
 from fisedit_compile.passes.report import PassReport
 from fisedit_compile.passes.rewriting import prune, row_count, stands_for
-from fisedit_compile.plan import PlanTensor
 
 aten = ops.aten
 

@@ -17,10 +17,10 @@ from torch.fx import Graph, GraphModule, Node
 
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.layout import Layout
+from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry, Inputs
 from fisedit_compile.passes import ops
 from fisedit_compile.passes.report import PassReport
-from fisedit_compile.plan import PlanTensor
 
 
 def insert_gather_scatter(graph_module: GraphModule, config: SparsityConfig) -> PassReport:

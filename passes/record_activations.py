@@ -13,12 +13,12 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fisedit_compile.ir.requests import CacheEntry, Inputs
-from fisedit_compile.kernels.group_norm_rows import norm_scale_shift
+from fisedit_compile.kernels.attention.controlled_attention import attention_probabilities
+from fisedit_compile.kernels.norms.group_norm_rows import norm_scale_shift
 from fisedit_compile.passes import ops
 from fisedit_compile.passes.report import PassReport
 from fisedit_compile.passes.rewriting import RowBuilder
 from fisedit_compile.passes.sparsify_norm import norm_arguments
-from fisedit_compile.prompt_to_prompt import attention_probabilities
 
 aten = ops.aten
 

@@ -20,10 +20,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fisedit_compile.config import SparsityConfig
+from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.passes import ops
 from fisedit_compile.passes.report import PassReport
 from fisedit_compile.passes.rewriting import RowBuilder, move_gathers
-from fisedit_compile.plan import PlanTensor
 
 aten = ops.aten
 

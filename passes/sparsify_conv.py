@@ -20,10 +20,11 @@ from torch.fx import GraphModule, Node
 
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.layout import Size
+from fisedit_compile.ir.plan_tensor import PlanTensor
+from fisedit_compile.ir.taps import Taps
 from fisedit_compile.passes import ops
 from fisedit_compile.passes.report import PassReport
 from fisedit_compile.passes.rewriting import RowBuilder, move_gathers
-from fisedit_compile.plan import PlanTensor, Taps
 
 aten = ops.aten
 

@@ -17,11 +17,11 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from fisedit_compile.config import SparsityConfig
+from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry
 from fisedit_compile.passes import ops
 from fisedit_compile.passes.report import PassReport
 from fisedit_compile.passes.rewriting import RowBuilder, move_gathers
-from fisedit_compile.plan import PlanTensor
 
 
 def sparsify_norm(graph_module: GraphModule, config: SparsityConfig) -> PassReport:

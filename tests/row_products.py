@@ -8,8 +8,8 @@ import torch
 from poison import poisoned
 from random_rows import normal
 
-from fisedit_compile.kernels.row_product_tiles import Library, Tile
-from fisedit_compile.kernels.semaphores import semaphores
+from fisedit_compile.kernels.implicit_gemm.row_product_tiles import Library, Tile
+from fisedit_compile.kernels.launch.semaphores import semaphores
 from fisedit_compile.testing import assert_close
 
 Arguments = dict[str, Any]

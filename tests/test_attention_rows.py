@@ -11,7 +11,7 @@ from random_rows import DTYPES, masks, normal, offsets_of, pixel_ids, samples_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fisedit_compile.kernels.ops  # noqa: F401  (registers torch.ops.fisedit)
-from fisedit_compile.plan import row_of_pixels
+from fisedit_compile.planning.edit_plan import row_of_pixels
 from fisedit_compile.testing import assert_close
 
 HEADS, HEAD_DIM = 2, 8

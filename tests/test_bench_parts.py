@@ -18,7 +18,7 @@ from fisedit_compile.cli.gpu_counters import count_kernels, dynamo_graphs
 from fisedit_compile.cli.timing import Spread, interleaved
 from fisedit_compile.cli.unet_dense import dense_runs
 from fisedit_compile.cli.unet_prep import measure_prep
-from fisedit_compile.sample_masks import square_mask
+from fisedit_compile.masks.sample_masks import square_mask
 
 CPU = torch.device("cpu")
 

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from random_masks import masks
 from torch import Tensor
 
-from fisedit_compile.buckets import MULTIPLE, SHAPES, Bucket, Buckets, pad_plan
-from fisedit_compile.neighbour_table import Size, Taps
-from fisedit_compile.plan import EditPlan, PlanTensor, plan_edit
-from fisedit_compile.sample_masks import square_mask
+from fisedit_compile.ir.layout import Size
+from fisedit_compile.ir.plan_tensor import PlanTensor
+from fisedit_compile.ir.taps import Taps
+from fisedit_compile.masks.sample_masks import square_mask
+from fisedit_compile.planning.buckets import MULTIPLE, SHAPES, Bucket, Buckets, pad_plan
+from fisedit_compile.planning.edit_plan import EditPlan, plan_edit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,9 +17,9 @@ from fisedit_compile import calibration as calibration_module
 from fisedit_compile.calibration import Calibration, calibrate
 from fisedit_compile.cli import main
 from fisedit_compile.layer_timing import LayerTimer, square_table
+from fisedit_compile.masks.sample_masks import square_mask
 from fisedit_compile.row_costs import RowCosts
 from fisedit_compile.row_layers import LayerShape, RowLayer, row_layers
-from fisedit_compile.sample_masks import square_mask
 from fisedit_compile.sparse_unet import sparsify
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fisedit_compile.passes.choose_blocks import (
+from fisedit_compile.planning.apsc import (
     PAPER_BLOCKS,
     active_tiles,
     choose_block,

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fisedit_compile.passes.choose_blocks import choose_block, choose_rows, expand_to_tiles
-from fisedit_compile.plan import PlanTensor, plan_edit
+from fisedit_compile.ir.plan_tensor import PlanTensor
+from fisedit_compile.planning.apsc import choose_block, choose_rows, expand_to_tiles
+from fisedit_compile.planning.edit_plan import plan_edit
 
 
 def square(side: int, at: int, size: int) -> torch.Tensor:

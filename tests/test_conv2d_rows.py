@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from random_rows import DTYPES, masks, normal, pixel_ids
 
 import fisedit_compile.kernels.ops  # noqa: F401  (registers torch.ops.fisedit)
-from fisedit_compile.kernels import conv2d_rows
+from fisedit_compile.kernels.implicit_gemm import conv2d_rows
 from fisedit_compile.testing import assert_close
 
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from skimage.filters import threshold_otsu
 
-from fisedit_compile.difference_mask import clean_up, difference, difference_mask, otsu_threshold
 from fisedit_compile.errors import MaskError
-from fisedit_compile.user_mask import MaskLike, as_mask
+from fisedit_compile.masks.difference_mask import clean_up, difference, difference_mask, otsu_threshold
+from fisedit_compile.masks.user_mask import MaskLike, as_mask
 
 
 def generations(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fisedit_compile.architectures import build_unet, unet_inputs
-from fisedit_compile.sample_masks import square_mask
+from fisedit_compile.masks.sample_masks import square_mask
 from fisedit_compile.sparse_unet import sparsify
 from fisedit_compile.testing import TOLERANCES, assert_close, relative_error
 

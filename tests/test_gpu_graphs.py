@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fisedit_compile.architectures import build_unet, unet_inputs
-from fisedit_compile.sample_masks import square_mask
+from fisedit_compile.masks.sample_masks import square_mask
 from fisedit_compile.sparse_unet import SparseUNet, sparsify
 from fisedit_compile.testing import assert_close
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from random_rows import DTYPES, masks, normal, pixel_ids, samples_of
 
 import fisedit_compile.kernels.ops  # noqa: F401  (registers torch.ops.fisedit)
-from fisedit_compile.kernels.group_norm_rows import norm_scale_shift
+from fisedit_compile.kernels.norms.group_norm_rows import norm_scale_shift
 from fisedit_compile.testing import assert_close
 
 CHANNELS, EPS = 12, 1e-5

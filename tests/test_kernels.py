@@ -14,7 +14,7 @@ from random_rows import DTYPES, normal
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fisedit_compile.kernels.ops
-from fisedit_compile.plan import row_of_pixels
+from fisedit_compile.planning.edit_plan import row_of_pixels
 from fisedit_compile.testing import assert_close
 
 Arguments = dict[str, Any]

@@ -117,7 +117,7 @@ def test_wheel_holds_the_linked_folders_as_files_of_the_package(tmp_path: Path) 
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
         sizes = {name: wheel.getinfo(name).file_size for name in names}
     assert {Path(name).parts[0] for name in names} == {"fisedit_compile"}
-    sources = {f"fisedit_compile/{path.relative_to(ROOT)}": path for f in LINKED for path in (ROOT / f).glob("*.py")}
+    sources = {f"fisedit_compile/{path.relative_to(ROOT)}": path for f in LINKED for path in (ROOT / f).rglob("*.py")}
     assert sources.keys() <= names
     assert all(sizes[name] == path.stat().st_size for name, path in sources.items())
     assert "fisedit_compile/py.typed" in names

@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from fisedit_compile.errors import MaskError
-from fisedit_compile.passes.choose_blocks import expand_to_tiles
-from fisedit_compile.plan import EditPlan, PlanTensor, Size, Taps, plan_edit, row_of_pixels
+from fisedit_compile.ir.layout import Size
+from fisedit_compile.ir.plan_tensor import PlanTensor
+from fisedit_compile.ir.taps import Taps
+from fisedit_compile.planning.apsc import expand_to_tiles
+from fisedit_compile.planning.edit_plan import EditPlan, plan_edit, row_of_pixels
 from fisedit_compile.testing import assert_close
 
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fisedit_compile.kernels import row_product_tiles
-from fisedit_compile.kernels.row_product_tiles import Library, Tile, choose_tile
+from fisedit_compile.kernels.implicit_gemm import row_product_tiles
+from fisedit_compile.kernels.implicit_gemm.row_product_tiles import Library, Tile, choose_tile
 
 MEASURED = json.loads(Path(row_product_tiles.__file__).with_name("row_product_tiles.json").read_text())
 SHARED_MEMORY = 227 * 1024  # of a Hopper multiprocessor

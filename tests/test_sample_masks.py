@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fisedit_compile.errors import MaskError
-from fisedit_compile.sample_masks import latent_mask, read_masks, square_mask
+from fisedit_compile.masks.sample_masks import latent_mask, read_masks, square_mask
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.floats(0, 1, exclude_min=True))

@@ -25,7 +25,7 @@ from baselines.prompt_to_prompt import PromptToPrompt  # noqa: E402
 from baselines.text_to_image import TextToImage  # noqa: E402
 
 from fisedit_compile.macs import MacCounter  # noqa: E402
-from fisedit_compile.sample_masks import square_mask  # noqa: E402
+from fisedit_compile.masks.sample_masks import square_mask  # noqa: E402
 
 SMALL = ["--arch", "tiny", "--size", "128"]
 STEPS = 5

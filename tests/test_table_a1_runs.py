@@ -28,7 +28,7 @@ from baselines.text_to_image import CompiledTextToImage  # noqa: E402
 
 from fisedit_compile import SparsityConfig  # noqa: E402
 from fisedit_compile.cli.bench_masks import MaskSet  # noqa: E402
-from fisedit_compile.sample_masks import square_mask  # noqa: E402
+from fisedit_compile.masks.sample_masks import square_mask  # noqa: E402
 
 SMALL = ["--arch", "tiny", "--size", "128"]
 

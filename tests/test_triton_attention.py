@@ -8,14 +8,18 @@ from interpreter import INTERPRETED_DTYPES, MARKS
 from poison import poisoned
 from random_rows import normal
 
-from fisedit_compile.kernels.attention_rows import attention_cached_reference, attention_rows_reference
-from fisedit_compile.kernels.attention_tiles import AttentionTile
-from fisedit_compile.plan import row_of_pixels
+from fisedit_compile.kernels.attention.attention_rows import attention_cached_reference, attention_rows_reference
+from fisedit_compile.kernels.attention.attention_tiles import AttentionTile
+from fisedit_compile.planning.edit_plan import row_of_pixels
 from fisedit_compile.testing import assert_close
 
-rows_kernel = pytest.importorskip("fisedit_compile.kernels.attention_rows_triton", reason="Triton is not installed")
-cached_kernel = pytest.importorskip("fisedit_compile.kernels.attention_cached_triton", reason="Triton is not installed")
-launcher = pytest.importorskip("fisedit_compile.kernels.attention_launch", reason="Triton is not installed")
+rows_kernel = pytest.importorskip(
+    "fisedit_compile.kernels.attention.attention_rows_triton", reason="Triton is not installed"
+)
+cached_kernel = pytest.importorskip(
+    "fisedit_compile.kernels.attention.attention_cached_triton", reason="Triton is not installed"
+)
+launcher = pytest.importorskip("fisedit_compile.kernels.attention.attention_launch", reason="Triton is not installed")
 pytestmark = MARKS
 
 WHOLE, SPLIT = (AttentionTile(16, 16, 4, 2, splits) for splits in (1, 3))

@@ -9,7 +9,7 @@ import torch
 from interpreter import MARKS
 from random_rows import normal
 
-from fisedit_compile.kernels.copy_rows import RowCopies
+from fisedit_compile.kernels.indexing.copy_rows import RowCopies
 
 Run = Callable[[list[torch.Tensor], list[torch.Tensor | None], torch.Tensor, list[torch.Tensor]], None]
 
@@ -20,7 +20,7 @@ def loop(targets: list[torch.Tensor], indices: list, counts: torch.Tensor, sourc
 
 
 def launch(targets: list[torch.Tensor], indices: list, counts: torch.Tensor, sources: list[torch.Tensor]) -> None:
-    from fisedit_compile.kernels.copy_rows_triton import CopyLaunch
+    from fisedit_compile.kernels.indexing.copy_rows_triton import CopyLaunch
 
     copies = CopyLaunch(targets, indices, counts)
     copies.run(copies.addresses(sources))

@@ -11,21 +11,24 @@ import torch
 from poison import poisoned
 
 import fisedit_compile.kernels.ops  # noqa: F401  (registers torch.ops.fisedit)
-from fisedit_compile.kernels.attention_rows import attention_cached_reference, attention_rows_reference
-from fisedit_compile.kernels.cat_norm_rows import cat_norm_rows_reference
-from fisedit_compile.kernels.conv2d_rows import conv2d_rows_and_norm_reference, conv2d_rows_reference
-from fisedit_compile.kernels.copy_rows import RowCopies
-from fisedit_compile.kernels.group_norm_rows import group_norm_rows_reference, group_norm_whole_reference
-from fisedit_compile.kernels.layer_norm_rows import layer_norm_rows_reference
-from fisedit_compile.kernels.linear_rows import linear_rows_and_norm_reference, linear_rows_reference
-from fisedit_compile.kernels.row_product_tiles import Tile
-from fisedit_compile.neighbour_table import Taps, neighbour_table
-from fisedit_compile.plan import row_of_pixels
-from fisedit_compile.sample_masks import square_mask
+from fisedit_compile.ir.taps import Taps
+from fisedit_compile.kernels.attention.attention_rows import attention_cached_reference, attention_rows_reference
+from fisedit_compile.kernels.implicit_gemm.conv2d_rows import conv2d_rows_and_norm_reference, conv2d_rows_reference
+from fisedit_compile.kernels.implicit_gemm.linear_rows import linear_rows_and_norm_reference, linear_rows_reference
+from fisedit_compile.kernels.implicit_gemm.row_product_tiles import Tile
+from fisedit_compile.kernels.indexing.copy_rows import RowCopies
+from fisedit_compile.kernels.norms.cat_norm_rows import cat_norm_rows_reference
+from fisedit_compile.kernels.norms.group_norm_rows import group_norm_rows_reference, group_norm_whole_reference
+from fisedit_compile.kernels.norms.layer_norm_rows import layer_norm_rows_reference
+from fisedit_compile.masks.sample_masks import square_mask
+from fisedit_compile.planning.edit_plan import row_of_pixels
+from fisedit_compile.planning.neighbour_table import neighbour_table
 from fisedit_compile.testing import assert_close
 
-conv = pytest.importorskip("fisedit_compile.kernels.conv2d_rows_triton", reason="Triton is not installed")
-linear = pytest.importorskip("fisedit_compile.kernels.linear_rows_triton", reason="Triton is not installed")
+conv = pytest.importorskip("fisedit_compile.kernels.implicit_gemm.conv2d_rows_triton", reason="Triton is not installed")
+linear = pytest.importorskip(
+    "fisedit_compile.kernels.implicit_gemm.linear_rows_triton", reason="Triton is not installed"
+)
 pytestmark = pytest.mark.gpu
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -8,11 +8,11 @@ from interpreter import INTERPRETED_DTYPES, MARKS
 from poison import poisoned
 from random_rows import normal
 
-from fisedit_compile.kernels.group_norm_rows import group_norm_rows_reference, group_norm_whole_reference
+from fisedit_compile.kernels.norms.group_norm_rows import group_norm_rows_reference, group_norm_whole_reference
 from fisedit_compile.testing import assert_close
 
-norm = pytest.importorskip("fisedit_compile.kernels.group_norm_rows_triton", reason="Triton is not installed")
-whole = pytest.importorskip("fisedit_compile.kernels.group_norm_whole_triton", reason="Triton is not installed")
+norm = pytest.importorskip("fisedit_compile.kernels.norms.group_norm_rows_triton", reason="Triton is not installed")
+whole = pytest.importorskip("fisedit_compile.kernels.norms.group_norm_whole_triton", reason="Triton is not installed")
 pytestmark = MARKS
 
 dtypes = pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)

@@ -8,14 +8,16 @@ from interpreter import INTERPRETED_DTYPES, MARKS
 from poison import poisoned
 from random_rows import normal
 
-from fisedit_compile.kernels.cat_norm_rows import cat_norm_rows_reference
-from fisedit_compile.kernels.gather_scatter import scatter_rows_reference
-from fisedit_compile.kernels.layer_norm_rows import layer_norm_rows_reference
+from fisedit_compile.kernels.indexing.gather_scatter import scatter_rows_reference
+from fisedit_compile.kernels.norms.cat_norm_rows import cat_norm_rows_reference
+from fisedit_compile.kernels.norms.layer_norm_rows import layer_norm_rows_reference
 from fisedit_compile.testing import assert_close
 
-cat_norm = pytest.importorskip("fisedit_compile.kernels.cat_norm_rows_triton", reason="Triton is not installed")
-layer_norm = pytest.importorskip("fisedit_compile.kernels.layer_norm_rows_triton", reason="Triton is not installed")
-scatter = pytest.importorskip("fisedit_compile.kernels.scatter_rows_triton", reason="Triton is not installed")
+cat_norm = pytest.importorskip("fisedit_compile.kernels.norms.cat_norm_rows_triton", reason="Triton is not installed")
+layer_norm = pytest.importorskip(
+    "fisedit_compile.kernels.norms.layer_norm_rows_triton", reason="Triton is not installed"
+)
+scatter = pytest.importorskip("fisedit_compile.kernels.indexing.scatter_rows_triton", reason="Triton is not installed")
 pytestmark = MARKS
 
 dtypes = pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)

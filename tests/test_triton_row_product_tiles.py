@@ -12,13 +12,20 @@ from interpreter import INTERPRETED_DTYPES, MARKS
 from random_rows import normal
 from row_products import EPILOGUES, Arguments, check, conv_arguments, epilogue, linear_arguments
 
-from fisedit_compile.kernels.conv2d_rows import conv2d_rows_and_norm_reference, conv2d_rows_reference
-from fisedit_compile.kernels.linear_rows import linear_rows_and_layer_norm_reference, linear_rows_reference
-from fisedit_compile.kernels.row_product_tiles import Tile
+from fisedit_compile.kernels.implicit_gemm.conv2d_rows import conv2d_rows_and_norm_reference, conv2d_rows_reference
+from fisedit_compile.kernels.implicit_gemm.linear_rows import (
+    linear_rows_and_layer_norm_reference,
+    linear_rows_reference,
+)
+from fisedit_compile.kernels.implicit_gemm.row_product_tiles import Tile
 
-conv = pytest.importorskip("fisedit_compile.kernels.conv2d_rows_triton", reason="Triton is not installed")
-linear = pytest.importorskip("fisedit_compile.kernels.linear_rows_triton", reason="Triton is not installed")
-product = pytest.importorskip("fisedit_compile.kernels.row_product_launch", reason="Triton is not installed")
+conv = pytest.importorskip("fisedit_compile.kernels.implicit_gemm.conv2d_rows_triton", reason="Triton is not installed")
+linear = pytest.importorskip(
+    "fisedit_compile.kernels.implicit_gemm.linear_rows_triton", reason="Triton is not installed"
+)
+product = pytest.importorskip(
+    "fisedit_compile.kernels.implicit_gemm.row_product_launch", reason="Triton is not installed"
+)
 pytestmark = MARKS
 
 ACROSS = {

@@ -24,7 +24,7 @@ the bytes that must move, at the rate of a copy of 1 GiB, and the multiply-accum
 product of 8192; both rates are measured before ("roof" in the file).
 
 --sweep times the tiles of the product of rows (convolution and linear layer) at many sizes, beside cuBLAS. With --json
-its file is what the choice of tiles reads: kernels/row_product_tiles.json."""
+its file is what the choice of tiles reads: kernels/implicit_gemm/row_product_tiles.json."""
 
 
 def add_parser(what: Any) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fisedit_compile.sample_masks import read_masks, square_mask
-from fisedit_compile.user_mask import as_mask
+from fisedit_compile.masks.sample_masks import read_masks, square_mask
+from fisedit_compile.masks.user_mask import as_mask
 
 #: Places of squares follow one another by the golden ratio, so that no few of them lie in a row.
 _GOLDEN = (5**0.5 - 1) / 2
@@ -38,7 +38,7 @@ class MaskSet:
 
     @classmethod
     def square(cls, edit_size: float, size: tuple[int, int]) -> MaskSet:
-        """One square in the middle; see :func:`~fisedit_compile.sample_masks.square_mask`."""
+        """One square in the middle; see :func:`~fisedit_compile.masks.sample_masks.square_mask`."""
         return cls(edit_size, [square_mask(edit_size, size)], "square")
 
     @classmethod
@@ -49,7 +49,7 @@ class MaskSet:
         enlarges the mask a little: ``edit_size`` is what came out.
 
         Raises:
-            ValueError: not a file that :func:`~fisedit_compile.sample_masks.read_masks` reads, or no mask with an
+            ValueError: not a file that :func:`~fisedit_compile.masks.sample_masks.read_masks` reads, or no mask with an
                 active pixel in it.
         """
         masks = read_masks(path)
@@ -64,7 +64,7 @@ class MaskSet:
 def scattered_squares(edit_size: float, size: tuple[int, int], count: int) -> list[Tensor]:
     """``count`` squares of one area at different places, as far as there is room: each bool ``[1, h, w]``.
 
-    See :func:`~fisedit_compile.sample_masks.square_mask` for ``edit_size`` and ``size``.
+    See :func:`~fisedit_compile.masks.sample_masks.square_mask` for ``edit_size`` and ``size``.
     """
     middle = square_mask(edit_size, size)[0]
     rows, columns = int(middle.any(1).sum()), int(middle.any(0).sum())

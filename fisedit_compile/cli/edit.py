@@ -160,7 +160,7 @@ def _check(args: argparse.Namespace, config: SparsityConfig) -> None:
 def _read_mask(path: Path) -> Image.Image:
     from PIL import Image
 
-    from fisedit_compile.user_mask import as_mask
+    from fisedit_compile.masks.user_mask import as_mask
 
     picture = Image.open(path)
     as_mask(picture, samples=1, size=(1, 1))  # raises where there is nothing to edit

@@ -14,9 +14,10 @@ from torch.nn.attention.varlen import varlen_attn
 
 import fisedit_compile.kernels.ops  # noqa: F401  (registers torch.ops.fisedit)
 from fisedit_compile.cli.kernel_timing import Roof, microseconds
-from fisedit_compile.neighbour_table import Taps, neighbour_table
-from fisedit_compile.plan import row_of_pixels
-from fisedit_compile.sample_masks import square_mask
+from fisedit_compile.ir.taps import Taps
+from fisedit_compile.masks.sample_masks import square_mask
+from fisedit_compile.planning.edit_plan import row_of_pixels
+from fisedit_compile.planning.neighbour_table import neighbour_table
 
 BATCH = 2
 #: (side of the map, input channels, output channels) of 3x3 convolutions of Stable Diffusion 2 at 768x768.

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from fisedit_compile.cli.kernel_cases import BATCH, convolution_inputs, normal, square
 from fisedit_compile.cli.kernel_timing import replay_microseconds
-from fisedit_compile.kernels.row_product_launch import launch_row_product
-from fisedit_compile.kernels.row_product_tiles import Tile
-from fisedit_compile.kernels.triton_launch import compiling_alone
+from fisedit_compile.kernels.implicit_gemm.row_product_launch import launch_row_product
+from fisedit_compile.kernels.implicit_gemm.row_product_tiles import Tile
+from fisedit_compile.kernels.launch.triton_launch import compiling_alone
 
 #: (taps, input channels, output channels, geglu) of the products of Stable Diffusion's three widths, the side of their
 #: maps at 768x768, and the sides of square masks there.

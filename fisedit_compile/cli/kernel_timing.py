@@ -9,7 +9,7 @@ from statistics import median
 import torch
 import triton
 
-from fisedit_compile.kernels.semaphores import new_semaphores, use_semaphores
+from fisedit_compile.kernels.launch.semaphores import new_semaphores, use_semaphores
 
 
 @dataclass(frozen=True)

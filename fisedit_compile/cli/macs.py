@@ -67,7 +67,7 @@ def _count(args: argparse.Namespace) -> None:
 
     from fisedit_compile.mac_masks import count_masks
     from fisedit_compile.macs import MacCounter
-    from fisedit_compile.sample_masks import read_masks
+    from fisedit_compile.masks.sample_masks import read_masks
 
     masks = read_masks(args.masks) if args.masks else None
     model = _model(args)

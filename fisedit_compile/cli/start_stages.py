@@ -34,7 +34,7 @@ def stages(wanted: dict[str, Any], begin: float) -> dict[str, float]:
     done("import torch")
     from fisedit_compile.architectures import build_unet, unet_inputs
     from fisedit_compile.config import SparsityConfig
-    from fisedit_compile.sample_masks import square_mask
+    from fisedit_compile.masks.sample_masks import square_mask
     from fisedit_compile.sparse_unet import sparsify
 
     done("import diffusers and fisedit_compile")

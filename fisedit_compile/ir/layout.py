@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+#: Height and width.
 Size = tuple[int, int]
 
 #: b batch, c a channel dimension (there may be several), h height, w width, s height and width merged (tokens).

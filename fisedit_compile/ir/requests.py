@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch.fx import Graph, Node
 
-from fisedit_compile.plan import PlanTensor
+from fisedit_compile.ir.plan_tensor import PlanTensor
 
 
 @dataclass(frozen=True)

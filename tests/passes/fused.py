@@ -19,9 +19,9 @@ from hand_built import (
 from torch.fx import Node
 
 from fisedit_compile.config import SparsityConfig
+from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.passes import ops
 from fisedit_compile.passes.fuse_pointwise import fuse_pointwise
-from fisedit_compile.plan import PlanTensor
 
 Build = Callable[[HandBuilt, Node], Node]
 COUNT, SAMPLE = PlanTensor("count", SIZE), PlanTensor("sample", SIZE)

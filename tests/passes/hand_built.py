@@ -12,13 +12,14 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from fisedit_compile.config import SparsityConfig
+from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry, requests_of
 from fisedit_compile.passes.annotate_layout import annotate_layout
 from fisedit_compile.passes.manager import SPARSE_PASSES
 from fisedit_compile.passes.record_activations import record_activations
 from fisedit_compile.passes.report import PassReport
 from fisedit_compile.passes.reuse_timestep import is_timestep
-from fisedit_compile.plan import PlanTensor, plan_edit
+from fisedit_compile.planning.edit_plan import plan_edit
 from fisedit_compile.testing import assert_close
 
 aten = torch.ops.aten

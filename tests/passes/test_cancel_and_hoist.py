@@ -23,7 +23,9 @@ from hand_built import (
 )
 from torch.fx import Graph, GraphModule
 
+from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry, Hoisted, Inputs, requests_of
+from fisedit_compile.ir.taps import Taps
 from fisedit_compile.passes import ops
 from fisedit_compile.passes.cancel_scatter_gather import cancel_scatter_gather
 from fisedit_compile.passes.hoist_invariants import (
@@ -33,7 +35,7 @@ from fisedit_compile.passes.hoist_invariants import (
     is_fetch,
     split_stages,
 )
-from fisedit_compile.plan import PlanTensor, Taps, plan_edit
+from fisedit_compile.planning.edit_plan import plan_edit
 from fisedit_compile.testing import assert_close
 
 TAPS = Taps(SIZE, SIZE, kernel=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1))

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hand_built import BATCH, CHANNELS, MASKS, SIZE, HandBuilt, aten, inputs, only, snapshots
 
+from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry, requests_of
 from fisedit_compile.passes import ops
 from fisedit_compile.passes.insert_gather_scatter import insert_gather_scatter
-from fisedit_compile.plan import PlanTensor
 from fisedit_compile.testing import assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")

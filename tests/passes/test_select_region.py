@@ -20,11 +20,11 @@ from torch.fx import GraphModule
 
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.errors import SparsifyError
+from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import requests_of
 from fisedit_compile.passes import ops
 from fisedit_compile.passes.insert_gather_scatter import insert_gather_scatter
 from fisedit_compile.passes.select_region import select_region
-from fisedit_compile.plan import PlanTensor
 from fisedit_compile.testing import assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")

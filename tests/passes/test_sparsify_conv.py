@@ -20,11 +20,13 @@ from hand_built import (
 )
 
 from fisedit_compile.config import SparsityConfig
+from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry, requests_of
+from fisedit_compile.ir.taps import Taps
 from fisedit_compile.passes import ops
 from fisedit_compile.passes.cancel_scatter_gather import cancel_scatter_gather
 from fisedit_compile.passes.sparsify_conv import sparsify_conv
-from fisedit_compile.plan import PlanTensor, Taps, plan_edit
+from fisedit_compile.planning.edit_plan import plan_edit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

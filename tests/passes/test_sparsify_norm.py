@@ -22,10 +22,10 @@ from hand_built import (
 )
 
 from fisedit_compile.config import SparsityConfig
+from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry, requests_of
 from fisedit_compile.passes import ops
 from fisedit_compile.passes.sparsify_norm import sparsify_norm
-from fisedit_compile.plan import PlanTensor
 from fisedit_compile.testing import assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -22,10 +22,10 @@ from hand_built import (
 )
 from torch.fx import GraphModule, Node
 
+from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.passes import ops
 from fisedit_compile.passes.fuse_pointwise import fuse_pointwise
 from fisedit_compile.passes.sparsify_pointwise import sparsify_pointwise
-from fisedit_compile.plan import PlanTensor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

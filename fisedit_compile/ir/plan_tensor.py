@@ -1,0 +1,41 @@
+"""What an input of a sparse graph asks of the plan of an edit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fisedit_compile.ir.layout import Size
+from fisedit_compile.ir.taps import Taps
+
+_OF_SIZE = ("index", "sample", "offsets", "count", "row_of")
+_OF_TAPS = ("table", "halo")
+
+
+@dataclass(frozen=True)
+class PlanTensor:
+    """What one input of a sparse graph asks of a plan.
+
+    Attributes:
+        kind: of a resolution: ``index`` int64 ``[M]`` pixel ids of the rows, ``sample`` int64 ``[M]`` their
+            sample, ``offsets`` int32 ``[B + 1]`` cumulative row counts of the samples, ``count`` int32 ``[1]`` their
+            sum, ``row_of`` int32 ``[B * height * width]`` the row of each pixel, -1 where none is. Of a convolution:
+            ``table`` int32 ``[M_target, K]`` and ``halo`` int64 ``[Hh]``, see
+            :func:`~fisedit_compile.planning.neighbour_table.neighbour_table`.
+        where: the resolution (height, width), or the convolution's :class:`Taps`.
+
+    Raises:
+        ValueError: ``where`` is not what ``kind`` needs, or a halo is asked of a dense source.
+    """
+
+    kind: Literal["index", "sample", "offsets", "count", "row_of", "table", "halo"]
+    where: Size | Taps
+
+    def __post_init__(self) -> None:
+        if self.kind not in (*_OF_SIZE, *_OF_TAPS):
+            raise ValueError(f"PlanTensor.kind is {self.kind!r}; give one of {(*_OF_SIZE, *_OF_TAPS)}")
+        if isinstance(self.where, Taps) != (self.kind in _OF_TAPS):
+            wanted = "Taps" if self.kind in _OF_TAPS else "a resolution (height, width)"
+            raise ValueError(f"PlanTensor({self.kind!r}) is of {wanted}; {self.where!r} was given")
+        if self.kind == "halo" and isinstance(self.where, Taps) and self.where.dense:
+            raise ValueError("a dense source has no halo, its table holds pixel ids; ask for the table alone")

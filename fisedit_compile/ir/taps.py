@@ -1,0 +1,68 @@
+"""The geometry of a convolution that reads pixels through an index table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fisedit_compile.ir.layout import Size
+
+
+@dataclass(frozen=True)
+class Taps:
+    """Geometry of a convolution's neighbour table; every pair is (height, width).
+
+    Attributes:
+        source: size of the map that is stored; with ``upsampled``, the map before upsampling.
+        target: size of the convolution's output.
+        kernel, stride, padding, dilation: of the convolution, zero padding on both sides alike.
+        upsampled: the source is nearest-upsampled to this size before the convolution. The table reads the small
+            map itself, so the upsampled map is never made.
+        dense: the source is a dense pixel-major map: entries are pixel ids of ``source``, there is no halo.
+
+    Raises:
+        ValueError: a value out of range, or ``target`` is not what this convolution gives for the source.
+    """
+
+    source: Size
+    target: Size
+    kernel: Size
+    stride: Size
+    padding: Size
+    dilation: Size
+    upsampled: Size | None = None
+    dense: bool = False
+
+    def __post_init__(self) -> None:
+        read = self.upsampled or self.source
+        for name, size, least in (
+            ("source", self.source, 1),
+            ("target", self.target, 1),
+            ("kernel", self.kernel, 1),
+            ("stride", self.stride, 1),
+            ("padding", self.padding, 0),
+            ("dilation", self.dilation, 1),
+            ("upsampled", read, 1),
+        ):
+            if len(size) != 2 or min(size) < least:
+                raise ValueError(f"Taps.{name} is {size}; give (height, width), each at least {least}")
+        output = tuple(
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, k, s, p, d in zip(read, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        )
+        if output != tuple(self.target):
+            raise ValueError(
+                f"Taps.target is {self.target}, but a {self.kernel} convolution over {read} with stride "
+                f"{self.stride}, padding {self.padding}, dilation {self.dilation} gives {output}; "
+                "give the convolution's output size"
+            )
+
+    def __str__(self) -> str:
+        def x(size: Size) -> str:
+            return f"{size[0]}x{size[1]}"
+
+        upsampled = f" upsampled to {x(self.upsampled)}" if self.upsampled else ""
+        return (
+            f"{'dense ' if self.dense else ''}{x(self.source)}{upsampled} -> {x(self.target)}, "
+            f"kernel {x(self.kernel)}, stride {x(self.stride)}, padding {x(self.padding)}, "
+            f"dilation {x(self.dilation)}"
+        )

@@ -1,0 +1,180 @@
+"""The region that new words change, found from how the latents of two generations drift apart.
+
+Source: Yu et al., "Accelerating Text-to-image Editing via Cache-enabled Sparse Diffusion Inference", section
+3.1: ``diff = Normalize(sum over t1..t2 of |X_t - Y_t|)``, a threshold by Otsu's between-class variance, a
+light clean-up. A mask that the user draws is read by ``user_mask.py``.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+
+from fisedit_compile.errors import MaskError
+
+#: Bins of the histogram under Otsu's threshold.
+_BINS = 256
+
+#: Share of the picture from which a found region is reported as "the whole picture".
+_WHOLE_PICTURE = 0.95
+
+_WHAT_TO_DO = "give a prompt that describes a visible change, or pass a mask of your own"
+
+
+def _accumulate(base: torch.Tensor, edit: torch.Tensor) -> torch.Tensor:
+    """Sum of ``|base - edit|`` over steps and channels, ``[n, h, w]`` fp32, with the arguments checked."""
+    if base.ndim != 5 or base.shape != edit.shape or base.numel() == 0:
+        raise MaskError(
+            f"latents of shape {tuple(base.shape)} and {tuple(edit.shape)} were given; "
+            "stack those of the same steps of both generations as [steps, samples, channels, height, width]"
+        )
+    total = (base.float() - edit.float()).abs().sum(dim=(0, 2))  # [n, h, w]
+    finite = total.isfinite().flatten(1).all(dim=1)
+    if not finite.all():
+        raise MaskError(
+            f"the latents of sample {int((~finite).nonzero()[0])} hold NaN or infinity, so no region can be "
+            "found; run the U-Net in a wider dtype (bfloat16 or float32) or lower the guidance scale"
+        )
+    return total
+
+
+def _normalise(total: torch.Tensor) -> torch.Tensor:
+    low = total.amin(dim=(1, 2), keepdim=True)
+    span = total.amax(dim=(1, 2), keepdim=True) - low
+    return (total - low) / torch.where(span > 0, span, 1.0)
+
+
+def difference(base: torch.Tensor, edit: torch.Tensor) -> torch.Tensor:
+    """How strongly each latent cell changed between two generations (paper 3.1).
+
+    Args:
+        base: latents of the base at the compared steps, ``[steps, n, channels, h, w]``.
+        edit: latents of the edit at the same steps, same shape.
+
+    Returns:
+        fp32 ``[n, h, w]``: the absolute difference summed over steps and channels, scaled for each sample so
+        that the weakest cell is 0 and the strongest 1. A difference that is the same everywhere (also none at
+        all) gives 0.
+
+    Raises:
+        MaskError: the shapes differ or are not 5-dimensional, or the latents hold NaN or infinity.
+    """
+    return _normalise(_accumulate(base, edit))
+
+
+def otsu_threshold(values: torch.Tensor) -> torch.Tensor:
+    """Threshold that maximises the between-class variance of each sample's histogram (Otsu 1979, 256 bins).
+
+    Equals ``skimage.filters.threshold_otsu`` of each sample: the centre of a bin; cells *above* it are
+    foreground.
+
+    Args:
+        values: finite, ``[n, h, w]``.
+
+    Returns:
+        ``[n]`` in the dtype of ``values``; a constant sample gives its constant (so nothing lies above).
+    """
+    flat = values.detach().double().flatten(1).contiguous()  # [n, h*w]
+    low, high = flat.amin(dim=1, keepdim=True), flat.amax(dim=1, keepdim=True)
+    steps = torch.arange(_BINS + 1, device=flat.device, dtype=flat.dtype)
+    edges = low + steps * ((high - low) / _BINS)  # [n, BINS + 1]
+    edges[:, -1:] = high
+    bins = (torch.searchsorted(edges, flat, right=True) - 1).clamp_(0, _BINS - 1)
+    counts = torch.zeros(flat.shape[0], _BINS, dtype=torch.int64, device=flat.device)
+    counts.scatter_add_(1, bins, torch.ones_like(bins))
+
+    # Bin numbers stand in for bin centres: the variance's argmax is the same, and integer sums are exact, so
+    # that the many equal splits across an empty stretch of the histogram tie exactly, on every device.
+    weighted = counts * torch.arange(_BINS, device=flat.device)
+    below, below_sum = counts.cumsum(1), weighted.cumsum(1)
+    above, above_sum = below[:, -1:] - below, below_sum[:, -1:] - below_sum
+    # Difference of the class means, in bins; an empty class has no weight, whatever its mean.
+    gap = below_sum.double() / below.clamp_min(1) - above_sum.double() / above.clamp_min(1)
+    variance = (below.double() * above.double() * gap.square())[:, :-1]
+    split = variance.argmax(dim=1, keepdim=True)  # the first of equal ones
+    centre = (edges.gather(1, split) + edges.gather(1, split + 1)) / 2
+    return torch.where(high > low, centre, low)[:, 0].to(values.dtype)
+
+
+def _dilate(mask: torch.Tensor) -> torch.Tensor:
+    """Grow a bool ``[n, h, w]`` by one cell in all eight directions."""
+    return F.max_pool2d(mask.float(), kernel_size=3, stride=1, padding=1) > 0
+
+
+def _without_frame(mask: torch.Tensor) -> torch.Tensor:
+    """Drop cells of the outermost ring that touch no active cell further in.
+
+    A frame one cell thin was seen in masks without a cause in the words (the zero padding of convolutions is
+    the likely one). A change of the picture that reaches the border also covers the cells next to it.
+    """
+    if min(mask.shape[1:]) < 3:
+        return mask  # all ring, no inside
+    inside = torch.zeros_like(mask)
+    inside[:, 1:-1, 1:-1] = mask[:, 1:-1, 1:-1]
+    return mask & _dilate(inside)
+
+
+def clean_up(mask: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
+    """Light clean-up of a thresholded difference: no frame, no specks, no pin-holes, one cell of margin.
+
+    In this order: a frame one cell thin at the border goes; cells with fewer than two active neighbours
+    (specks) go; the strongest cell stays whatever happened; the region grows by one cell, which closes holes
+    and gaps up to two cells wide and covers more of the pixels that the edit changes in the end.
+
+    Args:
+        mask: bool ``[n, h, w]``, cells over the threshold.
+        strength: ``[n, h, w]``, the difference the mask was made from.
+
+    Returns:
+        bool ``[n, h, w]`` with at least one cell a sample.
+    """
+    mask = _without_frame(mask)
+    # Active cells in each 3x3 window, the cell itself included.
+    crowd = F.avg_pool2d(mask.float(), kernel_size=3, stride=1, padding=1, divisor_override=1)
+    mask = mask & (crowd > 2.5)
+    strongest = strength.flatten(1).argmax(dim=1, keepdim=True)
+    mask = mask.flatten(1).scatter(1, strongest, True).view_as(mask)
+    return _dilate(mask)  # closing before it would change nothing: dilate(erode(dilate(x))) == dilate(x)
+
+
+def difference_mask(base: torch.Tensor, edit: torch.Tensor) -> torch.Tensor:
+    """The latent cells that the new prompt changes: difference, Otsu's threshold, clean-up (paper 3.1).
+
+    Args:
+        base: latents of the base at the compared steps, ``[steps, n, channels, h, w]``, in the dtype they
+            were run in.
+        edit: latents of the edit under its new prompt at the same steps, same shape and dtype.
+
+    Returns:
+        bool ``[n, h, w]``, at least one cell a sample. A change of the whole picture (95 % and more) is
+        returned too, with a warning, because an edit of it saves nothing.
+
+    Raises:
+        MaskError: the shapes do not fit, the latents hold NaN or infinity, or a sample's latents are equal up
+            to one rounding of their dtype, so that there is nothing to find.
+    """
+    total = _accumulate(base, edit)
+    precision = max(torch.finfo(latents.dtype).eps for latents in (base, edit))
+    rounding = precision * base.float().abs().sum(dim=(0, 2)).mean(dim=(1, 2))  # [n], as summed as total is
+    same = total.amax(dim=(1, 2)) <= rounding
+    if same.any():
+        raise MaskError(
+            f"both prompts give the same latents for sample {int(same.nonzero()[0])} in the {base.shape[0]} "
+            f"compared steps, so there is no region to edit; {_WHAT_TO_DO}, or compare more steps"
+        )
+    strength = _normalise(total)
+    mask = clean_up(strength > otsu_threshold(strength)[:, None, None], strength)
+    # The same change in every cell leaves no contrast to threshold: all of the picture changed.
+    mask |= (total.amax(dim=(1, 2)) == total.amin(dim=(1, 2)))[:, None, None]
+
+    area = mask.float().mean(dim=(1, 2))
+    for sample, share in enumerate(area.tolist()):
+        if share >= _WHOLE_PICTURE:
+            warnings.warn(
+                f"the edit changes {share:.0%} of sample {sample}: the whole picture is computed again and "
+                "little is saved; to keep a part of it, pass a mask of your own",
+                stacklevel=2,
+            )
+    return mask

@@ -1,0 +1,234 @@
+"""From a mask to the index tensors that a sparse graph takes as inputs: made once an edit, at preprocessing.
+
+Inside the sparse region a spatial value is *rows* ``[M, *C]``: one row an active pixel of any sample of the U-Net
+batch, sorted by (sample, y, x). The pixel id of (sample b, y, x) at a resolution (H, W) is ``(b * H + y) * W + x``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fisedit_compile.config import BlockMode
+from fisedit_compile.errors import MaskError
+from fisedit_compile.ir.layout import Size
+from fisedit_compile.ir.plan_tensor import PlanTensor
+from fisedit_compile.ir.taps import Taps
+from fisedit_compile.planning.apsc import (
+    BlockChoice,
+    RowChoice,
+    choose_block,
+    choose_rows,
+    expand_to_tiles,
+)
+from fisedit_compile.planning.neighbour_table import neighbour_table
+
+
+@dataclass(frozen=True)
+class EditPlan:
+    """The rows, halos and neighbour tables of one mask. Made by :func:`plan_edit`.
+
+    Attributes:
+        mask: as given, bool ``[n, h, w]``.
+        batch: U-Net batch B; sample b is edited by ``mask[b % n]``.
+        counts: rows M of each resolution, all samples together.
+        pixel_counts: the rows that pixel-exact planning would have.
+        choices: the block that the paper's objective chooses at each resolution, and its candidates. Only with
+            ``blocks="paper"`` or with costs.
+        measured: the rows that a predicted time chooses at each resolution, and their candidates. Only with costs.
+    """
+
+    mask: Tensor
+    batch: int
+    counts: Mapping[Size, int]
+    pixel_counts: Mapping[Size, int]
+    choices: Mapping[Size, BlockChoice]
+    measured: Mapping[Size, RowChoice]
+    _active: Mapping[Size, Tensor]
+    _tensors: Mapping[PlanTensor, Tensor]
+
+    def tensor(self, request: PlanTensor) -> Tensor:
+        """The tensor of one request.
+
+        Raises:
+            ValueError: the request was not among those planned.
+        """
+        try:
+            return self._tensors[request]
+        except KeyError:
+            raise ValueError(f"{request} was not planned; add it to the requests of plan_edit") from None
+
+    def active(self, size: Size) -> Tensor:
+        """bool ``[B, height, width]``: the pixels that are rows at a resolution.
+
+        Raises:
+            ValueError: no request was at this resolution.
+        """
+        if size not in self._active:
+            raise ValueError(f"resolution {size} was not planned; planned are {list(self._active)}")
+        return self._active[size]
+
+    def to(self, device: torch.device | str) -> EditPlan:
+        """The same plan with its tensors on another device."""
+        return replace(
+            self,
+            mask=self.mask.to(device),
+            _active={size: active.to(device) for size, active in self._active.items()},
+            _tensors={request: tensor.to(device) for request, tensor in self._tensors.items()},
+        )
+
+    def report(self) -> str:
+        """Rows of each resolution and halo rows of each convolution, as text for people.
+
+        With ``blocks="paper"`` also the block chosen at each resolution and the rows that it adds to pixel-exact ones.
+        With costs, what the mask itself, the paper's block, the whole map and the best of all candidates are predicted
+        to take.
+        """
+        lines = [f"{self.batch} samples, {len(self.mask)} masks of {self.mask.shape[1]}x{self.mask.shape[2]}"]
+        for size in sorted(self.counts, reverse=True):
+            rows, exact, total = self.counts[size], self.pixel_counts[size], self.batch * size[0] * size[1]
+            line = f"{size[0]}x{size[1]}: {rows} of {total} rows ({rows / total:.1%})"
+            if size in self.measured:
+                lines += [line, *self._compared(size)]
+                continue
+            if size in self.choices:
+                chosen = self.choices[size].chosen
+                line += f", block {chosen.block[0]}x{chosen.block[1]} (tile {chosen.tile[0]}x{chosen.tile[1]})"
+                line += f", {rows - exact} over pixel-exact"
+                line += f" ({(rows - exact) / exact:+.1%})" if exact else ""
+            lines.append(line)
+        for request, halo in self._tensors.items():
+            if request.kind == "halo":
+                lines.append(f"{request.where}: {len(halo)} halo rows")
+        return "\n".join(lines)
+
+    def _compared(self, size: Size) -> Iterator[str]:
+        choice, paper = self.measured[size], self.choices[size].chosen
+        named = {
+            "pixel": choice.of_tile((1, 1)),
+            "paper": choice.of_tile(paper.tile),
+            "whole": choice.candidates[-1],
+            "measured": choice.chosen,
+        }
+        for name, each in named.items():
+            block = f"block {paper.block[0]}x{paper.block[1]}" if name == "paper" else ""
+            block = each.name if name == "measured" else block
+            yield f"  {name:<8} {block:<12} {each.rows:>7} rows {each.microseconds:>10.1f} us predicted"
+
+
+def plan_edit(
+    mask: Tensor,
+    requests: Collection[PlanTensor],
+    *,
+    batch: int,
+    blocks: BlockMode = "pixel",
+    dense_below: int = 1,
+    costs: Callable[[Size, int, int], float] | None = None,
+) -> EditPlan:
+    """Plan an edit: every tensor that the sparse graph asks for, on the mask's device.
+
+    A resolution's active pixels are the mask any-pooled to it: a pixel is active if anything under it is; below
+    ``dense_below`` cells on the shorter side all are. A sample whose mask is empty has no rows; a mask of no active
+    pixel at all gives a valid plan of zero rows.
+
+    With ``blocks="paper"`` (APSC, paper A.1) they grow to the union of the tiles chosen for a 3x3 kernel at that
+    resolution, all samples together. One row set is kept a resolution, not one a layer: rows pass from convolution to
+    norm, residual sum and attention with no gather between, which only holds while they are the same pixels. Nothing
+    is lost by it: the objective depends on mask and kernel alone, and a U-Net's spatial kernels are all 3x3.
+
+    With ``blocks="measured"`` they grow to the candidate of the least cost, see
+    :func:`~fisedit_compile.planning.apsc.choose_rows`.
+
+    Args:
+        mask: what to recompute, bool ``[n, h, w]``.
+        requests: what the sparse graph's inputs ask for. Resolutions with rows are those of its size requests and the
+            target and (unless dense) source of its taps.
+        batch: U-Net batch, a multiple of n: sample b uses ``mask[b % n]`` (classifier-free guidance: 2 n, all
+            unconditional samples first).
+        blocks: ``"pixel"`` for pixel-exact rows, ``"paper"`` or ``"measured"``.
+        dense_below: see :class:`~fisedit_compile.SparsityConfig`.
+        costs: predicted microseconds of (resolution, rows, halo rows), such as
+            :class:`~fisedit_compile.row_costs.RowCosts`. With other ``blocks`` they are for the report alone.
+
+    Raises:
+        MaskError: the mask is not bool ``[n, h, w]`` with n, h, w at least 1, or ``batch`` is not a multiple of n.
+        ValueError: ``blocks`` is none of the three, or ``"measured"`` without costs.
+    """
+    _check_mask(mask, batch)
+    if blocks not in ("pixel", "paper", "measured"):
+        raise ValueError(f"blocks is {blocks!r}; give 'pixel', 'paper' or 'measured'")
+    if blocks == "measured" and costs is None:
+        raise ValueError("blocks='measured' chooses by costs; give them, for example RowCosts.of(program)")
+
+    pooled = {
+        size: _any_pool(mask, size) if min(size) >= dense_below else mask.new_ones(len(mask), *size)
+        for size in _resolutions(requests)
+    }
+    copies = batch // len(mask)
+    sparse = [size for size in pooled if min(size) >= dense_below]
+    choices = {size: choose_block(pooled[size], (3, 3)) for size in sparse if blocks == "paper" or costs}
+    measured = {size: choose_rows(pooled[size], partial(costs, size), copies=copies) for size in sparse if costs}
+    if blocks == "paper":
+        tiles = {size: choice.chosen.tile for size, choice in choices.items()}
+    else:
+        tiles = {size: choice.chosen.tile for size, choice in measured.items() if blocks == "measured"}
+    grown = {size: expand_to_tiles(m, tiles[size]) if size in tiles else m for size, m in pooled.items()}
+    active = {size: m.repeat(copies, 1, 1) for size, m in grown.items()}
+    index = {size: a.view(-1).nonzero().squeeze(1) for size, a in active.items()}
+
+    tensors: dict[PlanTensor, Tensor] = {}
+    for where in dict.fromkeys(request.where for request in requests):
+        if isinstance(where, Taps):
+            table, halo = neighbour_table(where, index[where.target], index.get(where.source), batch)
+            tensors[PlanTensor("table", where)] = table
+            if halo is not None:
+                tensors[PlanTensor("halo", where)] = halo
+        else:
+            tensors[PlanTensor("index", where)] = index[where]
+            tensors[PlanTensor("sample", where)] = index[where] // (where[0] * where[1])
+            offsets = F.pad(active[where].sum((1, 2)).cumsum(0), (1, 0)).int()
+            tensors[PlanTensor("offsets", where)], tensors[PlanTensor("count", where)] = offsets, offsets[-1:]
+            tensors[PlanTensor("row_of", where)] = row_of_pixels(index[where], active[where].numel())
+
+    counts = {size: len(i) for size, i in index.items()}
+    pixel_counts = {s: copies * int(m.sum()) for s, m in pooled.items()} if tiles else counts
+    return EditPlan(mask, batch, counts, pixel_counts, choices, measured, active, tensors)
+
+
+def row_of_pixels(index: Tensor, pixels: int) -> Tensor:
+    """int32 ``[pixels]``: the row of each pixel, -1 where none is; ``index`` int64 ``[M]`` has the rows' pixel ids."""
+    row_of = torch.full((pixels,), -1, dtype=torch.int32, device=index.device)
+    return row_of.scatter_(0, index, torch.arange(len(index), dtype=torch.int32, device=index.device))
+
+
+def _resolutions(requests: Collection[PlanTensor]) -> list[Size]:
+    """The resolutions that have rows, each once, in the order of the requests."""
+    sizes: dict[Size, None] = {}
+    for where in (request.where for request in requests):
+        if not isinstance(where, Taps):
+            sizes[where] = None
+        else:
+            sizes.update(dict.fromkeys([where.target] if where.dense else [where.target, where.source]))
+    return list(sizes)
+
+
+def _any_pool(mask: Tensor, size: Size) -> Tensor:
+    return F.adaptive_max_pool2d(mask[:, None].float(), size)[:, 0] > 0
+
+
+def _check_mask(mask: Tensor, batch: int) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        given = f"of dtype {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise MaskError(f"the mask is {given}; give a bool tensor, for example `mask > 0.5`")
+    if mask.dim() != 3 or mask.numel() == 0:
+        raise MaskError(f"the mask has shape {list(mask.shape)}; give [samples, height, width], none of them zero")
+    if batch < 1 or batch % len(mask):
+        raise MaskError(
+            f"a U-Net batch of {batch} is not a multiple of the {len(mask)} masks; give one mask a sample "
+            "(sample b of the batch uses mask b % samples), or one for all"
+        )

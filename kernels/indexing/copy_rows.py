@@ -1,0 +1,70 @@
+"""Many copies and row gathers at once: the base's tensors of a step into the buffers that a recorded step reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class RowCopies:
+    """Fills the same targets again and again, each time from other sources, on a GPU by one launch.
+
+    Args:
+        targets: contiguous ``[H, *C]`` each, all on one device; written by :meth:`run`.
+        indices: for each target the rows of its source that it takes, int64 ``[H]``; None takes all, in order.
+        counts: int32 ``[len(targets)]`` on the device: how many rows of each target that has an index are real. It is
+            read by each run, and what lies behind is left as it is.
+
+    Raises:
+        ValueError: a target that is not contiguous, or numbers of targets, indices and counts that differ.
+    """
+
+    def __init__(self, targets: Sequence[Tensor], indices: Sequence[Tensor | None], counts: Tensor) -> None:
+        if not len(targets) == len(indices) == len(counts):
+            raise ValueError(
+                f"{len(targets)} targets, {len(indices)} indices, {len(counts)} counts; give as many of each"
+            )
+        if any(not target.is_contiguous() for target in targets):
+            raise ValueError("a target is not contiguous; give buffers of their own")
+        self.targets, self.indices, self.counts = list(targets), list(indices), counts
+        self._sources: list[Tensor] = []
+        self._launch = None
+        if counts.is_cuda:
+            from fisedit_compile.kernels.indexing.copy_rows_triton import CopyLaunch
+
+            self._launch = CopyLaunch(self.targets, self.indices, counts)
+
+    def addresses(self, sources: Sequence[Tensor]) -> Sequence[Tensor] | Tensor:
+        """Sources in the form that :meth:`run` takes; made once for sources that are used again. They must stay alive.
+
+        Args:
+            sources: one for each target, contiguous, with the target's dtype and channels, and without an index its
+                shape.
+
+        Raises:
+            ValueError: a source of another shape, dtype or device.
+        """
+        if len(sources) != len(self.targets):
+            raise ValueError(f"{len(sources)} sources for {len(self.targets)} targets; give one for each")
+        for source, target, index in zip(sources, self.targets, self.indices, strict=True):
+            fits = source.shape[1:] == target.shape[1:] and (index is not None or source.shape == target.shape)
+            if not fits or source.dtype != target.dtype or source.device != target.device or not source.is_contiguous():
+                raise ValueError(
+                    f"a source {list(source.shape)} {source.dtype} on {source.device} for a target "
+                    f"{list(target.shape)} {target.dtype} on {target.device}; give a contiguous one that fits"
+                )
+        return list(sources) if self._launch is None else self._launch.addresses(sources)
+
+    def run(self, sources: Sequence[Tensor] | Tensor) -> None:
+        """Copy, on the current stream; ``sources`` are of :meth:`addresses`."""
+        if self._launch is not None:
+            assert isinstance(sources, Tensor)
+            self._launch.run(sources)
+            return
+        for source, target, index, count in zip(sources, self.targets, self.indices, self.counts.tolist(), strict=True):
+            if index is None:
+                target.copy_(source)
+            else:
+                torch.index_select(source, 0, index[:count], out=target[:count])

@@ -1,0 +1,112 @@
+"""The one launch behind ``RowCopies``: each program copies some rows of one target, which a table names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fisedit_compile.kernels.launch.triton_launch import launch
+
+_ROWS, _WORDS = 16, 128  # of a program
+
+
+@triton.jit
+def _copy_rows_kernel(
+    sources: tl.tensor,  # int64 [N]: addresses
+    targets: tl.tensor,  # int64 [N]: addresses
+    indices: tl.tensor,  # int64 [N]: addresses of int64 rows; 0 takes all, in order
+    counts: tl.tensor,  # int32 [N]: real rows of a target that has an index
+    widths: tl.tensor,  # int32 [N]: words of a row
+    totals: tl.tensor,  # int64 [N]: words of a target
+    programs: tl.tensor,  # int32 [programs, 3]: target, first row, first word of the row
+    WORD: tl.constexpr,
+    BYTES: tl.constexpr,  # that all addresses and rows are multiples of
+    BR: tl.constexpr,
+    BW: tl.constexpr,
+) -> None:
+    at = programs + tl.program_id(0) * 3
+    copy = tl.load(at)
+    row = tl.load(at + 1) + tl.arange(0, BR)  # [BR]
+    word = tl.load(at + 2) + tl.arange(0, BW)  # [BW]
+    width = tl.load(widths + copy)
+    index = tl.load(indices + copy)
+    to = row.to(tl.int64)[:, None] * width + word[None, :]  # [BR, BW]
+    inside = (word < width)[None, :] & (to < tl.load(totals + copy))
+    taken = row.to(tl.int64)
+    if index != 0:
+        real = row < tl.load(counts + copy)
+        taken = tl.load(index.to(tl.pointer_type(tl.int64)) + row, mask=real, other=0)
+        inside = inside & real[:, None]
+    source = tl.load(sources + copy).to(tl.pointer_type(WORD)) + taken[:, None] * width + word[None, :]
+    target = tl.load(targets + copy).to(tl.pointer_type(WORD)) + to
+    if BYTES == 16:  # two words a thread
+        source = tl.max_contiguous(tl.multiple_of(source, [1, 16]), [1, 2])
+        target = tl.max_contiguous(tl.multiple_of(target, [1, 16]), [1, 2])
+    tl.store(target, tl.load(source, mask=inside, other=0), mask=inside)
+
+
+class CopyLaunch:
+    """The tables of a launch, made once."""
+
+    def __init__(self, targets: Sequence[Tensor], indices: Sequence[Tensor | None], counts: Tensor) -> None:
+        self._keep = (targets, indices)
+        self._counts, device = counts, counts.device
+        row_bytes = [math.prod(target.shape[1:]) * target.element_size() for target in targets]
+        # Without an index a target is one run of bytes, and is cut into rows of a program's width.
+        sizes = [
+            target.numel() * target.element_size() if index is None else size
+            for target, index, size in zip(targets, indices, row_bytes, strict=True)
+        ]
+        self.bytes = math.gcd(16, *sizes, *(target.data_ptr() for target in targets))
+        word = min(self.bytes, 8)
+        self._word = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}[word]
+        widths = [_WORDS if index is None else size // word for index, size in zip(indices, row_bytes, strict=True)]
+        totals = [target.numel() * target.element_size() // word for target in targets]
+        programs = [
+            (i, row, first)
+            for i, (width, total) in enumerate(zip(widths, totals, strict=True))
+            for row in range(0, -(-total // max(width, 1)), _ROWS)
+            for first in range(0, width, _WORDS)
+        ]
+        self._programs = torch.tensor(programs, dtype=torch.int32).reshape(-1, 3).to(device)
+        self._widths = torch.tensor(widths, dtype=torch.int32, device=device)
+        self._totals = torch.tensor(totals, dtype=torch.int64, device=device)
+        self._targets = _table([target.data_ptr() for target in targets], device)
+        self._indices = _table([0 if index is None else index.data_ptr() for index in indices], device)
+
+    def addresses(self, sources: Sequence[Tensor]) -> Tensor:
+        """The sources' addresses on the device; pinned, so that nobody waits for the copy."""
+        if any(source.data_ptr() % self.bytes for source in sources):
+            raise ValueError(
+                f"a source does not start at a multiple of {self.bytes} bytes, as the targets do: clone it"
+            )
+        return _table([source.data_ptr() for source in sources], self._counts.device)
+
+    def run(self, addresses: Tensor) -> None:
+        """Launch on the current stream."""
+        if not len(self._programs):
+            return
+        launch(_copy_rows_kernel, (len(self._programs),), self._counts)(
+            addresses,
+            self._targets,
+            self._indices,
+            self._counts,
+            self._widths,
+            self._totals,
+            self._programs,
+            WORD=self._word,
+            BYTES=self.bytes,
+            BR=_ROWS,
+            BW=_WORDS,
+            num_warps=4,
+        )
+
+
+def _table(values: Sequence[int], device: torch.device) -> Tensor:
+    table = torch.tensor(values, dtype=torch.int64)
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table

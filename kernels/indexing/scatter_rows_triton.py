@@ -1,0 +1,74 @@
+"""Leaving the sparse region on the GPU: a copy of the base, and the real rows over it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from fisedit_compile.kernels.indexing.gather_scatter import inverse_permutation
+from fisedit_compile.kernels.launch.triton_launch import launch
+
+_TILE = 2048  # elements of a program
+
+
+@triton.jit(do_not_specialize=["there"])
+def _scatter_rows_kernel(
+    rows: tl.tensor,  # [there, width]
+    index: tl.tensor,  # int64 [there]
+    count: tl.tensor,  # int32 [1] or None: how many of the rows are real
+    out: tl.tensor,  # [pixels, width]
+    there: tl.tensor,
+    width: tl.tensor,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+) -> None:
+    real = there
+    if count is not None:
+        real = tl.minimum(there, tl.load(count))
+    if tl.program_id(0) * BM >= real:
+        return
+    m = tl.program_id(0) * BM + tl.arange(0, BM)  # [BM]
+    c = tl.program_id(1) * BC + tl.arange(0, BC)  # [BC]
+    inside = (m < real)[:, None] & (c < width)[None, :]
+    pixel = tl.load(index + m, mask=m < real, other=0)
+    x = tl.load(rows + m.to(tl.int64)[:, None] * width + c[None, :], mask=inside, other=0.0)
+    tl.store(out + pixel[:, None] * width + c[None, :], x, mask=inside)
+
+
+def scatter_rows_triton(
+    rows: torch.Tensor,
+    base: torch.Tensor,
+    index: torch.Tensor,
+    shape: Sequence[int],
+    order: Sequence[int],
+    pixel_dims: int,
+    count: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Scatter rows; arguments and result as of the reference in ``gather_scatter``, on one GPU.
+
+    Raises:
+        RuntimeError: the dtypes of rows and base differ.
+    """
+    if rows.dtype != base.dtype:
+        raise RuntimeError(f"scatter_rows: rows of {rows.dtype} into a base of {base.dtype}; give one dtype")
+    out = base.clone(memory_format=torch.contiguous_format)
+    there, width = rows.shape[0], math.prod(rows.shape[1:])
+    if rows.numel():
+        block = min(256, max(16, triton.next_power_of_2(width)))
+        height = _TILE // block
+        launch(_scatter_rows_kernel, (triton.cdiv(there, height), triton.cdiv(width, block)), rows)(
+            rows.contiguous(),
+            index.contiguous(),
+            count,
+            out,
+            there,
+            width,
+            BM=height,
+            BC=block,
+            num_warps=4,
+        )
+    return out.view([shape[dim] for dim in order]).permute(inverse_permutation(order))

@@ -1,0 +1,99 @@
+"""Joining two values' rows and normalising them in one pass on the GPU: each is read once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fisedit_compile.kernels.launch.triton_launch import check_dtypes, launch
+
+_TILE = 2048  # elements of a program: 16 a thread, two 16-byte loads of 2-byte values
+
+
+@triton.jit(do_not_specialize=["rows_there"])
+def _cat_norm_rows_kernel(
+    left: tl.tensor,  # [rows_there, first]
+    right: tl.tensor,  # [rows_there, channels - first]
+    sample: tl.tensor,  # int64 [rows_there]
+    scale: tl.tensor,  # fp32 [B, channels]
+    shift: tl.tensor,  # fp32 [B, channels]
+    count: tl.tensor,  # int32 [1] or None: how many of the rows are real
+    joined: tl.tensor,  # [rows_there, channels]
+    normed: tl.tensor,  # [rows_there, channels]
+    rows_there: tl.tensor,
+    first: tl.tensor,
+    channels: tl.tensor,
+    BM: tl.constexpr,
+    BC: tl.constexpr,  # divides first and channels, so that a program has one source
+    SILU: tl.constexpr,
+) -> None:
+    real = rows_there
+    if count is not None:
+        real = tl.minimum(real, tl.load(count))
+    if tl.program_id(0) * BM >= real:
+        return
+    m = tl.program_id(0) * BM + tl.arange(0, BM)  # [BM]
+    c = tl.program_id(1) * BC + tl.arange(0, BC)  # [BC]
+    inside = (m < real)[:, None]
+    rows = m.to(tl.int64)[:, None]
+    if tl.program_id(1) * BC < first:
+        x = tl.load(left + rows * first + c[None, :], mask=inside, other=0.0)  # [BM, BC]
+    else:
+        x = tl.load(right + rows * (channels - first) + (c - first)[None, :], mask=inside, other=0.0)
+    at = rows * channels + c[None, :]
+    tl.store(joined + at, x, mask=inside)
+    owner = tl.load(sample + m, mask=m < real, other=0).to(tl.int32)
+    of_sample = owner[:, None] * channels + c[None, :]
+    y = x.to(tl.float32) * tl.load(scale + of_sample).to(tl.float32) + tl.load(shift + of_sample).to(tl.float32)
+    if SILU:
+        y = y / (1.0 + tl.exp(-y))
+    tl.store(normed + at, y.to(normed.dtype.element_ty), mask=inside)
+
+
+def cat_norm_rows_triton(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    sample: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    silu: bool = False,
+    count: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Join and normalise; arguments as of the reference in ``cat_norm_rows``, on one GPU.
+
+    Raises:
+        ValueError: dtypes that differ or that the kernel does not take, or a scale of another width.
+    """
+    check_dtypes("cat_norm_rows", left, right)
+    there, first = left.shape
+    channels = first + right.shape[1]
+    if scale.shape[1] != channels or shift.shape != scale.shape or right.shape[0] != there:
+        raise ValueError(
+            f"cat_norm_rows: rows {list(left.shape)} and {list(right.shape)}, scale {list(scale.shape)}, shift "
+            f"{list(shift.shape)}; give as many rows of both, and scale and shift [B, {channels}]"
+        )
+    joined, normed = (left.new_empty(there, channels) for _ in range(2))
+    if joined.numel() == 0:
+        return joined, normed
+    # The largest power of two in both widths: 64 for 320, 512 for 1024 and 2560.
+    block = min(512, first & -first, channels & -channels)
+    height = _TILE // max(block, 16)
+    launch(_cat_norm_rows_kernel, (triton.cdiv(there, height), channels // block), left)(
+        left.contiguous(),
+        right.contiguous(),
+        sample.contiguous(),
+        scale.contiguous(),
+        shift.contiguous(),
+        count,
+        joined,
+        normed,
+        there,
+        first,
+        channels,
+        BM=height,
+        BC=block,
+        SILU=silu,
+        num_warps=4,
+    )
+    return joined, normed

@@ -1,0 +1,91 @@
+"""GroupNorm of rows with given scale and shift in one pass on the GPU, with SiLU after it where asked for."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fisedit_compile.kernels.launch.triton_launch import check_dtypes, launch
+
+_TILE = 2048  # elements of a program: 16 a thread, two 16-byte loads of 2-byte values
+
+
+@triton.jit(do_not_specialize=["there"])
+def _group_norm_rows_kernel(
+    rows: tl.tensor,  # [there, channels]
+    sample: tl.tensor,  # int64 [there]
+    scale: tl.tensor,  # fp32 [B, channels]
+    shift: tl.tensor,  # fp32 [B, channels]
+    count: tl.tensor,  # int32 [1] or None: how many of the rows are real
+    out: tl.tensor,  # [there, channels]
+    there: tl.tensor,
+    channels: tl.tensor,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+    SILU: tl.constexpr,
+) -> None:
+    real = there
+    if count is not None:
+        real = tl.minimum(there, tl.load(count))
+    if tl.program_id(0) * BM >= real:
+        return
+    m = tl.program_id(0) * BM + tl.arange(0, BM)  # [BM]
+    c = tl.program_id(1) * BC + tl.arange(0, BC)  # [BC]
+    inside, valid = m < real, c < channels
+    mask = inside[:, None] & valid[None, :]
+    at = m.to(tl.int64)[:, None] * channels + c[None, :]  # [BM, BC]
+    x = tl.load(rows + at, mask=mask, other=0.0).to(tl.float32)
+    owner = tl.load(sample + m, mask=inside, other=0).to(tl.int32)
+    of_sample = owner[:, None] * channels + c[None, :]  # [BM, BC]
+    y = x * tl.load(scale + of_sample, mask=mask, other=0.0).to(tl.float32)
+    y += tl.load(shift + of_sample, mask=mask, other=0.0).to(tl.float32)
+    if SILU:
+        y = y / (1.0 + tl.exp(-y))
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
+
+
+def group_norm_rows_triton(
+    rows: torch.Tensor,
+    sample: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    silu: bool = False,
+    count: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Normalise rows; arguments as of the reference in ``group_norm_rows``, on one GPU.
+
+    Returns:
+        [M, C] in the dtype of ``rows``, contiguous.
+
+    Raises:
+        ValueError: a dtype that the kernel does not take, or a scale or shift of another width.
+    """
+    check_dtypes("group_norm_rows", rows)
+    there, channels = rows.shape
+    if scale.shape[1] != channels or scale.shape != shift.shape:
+        raise ValueError(
+            f"group_norm_rows: {channels} channels, scale {list(scale.shape)}, shift {list(shift.shape)}; give both "
+            f"[B, {channels}]"
+        )
+    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    if out.numel() == 0:
+        return out
+    # The largest power of two in the channels: 64 for 320, 512 for 2560; no lane idles and rows stay whole lines.
+    block = max(16, min(512, channels & -channels))
+    height = _TILE // block
+    launch(_group_norm_rows_kernel, (triton.cdiv(there, height), triton.cdiv(channels, block)), rows)(
+        rows.contiguous(),
+        sample.contiguous(),
+        scale.contiguous(),
+        shift.contiguous(),
+        count,
+        out,
+        there,
+        channels,
+        BM=height,
+        BC=block,
+        SILU=silu,
+        num_warps=4,
+    )
+    return out
