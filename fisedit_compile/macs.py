@@ -21,9 +21,9 @@ from fisedit_compile.mac_report import MacCount, MacReport
 from fisedit_compile.mac_walk import GraphCounter, count_graph
 from fisedit_compile.masks.sample_masks import latent_mask, square_mask
 from fisedit_compile.masks.user_mask import MaskLike
-from fisedit_compile.passes.annotate_layout import annotate_layout
-from fisedit_compile.passes.hoist_invariants import HOISTED_STAGES
+from fisedit_compile.passes.region.annotate_layout import annotate_layout
 from fisedit_compile.passes.rewriting import prune
+from fisedit_compile.passes.staging.hoist_invariants import HOISTED_STAGES
 from fisedit_compile.planning.edit_plan import EditPlan
 from fisedit_compile.program import Program
 from fisedit_compile.step_shapes import step_shapes

@@ -20,12 +20,12 @@ from fisedit_compile.fingerprint import Weights, WeightWatch
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry, requests_of
 from fisedit_compile.kernels.indexing.gather_scatter import inverse_permutation
-from fisedit_compile.passes import ops
-from fisedit_compile.passes.annotate_layout import annotate_layout
-from fisedit_compile.passes.hoist_invariants import fetched_rows, split_stages
+from fisedit_compile.passes import targets
 from fisedit_compile.passes.manager import SPARSE_PASSES, run_passes
-from fisedit_compile.passes.report import PassReport
-from fisedit_compile.passes.reuse_timestep import is_timestep
+from fisedit_compile.passes.pass_report import PassReport
+from fisedit_compile.passes.region.annotate_layout import annotate_layout
+from fisedit_compile.passes.staging.hoist_invariants import fetched_rows, split_stages
+from fisedit_compile.passes.staging.reuse_timestep import is_timestep
 from fisedit_compile.planning.buckets import Bucket, Buckets
 from fisedit_compile.planning.edit_plan import EditPlan, plan_edit
 from fisedit_compile.prepared import Prepared
@@ -221,7 +221,7 @@ class Program:
         """A dense call's output with the base's values outside the mask: what :meth:`step` returns, by other means."""
         scatter = self.sparse.graph.output_node().args[0]
         assert isinstance(scatter, Node)
-        if scatter.target is not ops.SCATTER_ROWS:
+        if scatter.target is not targets.SCATTER_ROWS:
             return out  # the U-Net ends in an operation without a form on rows, and so does every step of it
         entry = scatter.args[1].meta["request"]  # type: ignore[union-attr]
         layout = scatter.meta["layout"]

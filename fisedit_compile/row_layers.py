@@ -12,15 +12,15 @@ from torch.fx.node import map_arg
 
 from fisedit_compile.ir.layout import Size
 from fisedit_compile.ir.meta_interpreter import MetaInterpreter
-from fisedit_compile.passes import ops
+from fisedit_compile.passes import targets
 
 if TYPE_CHECKING:
     from fisedit_compile.program import Program
 
 Kind = Literal["convolution", "linear", "self_attention", "cached_attention", "text_attention"]
 
-_CONVOLUTIONS = (ops.CONV2D_ROWS, ops.CONV2D_ROWS_AND_NORM)
-_LINEARS = (ops.LINEAR_ROWS, ops.LINEAR_ROWS_AND_NORM, ops.LINEAR_ROWS_AND_LAYER_NORM)
+_CONVOLUTIONS = (targets.CONV2D_ROWS, targets.CONV2D_ROWS_AND_NORM)
+_LINEARS = (targets.LINEAR_ROWS, targets.LINEAR_ROWS_AND_NORM, targets.LINEAR_ROWS_AND_LAYER_NORM)
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,6 @@ def _attention(kind: Kind, query: Tensor, offsets: Tensor, keys: int) -> LayerSh
 _READERS: dict[Any, Any] = {
     **dict.fromkeys(_CONVOLUTIONS, _convolution),
     **dict.fromkeys(_LINEARS, _linear),
-    ops.ATTENTION_ROWS: _attention_rows,
-    ops.ATTENTION_CACHED: _attention_cached,
+    targets.ATTENTION_ROWS: _attention_rows,
+    targets.ATTENTION_CACHED: _attention_cached,
 }

@@ -8,21 +8,21 @@ from collections.abc import Callable
 from torch.fx import GraphModule
 
 from fisedit_compile.config import SparsityConfig
-from fisedit_compile.passes.annotate_layout import annotate_layout
-from fisedit_compile.passes.cancel_scatter_gather import cancel_scatter_gather
-from fisedit_compile.passes.fuse_norms import fuse_norms
-from fisedit_compile.passes.fuse_pointwise import fuse_pointwise
-from fisedit_compile.passes.hoist_invariants import hoist_invariants
-from fisedit_compile.passes.insert_gather_scatter import insert_gather_scatter
-from fisedit_compile.passes.join_shortcuts import join_shortcuts
-from fisedit_compile.passes.merge_linears import merge_linears
-from fisedit_compile.passes.report import PassReport
-from fisedit_compile.passes.reuse_timestep import reuse_timestep
-from fisedit_compile.passes.select_region import select_region
-from fisedit_compile.passes.sparsify_attention import sparsify_attention
-from fisedit_compile.passes.sparsify_conv import sparsify_conv
-from fisedit_compile.passes.sparsify_norm import sparsify_norm
-from fisedit_compile.passes.sparsify_pointwise import sparsify_pointwise
+from fisedit_compile.passes.fusion.fuse_norms import fuse_norms
+from fisedit_compile.passes.fusion.fuse_pointwise import fuse_pointwise
+from fisedit_compile.passes.fusion.join_shortcuts import join_shortcuts
+from fisedit_compile.passes.fusion.merge_linears import merge_linears
+from fisedit_compile.passes.pass_report import PassReport
+from fisedit_compile.passes.region.annotate_layout import annotate_layout
+from fisedit_compile.passes.region.cancel_scatter_gather import cancel_scatter_gather
+from fisedit_compile.passes.region.insert_gather_scatter import insert_gather_scatter
+from fisedit_compile.passes.region.select_region import select_region
+from fisedit_compile.passes.sparsify.sparsify_attention import sparsify_attention
+from fisedit_compile.passes.sparsify.sparsify_conv import sparsify_conv
+from fisedit_compile.passes.sparsify.sparsify_norm import sparsify_norm
+from fisedit_compile.passes.sparsify.sparsify_pointwise import sparsify_pointwise
+from fisedit_compile.passes.staging.hoist_invariants import hoist_invariants
+from fisedit_compile.passes.staging.reuse_timestep import reuse_timestep
 
 Pass = Callable[[GraphModule, SparsityConfig], PassReport]
 

@@ -11,9 +11,9 @@ from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.layout import Layout
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import Inputs
-from fisedit_compile.passes import ops
-from fisedit_compile.passes.insert_gather_scatter import gather
-from fisedit_compile.passes.report import PassReport
+from fisedit_compile.passes import targets
+from fisedit_compile.passes.pass_report import PassReport
+from fisedit_compile.passes.region.insert_gather_scatter import gather
 
 
 class RowBuilder:
@@ -37,22 +37,22 @@ class RowBuilder:
     def pixels(self, value: Node) -> Node:
         """A dense value pixel-major, ``[B*H*W, *channels]``; a view where channels already lie last."""
         layout = value.meta["layout"]
-        permuted = self.call(ops.aten.permute.default, value, list(layout.order))
-        return self.call(ops.aten.flatten.using_ints, permuted, 0, layout.pixel_dims - 1)
+        permuted = self.call(targets.aten.permute.default, value, list(layout.order))
+        return self.call(targets.aten.flatten.using_ints, permuted, 0, layout.pixel_dims - 1)
 
 
 def move_gathers(
     graph_module: GraphModule,
     report: PassReport,
-    targets: Collection[object],
+    operations: Collection[object],
     build: Callable[[RowBuilder, Node], Node],
 ) -> None:
-    """Replace ``gather_rows(op(...))`` by ``build(builder, op)`` for every ``op`` of ``targets`` in the region."""
+    """Replace ``gather_rows(op(...))`` by ``build(builder, op)`` for every ``op`` of ``operations`` in the region."""
     graph = graph_module.graph
     inputs = Inputs(graph)
-    for node in graph.find_nodes(op="call_function", target=ops.GATHER_ROWS):
+    for node in graph.find_nodes(op="call_function", target=targets.GATHER_ROWS):
         op = node.args[0]
-        if op.target not in targets or not op.meta.get("region"):
+        if op.target not in operations or not op.meta.get("region"):
             continue
         with graph.inserting_before(node):
             new = build(RowBuilder(graph, inputs, op.meta["module_path"]), op)

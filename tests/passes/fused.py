@@ -20,8 +20,8 @@ from torch.fx import Node
 
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.plan_tensor import PlanTensor
-from fisedit_compile.passes import ops
-from fisedit_compile.passes.fuse_pointwise import fuse_pointwise
+from fisedit_compile.passes import targets
+from fisedit_compile.passes.fusion.fuse_pointwise import fuse_pointwise
 
 Build = Callable[[HandBuilt, Node], Node]
 COUNT, SAMPLE = PlanTensor("count", SIZE), PlanTensor("sample", SIZE)
@@ -61,7 +61,7 @@ def normed_and_raw(build: HandBuilt, x: Node) -> Node:
 
 
 def products(done: Snapshots) -> list[Node]:
-    kinds = (ops.CONV2D_ROWS, ops.CONV2D_ROWS_AND_NORM, ops.LINEAR_ROWS, ops.LINEAR_ROWS_AND_NORM)
+    kinds = (targets.CONV2D_ROWS, targets.CONV2D_ROWS_AND_NORM, targets.LINEAR_ROWS, targets.LINEAR_ROWS_AND_NORM)
     return [node for node in done.after(fuse_pointwise).graph.nodes if node.target in kinds]
 
 
@@ -74,7 +74,7 @@ def epilogue(node: Node) -> dict[str, Any]:
 
 def left(done: Snapshots) -> list[Any]:
     """Operations on rows that are no products, but for those of ``"block"``, which stand around what is tested."""
-    pointwise = ops.UNARY | ops.BINARY | {ops.GROUP_NORM_ROWS, ops.CAT_NORM_ROWS, aten.chunk.default}
+    pointwise = targets.UNARY | targets.BINARY | {targets.GROUP_NORM_ROWS, targets.CAT_NORM_ROWS, aten.chunk.default}
     graph = done.after(fuse_pointwise).graph
     return [n.target for n in graph.nodes if n.target in pointwise and n.meta.get("module_path") != "block"]
 

@@ -14,11 +14,11 @@ from torch.fx.node import map_arg
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry, requests_of
-from fisedit_compile.passes.annotate_layout import annotate_layout
+from fisedit_compile.passes.dense.record_activations import record_activations
 from fisedit_compile.passes.manager import SPARSE_PASSES
-from fisedit_compile.passes.record_activations import record_activations
-from fisedit_compile.passes.report import PassReport
-from fisedit_compile.passes.reuse_timestep import is_timestep
+from fisedit_compile.passes.pass_report import PassReport
+from fisedit_compile.passes.region.annotate_layout import annotate_layout
+from fisedit_compile.passes.staging.reuse_timestep import is_timestep
 from fisedit_compile.planning.edit_plan import plan_edit
 from fisedit_compile.testing import assert_close
 
@@ -236,7 +236,7 @@ def placeholders_of(graph_module: GraphModule) -> list[Node]:
     return list(graph_module.graph.find_nodes(op="placeholder"))
 
 
-def targets(graph_module: GraphModule) -> list[Any]:
+def targets_of(graph_module: GraphModule) -> list[Any]:
     """The targets of the operations, in order."""
     return [node.target for node in graph_module.graph.nodes if node.op == "call_function"]
 

@@ -26,8 +26,8 @@ from hand_built import (
 from torch.fx import GraphModule, Node
 
 from fisedit_compile.ir.layout import Layout
-from fisedit_compile.passes import ops
-from fisedit_compile.passes.annotate_layout import annotate_layout
+from fisedit_compile.passes import targets
+from fisedit_compile.passes.region.annotate_layout import annotate_layout
 from fisedit_compile.testing import assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -177,7 +177,7 @@ def test_a_region_starts_anew_behind_it(case: str) -> None:
     assert odd.meta["layout"] == Layout("bchw", SIZE)
     assert "region" not in odd.meta
     assert len(done.skips()) == 1
-    rows = done.final.graph.find_nodes(op="call_function", target=ops.CONV2D_ROWS)
+    rows = done.final.graph.find_nodes(op="call_function", target=targets.CONV2D_ROWS)
     assert [node.meta["module_path"] for node in rows] == ["first", "last"]
     assert_every_step_means_the_same(done)
 
@@ -277,7 +277,7 @@ def test_what_lies_behind_a_lost_layout_is_reported_too() -> None:
         return build.conv(build.op(aten.permute.default, x, [0, 3, 1, 2], path="back"), path="last")
 
     done = snapshots(around(middle))
-    dense = [node for node in done.final.graph.nodes if node.op == "call_function" and node.target is ops.CONV]
+    dense = [node for node in done.final.graph.nodes if node.op == "call_function" and node.target is targets.CONV]
     assert {node.meta["module_path"] for node in dense} <= {path for path, _ in done.skips()}
     assert_every_step_means_the_same(done)
 

@@ -19,16 +19,16 @@ from hand_built import (
     placeholders_of,
     snapshots,
     some_mask,
-    targets,
+    targets_of,
 )
 from torch.fx import Graph, GraphModule
 
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry, Hoisted, Inputs, requests_of
 from fisedit_compile.ir.taps import Taps
-from fisedit_compile.passes import ops
-from fisedit_compile.passes.cancel_scatter_gather import cancel_scatter_gather
-from fisedit_compile.passes.hoist_invariants import (
+from fisedit_compile.passes import targets
+from fisedit_compile.passes.region.cancel_scatter_gather import cancel_scatter_gather
+from fisedit_compile.passes.staging.hoist_invariants import (
     HOISTED_STAGES,
     fetched_rows,
     hoist_invariants,
@@ -50,10 +50,10 @@ class TestCancel:
         for op in (aten.silu.default, aten.neg.default, aten.tanh.default):
             x = build.op(op, x)
         done = snapshots(build.output(x))
-        before = targets(done.before(cancel_scatter_gather))
-        assert before.count(ops.SCATTER_ROWS) == 3
-        after = [ops.GATHER_ROWS, aten.silu.default, aten.neg.default, aten.tanh.default, ops.SCATTER_ROWS]
-        assert targets(done.after(cancel_scatter_gather)) == after
+        before = targets_of(done.before(cancel_scatter_gather))
+        assert before.count(targets.SCATTER_ROWS) == 3
+        after = [targets.GATHER_ROWS, aten.silu.default, aten.neg.default, aten.tanh.default, targets.SCATTER_ROWS]
+        assert targets_of(done.after(cancel_scatter_gather)) == after
         assert [r for r in requests_of(done.final.graph) if isinstance(r, CacheEntry)] == [CacheEntry(x.name, "map")]
 
     def test_a_dense_reader_in_the_middle_keeps_its_scatter(self) -> None:
@@ -62,9 +62,9 @@ class TestCancel:
         rolled = build.op(aten.roll.default, x, [1], [3], path="roll")
         done = snapshots(build.output(build.op(aten.add.Tensor, rolled, x, path="sum")))
         after = done.after(cancel_scatter_gather)
-        assert targets(after).count(ops.SCATTER_ROWS) == 2
-        assert only(after, aten.roll.default).args[0].target is ops.SCATTER_ROWS
-        assert {arg.target for arg in only(after, aten.add.Tensor).args} == {ops.GATHER_ROWS, aten.silu.default}
+        assert targets_of(after).count(targets.SCATTER_ROWS) == 2
+        assert only(after, aten.roll.default).args[0].target is targets.SCATTER_ROWS
+        assert {arg.target for arg in only(after, aten.add.Tensor).args} == {targets.GATHER_ROWS, aten.silu.default}
         reasons = done.skips("cancel_scatter_gather")
         assert set(reasons) == {
             ("", "its value is dense: the region begins here"),  # the latents
@@ -77,7 +77,7 @@ class TestCancel:
         sample, unused = build.latents(), build.input("text", BATCH, TOKENS, CHANNELS)
         build.op(aten.silu.default, build.conv(sample), path="dead")
         done = snapshots(build.output(build.op(aten.neg.default, sample)))
-        assert targets(done.final) == [ops.GATHER_ROWS, aten.neg.default, ops.SCATTER_ROWS]
+        assert targets_of(done.final) == [targets.GATHER_ROWS, aten.neg.default, targets.SCATTER_ROWS]
         assert all(node.users for node in done.final.graph.find_nodes(op="placeholder") if "request" in node.meta)
         assert unused.users == {}
 

@@ -19,12 +19,12 @@ from hand_built import (
     assert_means_the_same,
     aten,
     only,
-    targets,
+    targets_of,
 )
 from torch.fx import Node
 
-from fisedit_compile.passes import ops
-from fisedit_compile.passes.fuse_pointwise import fuse_pointwise
+from fisedit_compile.passes import targets
+from fisedit_compile.passes.fusion.fuse_pointwise import fuse_pointwise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,11 +53,11 @@ def geglu(
 @pytest.mark.parametrize("options", [{}, {"approximate": "none"}])
 def test_7_geglu(swapped: bool, options: dict[str, str]) -> None:
     done = behind_a_product(lambda build, x: geglu(build, x, swapped=swapped, **options))
-    fused = only(done.after(fuse_pointwise), ops.LINEAR_ROWS)
+    fused = only(done.after(fuse_pointwise), targets.LINEAR_ROWS)
     assert epilogue(fused) == {"count": COUNT, "activation": "geglu"}
     assert len(fused.args) == 10
-    assert not {aten.chunk.default, aten.gelu.default, aten.mul.Tensor} & set(targets(done.after(fuse_pointwise)))
-    assert [user.target for user in fused.users] == [ops.SCATTER_ROWS]
+    assert not {aten.chunk.default, aten.gelu.default, aten.mul.Tensor} & set(targets_of(done.after(fuse_pointwise)))
+    assert [user.target for user in fused.users] == [targets.SCATTER_ROWS]
     assert_means_the_same(done, fuse_pointwise)
 
 
@@ -73,8 +73,8 @@ def test_7_geglu(swapped: bool, options: dict[str, str]) -> None:
 )
 def test_7_skips_what_looks_like_geglu(then: Build) -> None:
     done = behind_a_product(then)
-    assert epilogue(only(done.after(fuse_pointwise), ops.LINEAR_ROWS)) == {"count": COUNT}
-    assert {aten.chunk.default, aten.gelu.default, aten.mul.Tensor} <= set(targets(done.after(fuse_pointwise)))
+    assert epilogue(only(done.after(fuse_pointwise), targets.LINEAR_ROWS)) == {"count": COUNT}
+    assert {aten.chunk.default, aten.gelu.default, aten.mul.Tensor} <= set(targets_of(done.after(fuse_pointwise)))
     assert ("gelu", NO_PRODUCT) in done.skips("fuse_pointwise")
     assert_means_the_same(done, fuse_pointwise)
 
@@ -87,5 +87,5 @@ def test_7_skips_one_half_times_its_own_gelu() -> None:
         return build.op(aten.mul.Tensor, value, build.op(aten.gelu.default, again))
 
     done = behind_a_product(then)
-    assert epilogue(only(done.after(fuse_pointwise), ops.LINEAR_ROWS)) == {"count": COUNT}
+    assert epilogue(only(done.after(fuse_pointwise), targets.LINEAR_ROWS)) == {"count": COUNT}
     assert_means_the_same(done, fuse_pointwise)

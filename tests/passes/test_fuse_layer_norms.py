@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 from fused import COUNT, behind_a_product, silu
-from hand_built import CHANNELS, HandBuilt, arguments, assert_means_the_same, aten, only, targets
+from hand_built import CHANNELS, HandBuilt, arguments, assert_means_the_same, aten, only, targets_of
 from torch.fx import Node
 
-from fisedit_compile.passes import ops
-from fisedit_compile.passes.fuse_norms import fuse_norms
+from fisedit_compile.passes import targets
+from fisedit_compile.passes.fusion.fuse_norms import fuse_norms
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,26 +30,26 @@ def test_a_linear_layer_stores_both(residual: bool, affine: bool) -> None:
         return build.op(aten.mul.Tensor, layer_norm(build, tokens, affine=affine), tokens, path="block")
 
     done = behind_a_product(then, "linear")
-    fused = only(done.after(fuse_norms), ops.LINEAR_ROWS_AND_LAYER_NORM)
+    fused = only(done.after(fuse_norms), targets.LINEAR_ROWS_AND_LAYER_NORM)
     given = arguments(fused)
     assert [given[3] is not None, given[4] is not None, given[5] is not None] == [residual, affine, affine]
     assert given[6:] == [1e-3, COUNT]
     raw, normed = sorted(fused.users, key=lambda node: node.args[1])
     assert (raw.args, normed.args) == ((fused, 0), (fused, 1))
     assert only(done.after(fuse_norms), aten.mul.Tensor).args == (normed, raw)
-    assert ops.LAYER_NORM_ROWS not in targets(done.after(fuse_norms))
+    assert targets.LAYER_NORM_ROWS not in targets_of(done.after(fuse_norms))
     assert_means_the_same(done, fuse_norms)
 
 
 def test_skips_the_norm_of_a_convolution() -> None:
     done = behind_a_product(lambda build, x: layer_norm(build, build.tokens(x)), "conv")
-    assert ops.LAYER_NORM_ROWS in targets(done.after(fuse_norms))
+    assert targets.LAYER_NORM_ROWS in targets_of(done.after(fuse_norms))
     assert_means_the_same(done, fuse_norms)
 
 
 def test_skips_the_norm_of_an_activation() -> None:
     done = behind_a_product(lambda build, x: layer_norm(build, build.tokens(silu(build, x))), "linear")
-    assert only(done.after(fuse_norms), ops.LAYER_NORM_ROWS).args[0].target is ops.LINEAR_ROWS
+    assert only(done.after(fuse_norms), targets.LAYER_NORM_ROWS).args[0].target is targets.LINEAR_ROWS
     assert_means_the_same(done, fuse_norms)
 
 
@@ -60,6 +60,6 @@ def test_of_two_norms_the_second_reads_what_is_stored() -> None:
         return build.op(aten.mul.Tensor, *norms, path="block")
 
     done = behind_a_product(then, "linear")
-    fused = only(done.after(fuse_norms), ops.LINEAR_ROWS_AND_LAYER_NORM)
-    assert only(done.after(fuse_norms), ops.LAYER_NORM_ROWS).args[0].args == (fused, 0)
+    fused = only(done.after(fuse_norms), targets.LINEAR_ROWS_AND_LAYER_NORM)
+    assert only(done.after(fuse_norms), targets.LAYER_NORM_ROWS).args[0].args == (fused, 0)
     assert_means_the_same(done, fuse_norms)

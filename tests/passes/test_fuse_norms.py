@@ -32,25 +32,25 @@ from hand_built import (
     aten,
     only,
     snapshots,
-    targets,
+    targets_of,
 )
 from torch.fx import Node
 
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.requests import CacheEntry
-from fisedit_compile.passes import ops
-from fisedit_compile.passes.fuse_norms import fuse_norms
-from fisedit_compile.passes.fuse_pointwise import fuse_pointwise
+from fisedit_compile.passes import targets
+from fisedit_compile.passes.fusion.fuse_norms import fuse_norms
+from fisedit_compile.passes.fusion.fuse_pointwise import fuse_pointwise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_2_silu_of_a_norm() -> None:
     done = beside_a_product(lambda build, x: silu(build, norm(build, x)))
-    normed = only(done.after(fuse_norms), ops.GROUP_NORM_ROWS)
+    normed = only(done.after(fuse_norms), targets.GROUP_NORM_ROWS)
     entries = [CacheEntry("group_norm_default", kind) for kind in ("scale", "shift")]
     assert arguments(normed) == [aten.add.Tensor, SAMPLE, *entries, True, COUNT]
-    assert aten.silu.default not in targets(done.after(fuse_pointwise))
+    assert aten.silu.default not in targets_of(done.after(fuse_pointwise))
     assert ("norm", "it follows no product and joins no two values") in done.skips("fuse_norms")
     assert_means_the_same(done, fuse_pointwise)
 
@@ -61,8 +61,8 @@ def test_2_skips_silu_where_the_norm_is_read_as_well() -> None:
         return build.op(aten.mul.Tensor, silu(build, normed), normed)
 
     done = beside_a_product(then)
-    assert arguments(only(done.after(fuse_norms), ops.GROUP_NORM_ROWS))[4:] == [False, COUNT]
-    assert aten.silu.default in targets(done.after(fuse_pointwise))
+    assert arguments(only(done.after(fuse_norms), targets.GROUP_NORM_ROWS))[4:] == [False, COUNT]
+    assert aten.silu.default in targets_of(done.after(fuse_pointwise))
     assert ("silu", NO_PRODUCT) in done.skips("fuse_pointwise")
     assert_means_the_same(done, fuse_pointwise)
 
@@ -85,7 +85,7 @@ def test_5_a_norm_alone(kind: str, activation: str) -> None:
 def test_5_a_norm_of_what_is_read_as_well(kind: str) -> None:
     done = behind_a_product(normed_and_raw, kind)
     (fused,) = products(done)
-    assert fused.target is (ops.CONV2D_ROWS_AND_NORM if kind == "conv" else ops.LINEAR_ROWS_AND_NORM)
+    assert fused.target is (targets.CONV2D_ROWS_AND_NORM if kind == "conv" else targets.LINEAR_ROWS_AND_NORM)
     assert list(epilogue(fused)) == ["count", "sample", "scale", "shift", "activation"]
     raw, normed = sorted(fused.users, key=lambda node: node.args[1])
     assert [node.args for node in (raw, normed)] == [(fused, 0), (fused, 1)]
@@ -113,7 +113,7 @@ def test_5_of_two_norms_one_is_in_the_product_and_the_other_reads_the_raw_value(
     )
     (fused,) = products(done)
     raw, _ = sorted(fused.users, key=lambda node: node.args[1])
-    other = only(done.after(fuse_pointwise), ops.GROUP_NORM_ROWS)
+    other = only(done.after(fuse_pointwise), targets.GROUP_NORM_ROWS)
     assert other.args[0] is raw
     assert fused.args[9].meta["request"].node != other.args[2].meta["request"].node
     assert_means_the_same(done, fuse_pointwise)
@@ -128,7 +128,7 @@ def test_5_skips_a_norm_with_its_own_statistics() -> None:
     large = build.op(aten.upsample_nearest2d.vec, small, list(SIZE), None)
     done = snapshots(build.output(build.conv(large, path="up")), SparsityConfig(dense_below=5))
     assert [list(epilogue(node)) for node in products(done)] == [[], ["residual"], ["count"]]
-    assert arguments(only(done.after(fuse_pointwise), ops.GROUP_NORM_WHOLE))[-2:] == [1e-5, True]
+    assert arguments(only(done.after(fuse_pointwise), targets.GROUP_NORM_WHOLE))[-2:] == [1e-5, True]
     assert done.skips("fuse_pointwise") == []
     assert_means_the_same(done, fuse_pointwise)
 
@@ -153,20 +153,20 @@ def test_the_norm_of_two_values_side_by_side(activation: bool) -> None:
         return build.op(aten.mul.Tensor, silu(build, normed) if activation else normed, x)
 
     done = side_by_side(2, then)
-    both = only(done.after(fuse_norms), ops.CAT_NORM_ROWS)
+    both = only(done.after(fuse_norms), targets.CAT_NORM_ROWS)
     entries = [CacheEntry("group_norm_default", kind) for kind in ("scale", "shift")]
-    assert arguments(both) == [ops.CONV2D_ROWS, ops.CONV2D_ROWS, SAMPLE, *entries, activation, COUNT]
+    assert arguments(both) == [targets.CONV2D_ROWS, targets.CONV2D_ROWS, SAMPLE, *entries, activation, COUNT]
     joined, normed = sorted(both.users, key=lambda node: node.args[1])
     assert only(done.after(fuse_norms), aten.mul.Tensor).args == (normed, joined)
     assert (joined.meta["module_path"], normed.meta["module_path"]) == ("cat", "norm")
-    assert aten.cat.default not in targets(done.after(fuse_norms))
+    assert aten.cat.default not in targets_of(done.after(fuse_norms))
     assert_means_the_same(done, fuse_norms)
 
 
 def test_skips_three_values() -> None:
     done = side_by_side(3, wide_norm)
     assert len(only(done.after(fuse_norms), aten.cat.default).args[0]) == 3
-    assert arguments(only(done.after(fuse_norms), ops.GROUP_NORM_ROWS))[4:] == [False, COUNT]
+    assert arguments(only(done.after(fuse_norms), targets.GROUP_NORM_ROWS))[4:] == [False, COUNT]
     assert {path for path, _ in done.skips("fuse_norms")} == {"cat", "norm"}
     assert_means_the_same(done, fuse_norms)
 
@@ -180,8 +180,8 @@ def test_skips_values_that_no_norm_reads() -> None:
 def test_of_two_norms_the_second_reads_the_joined_rows() -> None:
     done = side_by_side(2, lambda build, x: build.op(aten.mul.Tensor, wide_norm(build, x), wide_norm(build, x)))
     both, other = (
-        only(done.after(fuse_norms), ops.CAT_NORM_ROWS),
-        only(done.after(fuse_norms), ops.GROUP_NORM_ROWS),
+        only(done.after(fuse_norms), targets.CAT_NORM_ROWS),
+        only(done.after(fuse_norms), targets.GROUP_NORM_ROWS),
     )
     assert other.args[0].args == (both, 0)
     assert_means_the_same(done, fuse_norms)
@@ -196,9 +196,9 @@ def test_a_layer_norm(given: int) -> None:
         return build.op(aten.layer_norm.default, build.tokens(x), [CHANNELS], *options[:given], path="norm")
 
     done = behind_a_product(then)
-    layer_norm = only(done.after(fuse_norms), ops.LAYER_NORM_ROWS)
+    layer_norm = only(done.after(fuse_norms), targets.LAYER_NORM_ROWS)
     rows, weight, bias, eps, count = arguments(layer_norm)
-    assert (rows, weight is not None, bias is not None) == (ops.CONV2D_ROWS, given > 0, given > 1)
+    assert (rows, weight is not None, bias is not None) == (targets.CONV2D_ROWS, given > 0, given > 1)
     assert (eps, count) == (1e-3 if given > 2 else 1e-5, COUNT)
     assert_means_the_same(done, fuse_norms)
 
@@ -210,7 +210,7 @@ def test_skips_a_layer_norm_of_more_or_less_than_the_channels(shape: list[int]) 
         return build.op(aten.layer_norm.default, split, shape)
 
     done = behind_a_product(then)
-    assert only(done.after(fuse_norms), ops.LAYER_NORM).args[1] == shape
+    assert only(done.after(fuse_norms), targets.LAYER_NORM).args[1] == shape
     assert_means_the_same(done, fuse_norms)
 
 
@@ -221,7 +221,7 @@ def test_a_layer_norm_of_a_whole_level_has_no_count() -> None:
     small = build.op(aten.permute.default, build.op(aten.reshape.default, tokens, [BATCH, 3, 3, 4]), [0, 3, 1, 2])
     large = build.op(aten.upsample_nearest2d.vec, small, list(SIZE), None)
     done = snapshots(build.output(build.conv(large)), SparsityConfig(dense_below=5))
-    assert arguments(only(done.after(fuse_norms), ops.LAYER_NORM_ROWS))[1:] == [None, None, 1e-5, None]
+    assert arguments(only(done.after(fuse_norms), targets.LAYER_NORM_ROWS))[1:] == [None, None, 1e-5, None]
     assert_means_the_same(done, fuse_norms)
 
 
@@ -234,9 +234,9 @@ def test_a_resnet_is_two_products() -> None:
     h = build.conv(silu(build, norm(build, h)), path="conv2")
     done = snapshots(build.output(build.op(aten.add.Tensor, x, h)))
     assert [(node.target, node.meta["module_path"]) for node in products(done)] == [
-        (ops.CONV2D_ROWS_AND_NORM, "in"),
-        (ops.CONV2D_ROWS, "conv1"),
-        (ops.CONV2D_ROWS, "conv2"),
+        (targets.CONV2D_ROWS_AND_NORM, "in"),
+        (targets.CONV2D_ROWS, "conv1"),
+        (targets.CONV2D_ROWS, "conv2"),
     ]
     assert left(done) == []
     assert done.skips("fuse_pointwise") == []

@@ -30,13 +30,13 @@ from hand_built import (
     aten,
     only,
     snapshots,
-    targets,
+    targets_of,
 )
 from torch.fx import Graph, GraphModule, Node
 
 from fisedit_compile.ir.layout import Layout
-from fisedit_compile.passes import ops
-from fisedit_compile.passes.fuse_pointwise import fuse_pointwise
+from fisedit_compile.passes import targets
+from fisedit_compile.passes.fusion.fuse_pointwise import fuse_pointwise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,8 +49,8 @@ def test_1_a_linear_layer_of_rows(bias: bool) -> None:
 
     done = behind_a_product(then)
     first, second = products(done)
-    assert (first.target, epilogue(first)) == (ops.CONV2D_ROWS, {"count": COUNT})
-    assert (second.target, epilogue(second)) == (ops.LINEAR_ROWS, {"count": COUNT})
+    assert (first.target, epilogue(first)) == (targets.CONV2D_ROWS, {"count": COUNT})
+    assert (second.target, epilogue(second)) == (targets.LINEAR_ROWS, {"count": COUNT})
     assert second.args[0] is first
     assert (second.args[2] is not None) == bias
     assert second.meta["module_path"] == "linear"
@@ -63,7 +63,7 @@ def test_1_skips_a_linear_layer_that_is_not_on_rows() -> None:
     of_text = build.op(aten.linear.default, text, build.weight(CHANNELS, CHANNELS))
     shift = build.op(aten.reshape.default, build.op(aten.mean.dim, of_text, [1]), [BATCH, CHANNELS, 1, 1])
     done = snapshots(build.output(build.op(aten.mul.Tensor, build.conv(sample), shift)))
-    assert only(done.after(fuse_pointwise), ops.LINEAR).args[0].target == "text"
+    assert only(done.after(fuse_pointwise), targets.LINEAR).args[0].target == "text"
 
 
 def test_1_skips_a_linear_layer_of_each_head() -> None:
@@ -72,7 +72,7 @@ def test_1_skips_a_linear_layer_of_each_head() -> None:
         return build.unheads(build.op(aten.linear.default, heads, build.weight(2, 2)))
 
     done = behind_a_product(then)
-    assert only(done.after(fuse_pointwise), ops.LINEAR).meta["rows"].roles == "bcsc"
+    assert only(done.after(fuse_pointwise), targets.LINEAR).meta["rows"].roles == "bcsc"
     assert_means_the_same(done, fuse_pointwise)
 
 
@@ -149,7 +149,7 @@ def test_4_skips_a_second_residual() -> None:
     done = behind_a_product(
         lambda build, x: of_the_latents(aten.add.Tensor)(build, of_the_latents(aten.add.Tensor)(build, x))
     )
-    assert targets(done.after(fuse_pointwise)).count(aten.add.Tensor) == 1
+    assert targets_of(done.after(fuse_pointwise)).count(aten.add.Tensor) == 1
     assert list(epilogue(products(done)[0])) == ["count", "residual"]
     assert_means_the_same(done, fuse_pointwise)
 
@@ -195,14 +195,14 @@ def test_skips_a_sum_of_rows_of_another_resolution() -> None:
     """No dense graph has it; as many rows by chance must not make one of them the other's residual."""
     graph = Graph()
     rows, weight, table, other = (graph.placeholder(name) for name in ("rows", "weight", "table", "other"))
-    conv = graph.call_function(ops.CONV2D_ROWS, (rows, None, weight, None, table))
+    conv = graph.call_function(targets.CONV2D_ROWS, (rows, None, weight, None, table))
     total = graph.call_function(aten.add.Tensor, (conv, other))
     for node, size in ((conv, SIZE), (total, SIZE), (other, (3, 3))):
         node.meta.update(rows=Layout("bchw", size), module_path="")
     graph.output(total)
     graph_module = GraphModule({}, graph)
     fuse_pointwise(graph_module, CONFIG)
-    assert targets(graph_module) == [ops.CONV2D_ROWS, aten.add.Tensor]
+    assert targets_of(graph_module) == [targets.CONV2D_ROWS, aten.add.Tensor]
 
 
 @pytest.mark.parametrize("kind", ["conv", "linear"])
@@ -217,7 +217,7 @@ def test_6_silu(kind: str) -> None:
 def test_6_nothing_comes_behind_an_activation() -> None:
     done = behind_a_product(lambda build, x: norm(build, silu(build, x)))
     assert epilogue(products(done)[0]) == {"count": COUNT, "activation": "silu"}
-    assert ops.GROUP_NORM_ROWS in targets(done.after(fuse_pointwise))
+    assert targets.GROUP_NORM_ROWS in targets_of(done.after(fuse_pointwise))
     assert_means_the_same(done, fuse_pointwise)
 
 
@@ -236,6 +236,6 @@ def test_skips_what_a_dense_operation_reads_or_gives() -> None:
     done = behind_a_product(then)
     (fused,) = products(done)
     assert list(epilogue(fused)) == ["count", "sample", "sample_bias"]  # up to the roll, and not beyond
-    assert [user.target for user in fused.users] == [ops.SCATTER_ROWS]
-    assert {aten.silu.default, ops.GROUP_NORM_ROWS} <= set(targets(done.after(fuse_pointwise)))
+    assert [user.target for user in fused.users] == [targets.SCATTER_ROWS]
+    assert {aten.silu.default, targets.GROUP_NORM_ROWS} <= set(targets_of(done.after(fuse_pointwise)))
     assert_means_the_same(done, fuse_pointwise)

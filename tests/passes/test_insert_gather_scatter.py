@@ -8,8 +8,8 @@ from hand_built import BATCH, CHANNELS, MASKS, SIZE, HandBuilt, aten, inputs, on
 
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry, requests_of
-from fisedit_compile.passes import ops
-from fisedit_compile.passes.insert_gather_scatter import insert_gather_scatter
+from fisedit_compile.passes import targets
+from fisedit_compile.passes.region.insert_gather_scatter import insert_gather_scatter
 from fisedit_compile.testing import assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,7 +33,7 @@ def test_exact_rewriting_of_one_value() -> None:
         PlanTensor("count", SIZE),
         CacheEntry("silu_default", "map"),
     ]
-    value, gather, scatter = (only(graph_module, op) for op in (silu.target, ops.GATHER_ROWS, ops.SCATTER_ROWS))
+    value, gather, scatter = (only(graph_module, op) for op in (silu.target, targets.GATHER_ROWS, targets.SCATTER_ROWS))
     _, index, count, base = placeholders
     assert gather.args == (value, index, [0, 2, 3, 1], 3)
     assert scatter.args == (gather, base, index, [BATCH, CHANNELS, *SIZE], [0, 2, 3, 1], 3, count)
@@ -49,8 +49,8 @@ def test_every_user_reads_the_scattered_value() -> None:
     y = build.op(aten.add.Tensor, x, x)
     done = snapshots(build.output(build.op(aten.mul.Tensor, y, x)))
     for node in done.after(insert_gather_scatter).graph.nodes:
-        if node.op == "call_function" and node.target not in (ops.GATHER_ROWS, ops.SCATTER_ROWS):
-            assert [user.target for user in node.users] == [ops.GATHER_ROWS]
+        if node.op == "call_function" and node.target not in (targets.GATHER_ROWS, targets.SCATTER_ROWS):
+            assert [user.target for user in node.users] == [targets.GATHER_ROWS]
 
 
 def test_outside_the_mask_a_value_is_the_base_s_even_where_it_depends_on_active_pixels() -> None:
@@ -77,7 +77,7 @@ def test_tokens_and_heads_are_gathered_by_their_own_order() -> None:
     done = snapshots(build.output(build.unheads(heads)))
     orders = {
         node.args[0].name: tuple(node.args[2])
-        for node in done.after(insert_gather_scatter).graph.find_nodes(op="call_function", target=ops.GATHER_ROWS)
+        for node in done.after(insert_gather_scatter).graph.find_nodes(op="call_function", target=targets.GATHER_ROWS)
     }
     assert orders["reshape_default"] == (0, 1, 2)
     assert orders["view_default"] == (0, 1, 2, 3)

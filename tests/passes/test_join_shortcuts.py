@@ -17,13 +17,13 @@ from hand_built import (
     aten,
     only,
     snapshots,
-    targets,
+    targets_of,
 )
 from torch.fx import Node
 
 from fisedit_compile.config import SparsityConfig
-from fisedit_compile.passes import ops
-from fisedit_compile.passes.join_shortcuts import join_shortcuts
+from fisedit_compile.passes import targets
+from fisedit_compile.passes.fusion.join_shortcuts import join_shortcuts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -57,12 +57,12 @@ def product(build: HandBuilt, x: Node, kernel: int, bias: bool, path: str) -> No
 def convolution(done: Snapshots) -> Node:
     """The second convolution, after the pass."""
     graph = done.after(join_shortcuts).graph
-    return [node for node in graph.nodes if node.target in (ops.CONV2D_ROWS, ops.CONV2D_ROWS_AND_NORM)][1]
+    return [node for node in graph.nodes if node.target in (targets.CONV2D_ROWS, targets.CONV2D_ROWS_AND_NORM)][1]
 
 
 def assert_left(done: Snapshots, *reasons: str) -> None:
     """The pass changes nothing, and reports the shortcut for these reasons."""
-    assert targets(done.after(join_shortcuts)) == targets(done.before(join_shortcuts))
+    assert targets_of(done.after(join_shortcuts)) == targets_of(done.before(join_shortcuts))
     assert done.reports["join_shortcuts"].changes == []
     assert done.skips("join_shortcuts") == [("resnet.conv_shortcut", reason) for reason in reasons]
     assert_means_the_same(done, join_shortcuts)
@@ -71,21 +71,21 @@ def assert_left(done: Snapshots, *reasons: str) -> None:
 @pytest.mark.parametrize("conv_first", [True, False])
 def test_exact_rewriting(conv_first: bool) -> None:
     done = resnet(conv_first=conv_first)
-    before = only(done.before(join_shortcuts), ops.LINEAR_ROWS)
+    before = only(done.before(join_shortcuts), targets.LINEAR_ROWS)
     (old,) = before.users
     conv = convolution(done)
-    assert conv.target is ops.CONV2D_ROWS
+    assert conv.target is targets.CONV2D_ROWS
     bias = conv.args[3]
     assert (bias.target, [part.name for part in bias.args]) == (
         aten.add.Tensor,
         [old.args[3].name, before.args[2].name],
     )
-    assert arguments(conv)[4:] == [*arguments(old)[4:5], COUNT, *[None] * 5, "none", ops.CONV2D_ROWS, FLAT]
+    assert arguments(conv)[4:] == [*arguments(old)[4:5], COUNT, *[None] * 5, "none", targets.CONV2D_ROWS, FLAT]
     assert [conv.args[i].name for i in (0, 1, 2)] == [old.args[i].name for i in (0, 1, 2)]
     assert [conv.args[i].name for i in (12, 13)] == [before.args[i].name for i in (0, 1)]
     assert conv.args[12].meta["module_path"] == "in"
     assert conv.meta["rows"].size == SIZE
-    assert ops.LINEAR_ROWS not in targets(done.after(join_shortcuts))
+    assert targets.LINEAR_ROWS not in targets_of(done.after(join_shortcuts))
     report = done.reports["join_shortcuts"]
     assert [(change.module_path, change.op) for change in report.changes] == [
         ("resnet.conv_shortcut", "fisedit.linear_rows.default")
@@ -98,7 +98,7 @@ def test_exact_rewriting(conv_first: bool) -> None:
 @pytest.mark.parametrize("bias", [(True, True), (True, False), (False, True), (False, False)])
 def test_the_bias_is_the_sum_of_those_that_there_are(bias: tuple[bool, bool]) -> None:
     done = resnet(bias=bias)
-    old = only(done.before(join_shortcuts), ops.LINEAR_ROWS)
+    old = only(done.before(join_shortcuts), targets.LINEAR_ROWS)
     given = [part.name for part in (next(iter(old.users)).args[3], old.args[2]) if part is not None]
     joined = convolution(done).args[3]
     if sum(bias) == 2:
@@ -120,11 +120,11 @@ def test_the_module_is_that_of_both_and_biases_are_added_once_a_model() -> None:
 def test_a_norm_that_is_not_the_only_reader_comes_behind_both() -> None:
     done = resnet(normed_and_raw)
     conv = convolution(done)
-    assert conv.target is ops.CONV2D_ROWS_AND_NORM
+    assert conv.target is targets.CONV2D_ROWS_AND_NORM
     count, sample, sample_bias, residual, scale, shift, activation, *beside = arguments(conv)[5:]
     assert (count, sample, sample_bias, residual) == (COUNT, SAMPLE, None, None)
     assert [entry.kind for entry in (scale, shift)] == ["scale", "shift"]
-    assert (activation, beside) == ("silu", [ops.CONV2D_ROWS, FLAT])
+    assert (activation, beside) == ("silu", [targets.CONV2D_ROWS, FLAT])
     assert sorted(user.args[1] for user in conv.users) == [0, 1]
     assert_means_the_same(done, join_shortcuts)
 
@@ -133,16 +133,16 @@ def test_a_norm_that_is_not_the_only_reader_comes_behind_both() -> None:
 def test_a_norm_that_alone_reads_the_sum_comes_behind_both(activation: bool) -> None:
     done = resnet(lambda build, x: silu(build, norm(build, x)) if activation else norm(build, x))
     conv = convolution(done)
-    assert conv.target is ops.CONV2D_ROWS
+    assert conv.target is targets.CONV2D_ROWS
     assert arguments(conv)[5:9] == [COUNT, SAMPLE, None, None]
-    assert arguments(conv)[11:] == ["silu" if activation else "none", ops.CONV2D_ROWS, FLAT]
+    assert arguments(conv)[11:] == ["silu" if activation else "none", targets.CONV2D_ROWS, FLAT]
     assert_means_the_same(done, join_shortcuts)
 
 
 def test_an_embedding_stays_in_the_convolution() -> None:
     done = resnet(lambda build, x: build.op(aten.add.Tensor, x, embedding(build)))
     conv = convolution(done)
-    assert arguments(conv)[5:] == [COUNT, SAMPLE, aten.reshape.default, *[None] * 3, "none", ops.CONV2D_ROWS, FLAT]
+    assert arguments(conv)[5:] == [COUNT, SAMPLE, aten.reshape.default, *[None] * 3, "none", targets.CONV2D_ROWS, FLAT]
     assert_means_the_same(done, join_shortcuts)
 
 
@@ -153,7 +153,7 @@ def test_a_linear_layer_of_tokens_is_joined_as_well() -> None:
     weights = build.weight(CHANNELS, CHANNELS), build.weight(CHANNELS)
     other = build.op(aten.linear.default, build.tokens(build.op(aten.neg.default, x)), *weights, path="net.linear")
     done = snapshots(build.output(build.op(aten.add.Tensor, tokens, other)))
-    assert arguments(only(done.after(join_shortcuts), ops.CONV2D_ROWS))[12] is aten.neg.default
+    assert arguments(only(done.after(join_shortcuts), targets.CONV2D_ROWS))[12] is aten.neg.default
     assert_means_the_same(done, join_shortcuts)
 
 
@@ -166,7 +166,7 @@ def test_a_whole_level_has_no_count() -> None:
     done = snapshots(build.output(build.conv(large, path="up")), SparsityConfig(dense_below=5))
     conv = convolution(done)
     assert conv.meta["module_path"] == "mid"
-    assert arguments(conv)[5:] == [*[None] * 6, "none", ops.CONV2D_ROWS, FLAT]
+    assert arguments(conv)[5:] == [*[None] * 6, "none", targets.CONV2D_ROWS, FLAT]
     assert_means_the_same(done, join_shortcuts)
 
 
@@ -177,10 +177,10 @@ def test_each_resnet_takes_its_own() -> None:
         h = build.conv(build.op(aten.tanh.default, x), path=f"{path}.conv2")
         x = build.op(aten.add.Tensor, h, build.conv(x, kernel=1, path=f"{path}.conv_shortcut"), path=path)
     done = snapshots(build.output(x))
-    convs = done.after(join_shortcuts).graph.find_nodes(op="call_function", target=ops.CONV2D_ROWS)
+    convs = done.after(join_shortcuts).graph.find_nodes(op="call_function", target=targets.CONV2D_ROWS)
     assert [(conv.meta["module_path"], arguments(conv)[12]) for conv in convs] == [
-        ("first", ops.GATHER_ROWS),
-        ("second", ops.CONV2D_ROWS),
+        ("first", targets.GATHER_ROWS),
+        ("second", targets.CONV2D_ROWS),
     ]
     assert convs[1].args[12] is convs[0]
     assert_means_the_same(done, join_shortcuts)
@@ -194,7 +194,7 @@ def test_skips_a_shortcut_that_is_read_elsewhere() -> None:
     total = build.op(aten.add.Tensor, conv, shortcut)
     done = snapshots(build.output(build.op(aten.mul.Tensor, total, shortcut)))
     assert_left(done, "its result is read elsewhere, too")
-    assert only(done.after(join_shortcuts), ops.CONV2D_ROWS).args[8].target is ops.LINEAR_ROWS
+    assert only(done.after(join_shortcuts), targets.CONV2D_ROWS).args[8].target is targets.LINEAR_ROWS
 
 
 @pytest.mark.parametrize(
@@ -205,21 +205,23 @@ def test_skips_a_shortcut_that_is_read_elsewhere() -> None:
 def test_skips_a_shortcut_with_something_behind_it(behind: Callable[[HandBuilt, Node], Node]) -> None:
     done = resnet(behind=behind)
     assert_left(done, "something follows it before the sum")
-    assert convolution(done).args[8].target is ops.LINEAR_ROWS
+    assert convolution(done).args[8].target is targets.LINEAR_ROWS
 
 
 @pytest.mark.parametrize(
     ("behind", "residual"),
     [
         (lambda build, x: build.op(aten.neg.default, x), aten.neg.default),
-        (lambda build, x: build.conv(x, path="other"), ops.CONV2D_ROWS),
+        (lambda build, x: build.conv(x, path="other"), targets.CONV2D_ROWS),
     ],
     ids=["activation", "convolution"],
 )
 def test_skips_a_residual_that_is_no_linear_layer(behind: Callable[[HandBuilt, Node], Node], residual: object) -> None:
     done = resnet(behind=behind)
     assert_left(done)
-    found = [arguments(node)[8:] for node in done.after(join_shortcuts).graph.nodes if node.target is ops.CONV2D_ROWS]
+    found = [
+        arguments(node)[8:] for node in done.after(join_shortcuts).graph.nodes if node.target is targets.CONV2D_ROWS
+    ]
     assert [residual] in found
 
 

@@ -20,13 +20,13 @@ from hand_built import (
     inputs,
     only,
     snapshots,
-    targets,
+    targets_of,
 )
 from torch.fx import GraphModule
 
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.errors import SparsifyError
-from fisedit_compile.passes import ops
+from fisedit_compile.passes import targets
 from fisedit_compile.passes.manager import SPARSE_PASSES, run_passes
 from fisedit_compile.testing import assert_close
 
@@ -105,10 +105,15 @@ def test_every_graph_of_a_unet_between_two_passes_runs_and_means_the_same(unets:
 
 def test_nothing_dense_is_left_of_a_graph_that_can_be_sparse_from_end_to_end() -> None:
     done = snapshots(everything())
-    left = set(targets(done.final)) - {ops.CONV2D_ROWS, ops.GROUP_NORM_ROWS, ops.ATTENTION_CACHED, ops.ATTENTION_ROWS}
-    assert not left & {ops.CONV, ops.GROUP_NORM, ops.ATTENTION, ops.UPSAMPLE, ops.GATHER_ROWS}
-    assert targets(done.final)[-1] is ops.SCATTER_ROWS
-    assert len(done.final.graph.find_nodes(op="call_function", target=ops.SCATTER_ROWS)) == 1
+    left = set(targets_of(done.final)) - {
+        targets.CONV2D_ROWS,
+        targets.GROUP_NORM_ROWS,
+        targets.ATTENTION_CACHED,
+        targets.ATTENTION_ROWS,
+    }
+    assert not left & {targets.CONV, targets.GROUP_NORM, targets.ATTENTION, targets.UPSAMPLE, targets.GATHER_ROWS}
+    assert targets_of(done.final)[-1] is targets.SCATTER_ROWS
+    assert len(done.final.graph.find_nodes(op="call_function", target=targets.SCATTER_ROWS)) == 1
     assert done.skips() == []
 
 
@@ -143,4 +148,4 @@ def test_the_passes_change_no_value_that_a_caller_sees() -> None:
     done = snapshots(everything())
     names = [node.target for node in done.final.graph.find_nodes(op="placeholder") if "request" not in node.meta]
     assert names == ["sample", "text", "temb"]
-    assert only(done.final, ops.SCATTER_ROWS).meta["module_path"] == "conv_out"
+    assert only(done.final, targets.SCATTER_ROWS).meta["module_path"] == "conv_out"

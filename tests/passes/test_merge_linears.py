@@ -16,12 +16,12 @@ from hand_built import (
     aten,
     only,
     snapshots,
-    targets,
+    targets_of,
 )
 from torch.fx import Node
 
-from fisedit_compile.passes import ops
-from fisedit_compile.passes.merge_linears import merge_linears
+from fisedit_compile.passes import targets
+from fisedit_compile.passes.fusion.merge_linears import merge_linears
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,7 +47,7 @@ def projections(*biases: bool, width: int = CHANNELS) -> tuple[Snapshots, list[N
 
 
 def reads(done: Snapshots) -> list[Node]:
-    return list(done.after(merge_linears).graph.find_nodes(op="call_function", target=ops.LINEAR))
+    return list(done.after(merge_linears).graph.find_nodes(op="call_function", target=targets.LINEAR))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -56,7 +56,7 @@ def test_exact_rewriting(bias: bool) -> None:
     graph_module = done.after(merge_linears)
     (merged,) = reads(done)
     rows, weight, joined_bias = merged.args
-    assert rows.target is ops.CONV2D_ROWS
+    assert rows.target is targets.CONV2D_ROWS
     assert weight.target is aten.cat.default
     assert [part.target for part in weight.args[0]] == [layer.args[1].target for layer in layers]
     assert weight.args[1:] == ()
@@ -139,8 +139,8 @@ def test_equal_activations_of_one_value_are_one_so_that_their_layers_are() -> No
         shift = build.op(aten.reshape.default, projected, [BATCH, CHANNELS, 1, 1])
         x = build.conv(build.op(aten.add.Tensor, x, shift))
     done = snapshots(build.output(x))
-    assert targets(done.before(merge_linears)).count(aten.silu.default) == 2
-    assert targets(done.after(merge_linears)).count(aten.silu.default) == 1
+    assert targets_of(done.before(merge_linears)).count(aten.silu.default) == 2
+    assert targets_of(done.after(merge_linears)).count(aten.silu.default) == 1
     assert len(reads(done)) == 1
     assert_means_the_same(done, merge_linears)
 
@@ -160,14 +160,14 @@ def test_which_activations_are_equal(first: tuple, second: tuple, left: int) -> 
     x = build.conv(build.latents())
     one, other = (build.op(op, x, *args, **kwargs) for op, args, kwargs in (first, second))
     done = snapshots(build.output(build.op(aten.sub.Tensor, one, other)))
-    remaining = [target for target in targets(done.after(merge_linears)) if target in ops.UNARY]
+    remaining = [target for target in targets_of(done.after(merge_linears)) if target in targets.UNARY]
     assert len(remaining) == left
     assert_means_the_same(done, merge_linears)
 
 
 def test_skips_a_layer_that_alone_reads_its_value() -> None:
     done, _ = projections(True)
-    assert aten.split_with_sizes.default not in targets(done.after(merge_linears))
+    assert aten.split_with_sizes.default not in targets_of(done.after(merge_linears))
     assert (done.reports["merge_linears"].changed, done.reports["merge_linears"].skipped) == (0, [])
 
 

@@ -24,8 +24,8 @@ from torch.nn import functional as F
 
 from fisedit_compile.ir.requests import CacheEntry, ControlTensor, requests_of
 from fisedit_compile.kernels.norms.group_norm_rows import norm_scale_shift
-from fisedit_compile.passes.control_cross_attention import control_cross_attention, cross_attentions
-from fisedit_compile.passes.record_activations import record_activations
+from fisedit_compile.passes.dense.control_cross_attention import control_cross_attention, cross_attentions
+from fisedit_compile.passes.dense.record_activations import record_activations
 from fisedit_compile.testing import assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")

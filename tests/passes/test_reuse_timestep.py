@@ -16,13 +16,13 @@ from hand_built import (
     aten,
     placeholders_of,
     snapshots,
-    targets,
+    targets_of,
 )
 from torch.fx import Node
 
 from fisedit_compile.ir.requests import CacheEntry, requests_of
-from fisedit_compile.passes import ops
-from fisedit_compile.passes.reuse_timestep import is_timestep, reuse_timestep
+from fisedit_compile.passes import targets
+from fisedit_compile.passes.staging.reuse_timestep import is_timestep, reuse_timestep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,7 +58,7 @@ def test_the_projection_of_each_resnet_is_the_base_s(shape: tuple[int, ...]) -> 
     done = snapshots(build.output(x))
     assert values(done) == [node.name for node in kept]
     graph_module = done.after(reuse_timestep)
-    assert not {aten.linear.default, aten.silu.default} & set(targets(graph_module))
+    assert not {aten.linear.default, aten.silu.default} & set(targets_of(graph_module))
     assert "timestep" not in [node.target for node in placeholders_of(graph_module)]
     assert [change.module_path for change in done.reports["reuse_timestep"].changes] == ["resnet0", "resnet1"]
     assert_means_the_same(done, reuse_timestep)
@@ -89,7 +89,7 @@ def test_a_value_that_the_timestep_s_own_chain_reads_too() -> None:
     x = build.op(aten.add.Tensor, build.conv(sample), first)
     done = snapshots(build.output(build.op(aten.add.Tensor, build.conv(x), second)))
     assert values(done) == [first.name, second.name]  # not the one computed from the other
-    assert aten.tanh.default not in targets(done.after(reuse_timestep))
+    assert aten.tanh.default not in targets_of(done.after(reuse_timestep))
     assert_means_the_same(done, reuse_timestep)
 
 
@@ -117,7 +117,7 @@ def test_where_the_prompt_enters_it_stays_in_the_step_and_what_comes_before_is_t
         CacheEntry(embedding.name, "value"),
         "text_embeds",
     ]
-    assert targets(graph_module).count(aten.linear.default) == 1
+    assert targets_of(graph_module).count(aten.linear.default) == 1
     stages = {n.meta.get("stage") for n in done.final.graph.nodes if n.meta.get("module_path") == "add_embedding"}
     assert stages == {"step"}
     assert_means_the_same(done, reuse_timestep)
@@ -171,4 +171,4 @@ def test_the_base_keeps_a_copy_of_each_value() -> None:
     kept = done.record(given)
     given[1].zero_()
     assert kept[CacheEntry(shift.name, "value")].flatten().tolist() == [3.0, 7.0]
-    assert ops.SCATTER_ROWS in targets(done.final)
+    assert targets.SCATTER_ROWS in targets_of(done.final)

@@ -14,7 +14,7 @@ from hand_built import (
     inputs,
     only,
     snapshots,
-    targets,
+    targets_of,
 )
 from torch.fx import GraphModule
 
@@ -22,9 +22,9 @@ from fisedit_compile.config import SparsityConfig
 from fisedit_compile.errors import SparsifyError
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import requests_of
-from fisedit_compile.passes import ops
-from fisedit_compile.passes.insert_gather_scatter import insert_gather_scatter
-from fisedit_compile.passes.select_region import select_region
+from fisedit_compile.passes import targets
+from fisedit_compile.passes.region.insert_gather_scatter import insert_gather_scatter
+from fisedit_compile.passes.region.select_region import select_region
 from fisedit_compile.testing import assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,10 +57,10 @@ def test_the_shorter_side_decides_which_pixels_are_rows(dense_below: int, whole:
 
 def test_a_whole_level_is_rows_without_a_gather_or_a_scatter_of_its_own() -> None:
     done = snapshots(down_and_up(), SparsityConfig(dense_below=4))
-    operations = targets(done.final)
-    assert operations.count(ops.CONV2D_ROWS) == 3
-    assert ops.GATHER_ROWS not in operations
-    assert operations.count(ops.SCATTER_ROWS) == 1
+    operations = targets_of(done.final)
+    assert operations.count(targets.CONV2D_ROWS) == 3
+    assert targets.GATHER_ROWS not in operations
+    assert operations.count(targets.SCATTER_ROWS) == 1
     kinds = [(r.kind, r.where) for r in requests_of(done.final.graph) if isinstance(r, PlanTensor)]
     assert ("index", (3, 3)) not in kinds
     assert ("count", (3, 3)) not in kinds
@@ -73,7 +73,7 @@ def test_a_whole_level_is_computed_beyond_the_mask_too(dense_below: int, compute
     kept, edit = done.record(inputs(done.dense, 0)), inputs(done.dense, 1)
     graph_module = copy_of(done.after(insert_gather_scatter))
     *_, scattered = (node for node in graph_module.graph.nodes if node.meta.get("module_path") == "mid")
-    assert scattered.target is ops.SCATTER_ROWS
+    assert scattered.target is targets.SCATTER_ROWS
     graph_module.graph.output_node().args = (scattered,)
     graph_module.recompile()
     base = done.run(graph_module, kept, edit, MASKS["none"])
@@ -94,7 +94,7 @@ def test_nothing_at_that_resolution_is_an_error_that_says_what_to_do() -> None:
 def test_an_upsampled_map_is_never_made_for_convolutions() -> None:
     done = snapshots(down_and_up())
     assert done.skips() == []
-    assert not done.final.graph.find_nodes(op="call_function", target=ops.UPSAMPLE)
+    assert not done.final.graph.find_nodes(op="call_function", target=targets.UPSAMPLE)
 
 
 def test_an_upsampled_map_that_something_else_reads_is_dense_and_reported() -> None:
@@ -104,7 +104,7 @@ def test_an_upsampled_map_that_something_else_reads_is_dense_and_reported() -> N
     read_twice = build.op(aten.add.Tensor, build.conv(large, path="conv"), large, path="sum")
     done = snapshots(build.output(read_twice))
     assert done.skips() == [("up", "its map is used by more than convolutions, so it is computed dense")]
-    assert only(done.final, ops.UPSAMPLE).meta["module_path"] == "up"
+    assert only(done.final, targets.UPSAMPLE).meta["module_path"] == "up"
     assert_every_step_means_the_same(done)
 
 

@@ -22,7 +22,7 @@ from hand_built import (
     inputs,
     only,
     snapshots,
-    targets,
+    targets_of,
 )
 from torch.fx import GraphModule
 from torch.nn import functional as F
@@ -30,8 +30,8 @@ from torch.nn import functional as F
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry, requests_of
-from fisedit_compile.passes import ops
-from fisedit_compile.passes.sparsify_attention import sparsify_attention
+from fisedit_compile.passes import targets
+from fisedit_compile.passes.sparsify.sparsify_attention import sparsify_attention
 from fisedit_compile.testing import assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -93,22 +93,22 @@ def test_cross_attention_sees_the_text_in_both_modes(config: object, options: di
 
 def test_exact_rewriting_in_full_mode() -> None:
     done = snapshots(self_attention(scale=0.3))
-    assert arguments(only(done.after(sparsify_attention), ops.ATTENTION_CACHED)) == [
-        *[ops.GATHER_ROWS] * 3,
+    assert arguments(only(done.after(sparsify_attention), targets.ATTENTION_CACHED)) == [
+        *[targets.GATHER_ROWS] * 3,
         CacheEntry("transpose_int_1", "map"),
         CacheEntry("transpose_int_2", "map"),
         PlanTensor("row_of", SIZE),
         PlanTensor("offsets", SIZE),
         0.3,
     ]
-    assert only(done.final, ops.ATTENTION_CACHED).meta["module_path"] == "attn1"
+    assert only(done.final, targets.ATTENTION_CACHED).meta["module_path"] == "attn1"
 
 
 def test_exact_rewriting_in_masked_mode() -> None:
     done = snapshots(self_attention(), MASKED)
     offsets = PlanTensor("offsets", SIZE)
-    attention = only(done.after(sparsify_attention), ops.ATTENTION_ROWS)
-    assert arguments(attention) == [*[ops.GATHER_ROWS] * 3, offsets, offsets, None]
+    attention = only(done.after(sparsify_attention), targets.ATTENTION_ROWS)
+    assert arguments(attention) == [*[targets.GATHER_ROWS] * 3, offsets, offsets, None]
     kept = [request for request in requests_of(done.final.graph) if isinstance(request, CacheEntry)]
     assert [entry.node for entry in kept] == ["permute_default_1"]  # the output to scatter into: no keys, no values
 
@@ -117,8 +117,8 @@ def test_exact_rewriting_of_cross_attention() -> None:
     done = snapshots(cross_attention())
     graph_module = done.after(sparsify_attention)
     flatten, arange = aten.flatten.using_ints, aten.arange.start_step
-    assert arguments(only(graph_module, ops.ATTENTION_ROWS)) == [
-        ops.GATHER_ROWS,
+    assert arguments(only(graph_module, targets.ATTENTION_ROWS)) == [
+        targets.GATHER_ROWS,
         flatten,
         flatten,
         PlanTensor("offsets", SIZE),
@@ -139,8 +139,8 @@ def test_rows_stay_gathered_through_both_attentions() -> None:
         out = build.op(aten.transpose.int, build.op(ATTENTION, heads, kv, kv), 1, 2)
         tokens = build.op(aten.add.Tensor, build.op(aten.reshape.default, out, [BATCH, -1, CHANNELS]), tokens)
     done = snapshots(build.output(tokens))
-    operations = targets(done.final)
-    assert (operations.count(ops.GATHER_ROWS), operations.count(ops.SCATTER_ROWS)) == (1, 1)
+    operations = targets_of(done.final)
+    assert (operations.count(targets.GATHER_ROWS), operations.count(targets.SCATTER_ROWS)) == (1, 1)
     assert_every_step_means_the_same(done)
 
 
@@ -164,6 +164,6 @@ def test_on_a_whole_level_every_token_is_fresh_in_both_modes(config: SparsityCon
     large = build.op(aten.upsample_nearest2d.vec, small, list(SIZE), None)
     done = snapshots(build.output(build.conv(large)), config)
     offsets = PlanTensor("offsets", (3, 3))
-    attention = only(done.after(sparsify_attention), ops.ATTENTION_ROWS)
-    assert arguments(attention) == [*[ops.GATHER_ROWS] * 3, offsets, offsets, None]
+    attention = only(done.after(sparsify_attention), targets.ATTENTION_ROWS)
+    assert arguments(attention) == [*[targets.GATHER_ROWS] * 3, offsets, offsets, None]
     assert_every_step_means_the_same(done)

@@ -16,16 +16,16 @@ from hand_built import (
     aten,
     only,
     snapshots,
-    targets,
+    targets_of,
 )
 
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry, requests_of
 from fisedit_compile.ir.taps import Taps
-from fisedit_compile.passes import ops
-from fisedit_compile.passes.cancel_scatter_gather import cancel_scatter_gather
-from fisedit_compile.passes.sparsify_conv import sparsify_conv
+from fisedit_compile.passes import targets
+from fisedit_compile.passes.region.cancel_scatter_gather import cancel_scatter_gather
+from fisedit_compile.passes.sparsify.sparsify_conv import sparsify_conv
 from fisedit_compile.planning.edit_plan import plan_edit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,7 +59,7 @@ def test_any_geometry_behind_a_value_of_the_region(geometry: dict[str, Any], ups
         x = build.op(aten.upsample_nearest2d.vec, x, list(upsampled), None)
     done = snapshots(build.output(build.conv(x, **geometry)))
     assert done.reports["sparsify_conv"].changed == 2
-    assert ops.CONV not in targets(done.final)
+    assert targets.CONV not in targets_of(done.final)
     assert_every_step_means_the_same(done)
 
 
@@ -70,10 +70,10 @@ def test_exact_rewriting_of_a_strided_convolution() -> None:
     done = snapshots(build.output(conv))
     graph_module = done.after(sparsify_conv)
     taps = Taps(SIZE, (3, 3), kernel=THREE, stride=(2, 2), padding=ONE, dilation=ONE)
-    rows = only(graph_module, ops.CONV2D_ROWS)
+    rows = only(graph_module, targets.CONV2D_ROWS)
     source, halo, weight, bias, table = rows.args
-    assert source.target is ops.GATHER_ROWS
-    assert source.args[0].target is ops.SCATTER_ROWS  # cancels later
+    assert source.target is targets.GATHER_ROWS
+    assert source.args[0].target is targets.SCATTER_ROWS  # cancels later
     assert halo.target is aten.index_select.default
     base_map, dim, halo_index = halo.args
     assert base_map.meta["request"] == CacheEntry("silu_default", "map")
@@ -84,7 +84,7 @@ def test_exact_rewriting_of_a_strided_convolution() -> None:
     assert weight.args[1:] == (1,)
     assert bias.target == conv.args[2].target
     assert rows.meta["module_path"] == "down"
-    assert ops.CONV not in {user.target for user in rows.users}
+    assert targets.CONV not in {user.target for user in rows.users}
 
 
 def conv_weight(graph_module: torch.fx.GraphModule, conv: torch.fx.Node) -> torch.fx.Node:
@@ -96,7 +96,7 @@ def test_exact_rewriting_of_a_convolution_of_the_latents() -> None:
     build = HandBuilt()
     done = snapshots(build.output(build.conv(build.latents())))
     taps = Taps(SIZE, SIZE, kernel=THREE, stride=ONE, padding=ONE, dilation=ONE, dense=True)
-    pixels, halo, _, _, table, count = only(done.final, ops.CONV2D_ROWS).args
+    pixels, halo, _, _, table, count = only(done.final, targets.CONV2D_ROWS).args
     assert halo is None
     assert pixels.target is aten.flatten.using_ints
     assert pixels.args[1:] == (0, 2)
@@ -113,7 +113,7 @@ def test_exact_rewriting_behind_an_upsampled_map() -> None:
     done = snapshots(build.output(build.conv(large, path="out")))
     (rows,) = (
         node
-        for node in done.final.graph.find_nodes(op="call_function", target=ops.CONV2D_ROWS)
+        for node in done.final.graph.find_nodes(op="call_function", target=targets.CONV2D_ROWS)
         if node.meta["module_path"] == "out"
     )
     taps = Taps((3, 3), SIZE, kernel=THREE, stride=ONE, padding=ONE, dilation=ONE, upsampled=SIZE)
@@ -126,7 +126,7 @@ def test_a_pointwise_convolution_is_a_linear_layer_and_keeps_no_map() -> None:
     build = HandBuilt()
     silu = build.op(aten.silu.default, build.latents())
     done = snapshots(build.output(build.conv(silu, out=7, kernel=1, path="proj")))
-    linear = only(done.after(cancel_scatter_gather), ops.LINEAR)
+    linear = only(done.after(cancel_scatter_gather), targets.LINEAR)
     assert linear.args[0].target is aten.silu.default
     assert linear.args[1].target is aten.flatten.using_ints
     assert linear.args[1].args[1:] == (1,)
@@ -139,7 +139,7 @@ def test_without_a_bias_and_without_optional_arguments() -> None:
     build = HandBuilt()
     x = build.op(aten.silu.default, build.latents())
     done = snapshots(build.output(build.op(aten.conv2d.default, x, build.weight(CHANNELS, CHANNELS, 3, 3))))
-    assert only(done.final, ops.CONV2D_ROWS).args[3] is None
+    assert only(done.final, targets.CONV2D_ROWS).args[3] is None
     assert_every_step_means_the_same(done)
 
 
@@ -171,7 +171,7 @@ class TestWholeLevels:
         done = self.bottleneck({})
         products = {
             node.meta["module_path"]: node
-            for node in done.final.graph.find_nodes(op="call_function", target=ops.CONV2D_ROWS)
+            for node in done.final.graph.find_nodes(op="call_function", target=targets.CONV2D_ROWS)
         }
         small: dict[str, Any] = {"kernel": THREE, "padding": ONE, "dilation": ONE}
         down = Taps(SIZE, (3, 3), stride=(2, 2), **small)
@@ -181,7 +181,7 @@ class TestWholeLevels:
         assert products["down"].args[1].args[2].meta["request"] == PlanTensor("halo", down)
         for path, taps in (("branch0", within), ("up", up)):
             source, halo, _, _, table, *_ = products[path].args
-            assert source.target is ops.CONV2D_ROWS
+            assert source.target is targets.CONV2D_ROWS
             assert halo is None
             assert table.meta["request"] == PlanTensor("table", taps)
         # Only rows that a mask decides have a count; the two below have none.
@@ -194,8 +194,8 @@ class TestWholeLevels:
         kept = {r.node for r in requests_of(done.final.graph) if isinstance(r, CacheEntry)}
         sizes = {node.name: node.meta["layout"].size for node in done.dense.graph.nodes if node.name in kept}
         assert set(sizes.values()) == {SIZE}
-        assert targets(done.final).count(ops.SCATTER_ROWS) == 1
-        assert not done.final.graph.find_nodes(op="call_function", target=ops.CONV)
+        assert targets_of(done.final).count(targets.SCATTER_ROWS) == 1
+        assert not done.final.graph.find_nodes(op="call_function", target=targets.CONV)
         assert_every_step_means_the_same(done)
 
     def test_two_of_one_size_and_another_dilation_do_not_share_a_table(self) -> None:
@@ -214,7 +214,7 @@ class TestWholeLevels:
 
     def test_a_grouped_convolution_between_is_dense_and_the_region_starts_anew(self) -> None:
         done = self.bottleneck({"groups": 2}, {})
-        assert targets(done.final).count(ops.CONV) == 1
+        assert targets_of(done.final).count(targets.CONV) == 1
         assert [path for path, _ in done.skips("annotate_layout")] == ["branch0"]
         assert_every_step_means_the_same(done)
 

@@ -18,14 +18,14 @@ from hand_built import (
     inputs,
     only,
     snapshots,
-    targets,
+    targets_of,
 )
 
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry, requests_of
-from fisedit_compile.passes import ops
-from fisedit_compile.passes.sparsify_norm import sparsify_norm
+from fisedit_compile.passes import targets
+from fisedit_compile.passes.sparsify.sparsify_norm import sparsify_norm
 from fisedit_compile.testing import assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -60,12 +60,12 @@ def test_exact_rewriting() -> None:
     norm = build.op(aten.group_norm.default, x, 2, build.weight(CHANNELS), build.weight(CHANNELS), 1e-6, path="norm1")
     done = snapshots(build.output(norm))
     graph_module = done.after(sparsify_norm)
-    rows, sample, scale, shift = only(graph_module, ops.GROUP_NORM_ROWS).args
-    assert rows.target is ops.GATHER_ROWS
+    rows, sample, scale, shift = only(graph_module, targets.GROUP_NORM_ROWS).args
+    assert rows.target is targets.GATHER_ROWS
     assert sample.meta["request"] == PlanTensor("sample", SIZE)
     assert scale.meta["request"] == CacheEntry("group_norm_default", "scale")
     assert shift.meta["request"] == CacheEntry("group_norm_default", "shift")
-    assert only(done.final, ops.GROUP_NORM_ROWS).meta["module_path"] == "norm1"
+    assert only(done.final, targets.GROUP_NORM_ROWS).meta["module_path"] == "norm1"
     assert done.reports["sparsify_norm"].changed == 1
 
 
@@ -78,9 +78,9 @@ def test_exact_rewriting_on_a_whole_level(affine: bool) -> None:
     norm = build.op(aten.group_norm.default, small, 2, *weights, 1e-3, path="norm1")
     large = build.op(aten.upsample_nearest2d.vec, norm, list(SIZE), None)
     done = snapshots(build.output(build.conv(large)), SparsityConfig(dense_below=5))
-    whole = only(done.after(sparsify_norm), ops.GROUP_NORM_WHOLE)
+    whole = only(done.after(sparsify_norm), targets.GROUP_NORM_WHOLE)
     names = [weight and weight.target for weight in weights]
-    assert arguments(whole) == [ops.GATHER_ROWS, BATCH, 2, *names, 1e-3]
+    assert arguments(whole) == [targets.GATHER_ROWS, BATCH, 2, *names, 1e-3]
     assert whole.meta["module_path"] == "norm1"
     assert {r.kind for r in requests_of(done.final.graph) if isinstance(r, CacheEntry)} == {"map"}
     assert_every_step_means_the_same(done)  # for changed inputs too: no statistics of the base
@@ -111,7 +111,7 @@ def test_a_group_norm_of_tokens_is_left_dense_and_reported() -> None:
     norm = build.op(aten.group_norm.default, tokens, 2, path="odd")
     done = snapshots(build.output(build.op(aten.reshape.default, norm, [BATCH, CHANNELS, *SIZE])))
     assert ("odd", "a group norm of a value that is no map [B, C, H, W]") in done.skips()
-    assert ops.GROUP_NORM in targets(done.final)
+    assert targets.GROUP_NORM in targets_of(done.final)
     assert_every_step_means_the_same(done)
 
 
@@ -123,5 +123,5 @@ def test_layer_norm_sees_one_row_at_a_time(shape: list[int]) -> None:
     norm = build.op(aten.layer_norm.default, split, shape, build.weight(*shape), build.weight(*shape), 1e-3)
     done = snapshots(build.output(build.op(aten.view.default, norm, [BATCH, -1, CHANNELS])))
     assert done.skips() == []
-    assert only(done.final, ops.LAYER_NORM).args[1] == shape
+    assert only(done.final, targets.LAYER_NORM).args[1] == shape
     assert_every_step_means_the_same(done)

@@ -18,14 +18,14 @@ from hand_built import (
     aten,
     only,
     snapshots,
-    targets,
+    targets_of,
 )
 from torch.fx import GraphModule, Node
 
 from fisedit_compile.ir.plan_tensor import PlanTensor
-from fisedit_compile.passes import ops
-from fisedit_compile.passes.fuse_pointwise import fuse_pointwise
-from fisedit_compile.passes.sparsify_pointwise import sparsify_pointwise
+from fisedit_compile.passes import targets
+from fisedit_compile.passes.fusion.fuse_pointwise import fuse_pointwise
+from fisedit_compile.passes.sparsify.sparsify_pointwise import sparsify_pointwise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -64,9 +64,9 @@ def test_activations(then: Build) -> None:
     operation = graph_module.graph.output_node().args[0]
     done = snapshots(graph_module)
     assert done.skips() == []
-    rows = only(done.before(fuse_pointwise), ops.SCATTER_ROWS).args[0]
-    if operation.target in ops.COPY:  # rows have one order only
-        assert rows.target is ops.CONV2D_ROWS
+    rows = only(done.before(fuse_pointwise), targets.SCATTER_ROWS).args[0]
+    if operation.target in targets.COPY:  # rows have one order only
+        assert rows.target is targets.CONV2D_ROWS
     else:
         assert (rows.target, rows.args[1:], rows.kwargs) == (operation.target, operation.args[1:], operation.kwargs)
         assert rows.meta["module_path"] == "block"
@@ -110,7 +110,7 @@ def test_exact_rewriting_of_a_time_embedding() -> None:
     done = snapshots(build.output(build.op(aten.add.Tensor, build.conv(sample), temb, path="resnet")))
     total = only(done.before(fuse_pointwise), aten.add.Tensor)
     rows, per_row = total.args
-    assert rows.target is ops.CONV2D_ROWS
+    assert rows.target is targets.CONV2D_ROWS
     assert per_row.target is aten.index_select.default
     assert (per_row.args[1], per_row.args[2].meta["request"]) == (0, PlanTensor("sample", SIZE))
     assert total.meta["module_path"] == "resnet"
@@ -130,7 +130,7 @@ def test_a_residual_of_the_caller_is_gathered_once() -> None:
     build = HandBuilt()
     sample, residual = build.latents(), build.input("residual", BATCH, CHANNELS, *SIZE)
     done = snapshots(build.output(build.conv(build.op(aten.add.Tensor, build.conv(sample), residual))))
-    assert only(done.final, ops.GATHER_ROWS).args[0].target == "residual"
+    assert only(done.final, targets.GATHER_ROWS).args[0].target == "residual"
     assert_every_step_means_the_same(done)
 
 
@@ -172,7 +172,10 @@ def test_pieces_along_channels_share_their_chunk(split: object, size: int) -> No
     done = snapshots(behind_a_convolution(then))
     graph_module = done.before(fuse_pointwise)
     assert only(graph_module, split).args[1:] == (size, 1)
-    assert [node.args[1] for node in graph_module.graph.find_nodes(op="call_function", target=ops.GETITEM)] == [0, 1]
+    assert [node.args[1] for node in graph_module.graph.find_nodes(op="call_function", target=targets.GETITEM)] == [
+        0,
+        1,
+    ]
     assert_every_step_means_the_same(done)
 
 
@@ -184,7 +187,7 @@ def test_linear_on_tokens_and_on_a_channels_last_map(bias: bool) -> None:
         return build.op(aten.permute.default, build.op(aten.linear.default, x, *weights), [0, 3, 1, 2])
 
     done = snapshots(behind_a_convolution(then))
-    assert only(done.before(fuse_pointwise), ops.LINEAR).args[0].target is ops.CONV2D_ROWS
+    assert only(done.before(fuse_pointwise), targets.LINEAR).args[0].target is targets.CONV2D_ROWS
     assert_every_step_means_the_same(done)
 
 
@@ -197,8 +200,8 @@ def test_views_and_transposes_of_pixels_vanish() -> None:
         return build.op(aten.unflatten.int, flat, 2, list(SIZE))
 
     done = snapshots(behind_a_convolution(then))
-    behind = targets(done.final)[targets(done.final).index(ops.CONV2D_ROWS) + 1 :]
-    assert behind == [aten.neg.default, ops.SCATTER_ROWS]
+    behind = targets_of(done.final)[targets_of(done.final).index(targets.CONV2D_ROWS) + 1 :]
+    assert behind == [aten.neg.default, targets.SCATTER_ROWS]
     assert_every_step_means_the_same(done)
 
 

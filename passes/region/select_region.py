@@ -13,8 +13,8 @@ from torch.fx import GraphModule, Node
 
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.errors import SparsifyError
-from fisedit_compile.passes import ops
-from fisedit_compile.passes.report import PassReport
+from fisedit_compile.passes import targets
+from fisedit_compile.passes.pass_report import PassReport
 
 
 def select_region(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
@@ -26,9 +26,9 @@ def select_region(graph_module: GraphModule, config: SparsityConfig) -> PassRepo
     report = PassReport("select_region")
     for node in graph_module.graph.nodes:
         layout = node.meta.get("layout")
-        if layout is None or node.op != "call_function" or "dense" in node.meta or node.target in ops.CHUNK:
+        if layout is None or node.op != "call_function" or "dense" in node.meta or node.target in targets.CHUNK:
             continue
-        if node.target is ops.UPSAMPLE:
+        if node.target is targets.UPSAMPLE:
             if not _read_by_convolutions_alone(node):
                 report.skip(node, "its map is used by more than convolutions, so it is computed dense")
             continue
@@ -46,4 +46,4 @@ def select_region(graph_module: GraphModule, config: SparsityConfig) -> PassRepo
 
 
 def _read_by_convolutions_alone(node: Node) -> bool:
-    return all(user.target is ops.CONV and "dense" not in user.meta for user in node.users)
+    return all(user.target is targets.CONV and "dense" not in user.meta for user in node.users)

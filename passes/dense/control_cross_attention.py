@@ -13,8 +13,8 @@ from torch.fx import GraphModule, Node
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.requests import CacheEntry, ControlTensor, Inputs
 from fisedit_compile.kernels.attention.controlled_attention import controlled_attention
-from fisedit_compile.passes import ops
-from fisedit_compile.passes.report import PassReport
+from fisedit_compile.passes import targets
+from fisedit_compile.passes.pass_report import PassReport
 from fisedit_compile.passes.rewriting import RowBuilder
 
 
@@ -40,5 +40,5 @@ def control_cross_attention(graph_module: GraphModule, config: SparsityConfig) -
 
 def cross_attentions(graph_module: GraphModule) -> list[Node]:
     """Attention of an annotated graph whose queries lie in space and whose keys do not."""
-    nodes = graph_module.graph.find_nodes(op="call_function", target=ops.ATTENTION)
+    nodes = graph_module.graph.find_nodes(op="call_function", target=targets.ATTENTION)
     return [node for node in nodes if "layout" in node.args[0].meta and "layout" not in node.args[1].meta]

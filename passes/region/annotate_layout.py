@@ -20,8 +20,8 @@ from torch.fx import GraphModule, Node
 
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.layout import Layout
-from fisedit_compile.passes import ops
-from fisedit_compile.passes.report import PassReport
+from fisedit_compile.passes import targets
+from fisedit_compile.passes.pass_report import PassReport
 
 
 def annotate_layout(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
@@ -29,7 +29,7 @@ def annotate_layout(graph_module: GraphModule, config: SparsityConfig) -> PassRe
     report = PassReport("annotate_layout")
     sample: Layout | None = None
     for node in graph_module.graph.nodes:
-        if node.target is ops.CONV:
+        if node.target is targets.CONV:
             _restart_at(node.args[0], report)
         if node.op == "placeholder":
             layout = _input_layout(node, sample)
@@ -219,17 +219,17 @@ def _attention(node: Node) -> Layout | None:
 
 
 _RULES: dict[object, Callable[[Node], Layout | None]] = {
-    **dict.fromkeys(ops.UNARY | ops.COPY, _same),
-    **dict.fromkeys(ops.BINARY, _binary),
-    **dict.fromkeys(ops.VIEW, _view),
-    **dict.fromkeys(ops.PERMUTE, _permute),
-    **dict.fromkeys(ops.CAT, _cat),
-    **dict.fromkeys(ops.CHUNK, _chunk),
-    ops.GETITEM: _same,
-    ops.CONV: _conv,
-    ops.LINEAR: _linear,
-    ops.GROUP_NORM: _group_norm,
-    ops.LAYER_NORM: _layer_norm,
-    ops.ATTENTION: _attention,
-    ops.UPSAMPLE: _upsample,
+    **dict.fromkeys(targets.UNARY | targets.COPY, _same),
+    **dict.fromkeys(targets.BINARY, _binary),
+    **dict.fromkeys(targets.VIEW, _view),
+    **dict.fromkeys(targets.PERMUTE, _permute),
+    **dict.fromkeys(targets.CAT, _cat),
+    **dict.fromkeys(targets.CHUNK, _chunk),
+    targets.GETITEM: _same,
+    targets.CONV: _conv,
+    targets.LINEAR: _linear,
+    targets.GROUP_NORM: _group_norm,
+    targets.LAYER_NORM: _layer_norm,
+    targets.ATTENTION: _attention,
+    targets.UPSAMPLE: _upsample,
 }

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.requests import CacheEntry, Inputs
-from fisedit_compile.passes.report import PassReport
+from fisedit_compile.passes.pass_report import PassReport
 from fisedit_compile.passes.rewriting import prune
 
 

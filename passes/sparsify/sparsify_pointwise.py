@@ -21,27 +21,27 @@ from torch.fx import GraphModule, Node
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.layout import Layout
 from fisedit_compile.ir.plan_tensor import PlanTensor
-from fisedit_compile.passes import ops
-from fisedit_compile.passes.annotate_layout import permutation
-from fisedit_compile.passes.report import PassReport
+from fisedit_compile.passes import targets
+from fisedit_compile.passes.pass_report import PassReport
+from fisedit_compile.passes.region.annotate_layout import permutation
 from fisedit_compile.passes.rewriting import RowBuilder, move_gathers
 
-aten = ops.aten
+aten = targets.aten
 
 
 def sparsify_pointwise(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
     """Rewrite every operation of the region that needs no pixel but its own."""
     report = PassReport("sparsify_pointwise")
-    for targets, build in (
-        (ops.UNARY | {ops.LINEAR, ops.LAYER_NORM}, _first_operand),
-        (ops.COPY, lambda build, op: build.rows(op.args[0])),
-        (ops.BINARY, _binary),
-        (ops.CAT, _cat),
-        ({ops.GETITEM}, partial(_piece, made={})),
-        (ops.VIEW, _view),
-        (ops.PERMUTE, _permute),
+    for operations, build in (
+        (targets.UNARY | {targets.LINEAR, targets.LAYER_NORM}, _first_operand),
+        (targets.COPY, lambda build, op: build.rows(op.args[0])),
+        (targets.BINARY, _binary),
+        (targets.CAT, _cat),
+        ({targets.GETITEM}, partial(_piece, made={})),
+        (targets.VIEW, _view),
+        (targets.PERMUTE, _permute),
     ):
-        move_gathers(graph_module, report, targets, build)
+        move_gathers(graph_module, report, operations, build)
     return report
 
 
@@ -86,7 +86,7 @@ def _piece(build: RowBuilder, op: Node, made: dict[Node, Node]) -> Node:
         dim = chunk.args[2] if len(chunk.args) > 2 else 0
         rows = build.rows(chunk.args[0])  # type: ignore[arg-type]
         made[chunk] = build.call(chunk.target, rows, chunk.args[1], chunk.meta["layout"].row_dim(dim))  # type: ignore[arg-type]
-    return build.call(ops.GETITEM, made[chunk], number)
+    return build.call(targets.GETITEM, made[chunk], number)
 
 
 def _view(build: RowBuilder, op: Node) -> Node:

@@ -19,8 +19,8 @@ from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.layout import Layout
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry, Inputs
-from fisedit_compile.passes import ops
-from fisedit_compile.passes.report import PassReport
+from fisedit_compile.passes import targets
+from fisedit_compile.passes.pass_report import PassReport
 
 
 def insert_gather_scatter(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
@@ -37,7 +37,7 @@ def insert_gather_scatter(graph_module: GraphModule, config: SparsityConfig) -> 
             rows = gather(graph, node, index)
         with graph.inserting_after(rows):
             full = graph.call_function(
-                ops.SCATTER_ROWS,
+                targets.SCATTER_ROWS,
                 (rows, base, index, list(node.meta["val"].shape), list(layout.order), layout.pixel_dims, count),
             )
         full.meta.update(val=node.meta["val"], layout=layout, module_path=node.meta["module_path"])
@@ -50,6 +50,6 @@ def insert_gather_scatter(graph_module: GraphModule, config: SparsityConfig) -> 
 def gather(graph: Graph, value: Node, index: Node) -> Node:
     """A gather of the active pixels of a dense spatial value, at the graph's insertion point."""
     layout: Layout = value.meta["layout"]
-    rows = graph.call_function(ops.GATHER_ROWS, (value, index, list(layout.order), layout.pixel_dims))
+    rows = graph.call_function(targets.GATHER_ROWS, (value, index, list(layout.order), layout.pixel_dims))
     rows.meta.update(rows=layout, module_path=value.meta["module_path"])
     return rows

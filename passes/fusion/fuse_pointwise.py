@@ -24,21 +24,21 @@ from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.layout import Layout
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import Inputs
-from fisedit_compile.passes import ops
-from fisedit_compile.passes.report import PassReport
+from fisedit_compile.passes import targets
+from fisedit_compile.passes.pass_report import PassReport
 from fisedit_compile.passes.rewriting import prune, row_count, stands_for
 
-aten = ops.aten
+aten = targets.aten
 
 #: Of a product that is read as it is, too.
 _WITH_NORM = {
-    ops.CONV2D_ROWS: ops.CONV2D_ROWS_AND_NORM,
-    ops.LINEAR_ROWS: ops.LINEAR_ROWS_AND_NORM,
+    targets.CONV2D_ROWS: targets.CONV2D_ROWS_AND_NORM,
+    targets.LINEAR_ROWS: targets.LINEAR_ROWS_AND_NORM,
 }
 #: Pointwise operations on rows that may be left, and why.
-_LEFT: dict[Any, str] = dict.fromkeys(ops.UNARY | ops.BINARY, "it follows no product that it alone reads")
+_LEFT: dict[Any, str] = dict.fromkeys(targets.UNARY | targets.BINARY, "it follows no product that it alone reads")
 #: Arguments of a product in front of its epilogue.
-_PRODUCT_ARGUMENTS = {ops.CONV2D_ROWS: 5, ops.LINEAR_ROWS: 3}
+_PRODUCT_ARGUMENTS = {targets.CONV2D_ROWS: 5, targets.LINEAR_ROWS: 3}
 
 
 def fuse_pointwise(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
@@ -47,12 +47,12 @@ def fuse_pointwise(graph_module: GraphModule, config: SparsityConfig) -> PassRep
     graph = graph_module.graph
     inputs = Inputs(graph)
     _silu_into_norms(graph, report)
-    for node in [node for node in graph.nodes if node.target in (ops.CONV2D_ROWS, ops.LINEAR)]:
+    for node in [node for node in graph.nodes if node.target in (targets.CONV2D_ROWS, targets.LINEAR)]:
         layout = node.meta.get("rows")
         if layout is None or layout.roles.count("c") != 1:
             continue  # a linear layer of the text or the time embedding, or of each head
-        if node.target is ops.LINEAR:
-            node.target, node.args = ops.LINEAR_ROWS, (*node.args, None)[:3]
+        if node.target is targets.LINEAR:
+            node.target, node.args = targets.LINEAR_ROWS, (*node.args, None)[:3]
         _fuse(graph, node, row_count(inputs, config, layout), report)
     prune(graph)
     for node in graph.nodes:
@@ -62,7 +62,7 @@ def fuse_pointwise(graph_module: GraphModule, config: SparsityConfig) -> PassRep
 
 
 def _silu_into_norms(graph: Graph, report: PassReport) -> None:
-    for target in (ops.GROUP_NORM_ROWS, ops.GROUP_NORM_WHOLE):
+    for target in (targets.GROUP_NORM_ROWS, targets.GROUP_NORM_WHOLE):
         for norm in graph.find_nodes(op="call_function", target=target):
             silu = _only_user(norm)
             if silu is not None and silu.target is aten.silu.default:
@@ -113,7 +113,7 @@ def _fuse(graph: Graph, product: Node, count: Node | None, report: PassReport) -
             fused = graph.call_function(_WITH_NORM[target], arguments)
         fused.meta.update(product.meta)
         with graph.inserting_after(fused):
-            raw, normed = (graph.call_function(ops.GETITEM, (fused, i)) for i in (0, 1))
+            raw, normed = (graph.call_function(targets.GETITEM, (fused, i)) for i in (0, 1))
         stands_for(normed, found.norm, product)
         stands_for(raw, found.last, product)
 
@@ -124,7 +124,7 @@ def _next(found: _Epilogue, layout: Layout) -> Node | None:
         return None
     user = _only_user(found.last)
     if user is None:
-        norms = [each for each in found.last.users if each.target is ops.GROUP_NORM_ROWS]
+        norms = [each for each in found.last.users if each.target is targets.GROUP_NORM_ROWS]
         if norms:
             found.norm = norms[0]
             _take_norm(found, norms[0])
@@ -133,7 +133,7 @@ def _next(found: _Epilogue, layout: Layout) -> Node | None:
         other = user.args[1] if user.args[0] is found.last else user.args[0]
         if not isinstance(other, Node) or other is found.last or not _take_sum(found, other, layout):
             return None
-    elif user.target is ops.GROUP_NORM_ROWS:
+    elif user.target is targets.GROUP_NORM_ROWS:
         _take_norm(found, user)
     elif user.target is aten.silu.default:
         found.activation = "silu"
@@ -172,7 +172,7 @@ def _take_norm(found: _Epilogue, norm: Node) -> None:
 def _geglu(graph: Graph, product: Node, found: _Epilogue, count: Node | None, report: PassReport) -> bool:
     """Case 7; False where the product is something else."""
     chunk = _only_user(product)
-    if product.target is not ops.LINEAR_ROWS or found.last is not product or chunk is None:
+    if product.target is not targets.LINEAR_ROWS or found.last is not product or chunk is None:
         return False
     if chunk.target is not aten.chunk.default or chunk.args[1:] != (2, 1) or len(chunk.users) != 2:
         return False
@@ -187,7 +187,9 @@ def _geglu(graph: Graph, product: Node, found: _Epilogue, count: Node | None, re
     if mul.target is not aten.mul.Tensor or set(mul.args) != {value, gelu}:
         return False
     with graph.inserting_before(mul):
-        fused = graph.call_function(ops.LINEAR_ROWS, (*product.args[:3], count, None, None, None, None, None, "geglu"))
+        fused = graph.call_function(
+            targets.LINEAR_ROWS, (*product.args[:3], count, None, None, None, None, None, "geglu")
+        )
     stands_for(fused, mul, product)
     for node in (chunk, gelu, mul):
         report.change(node)

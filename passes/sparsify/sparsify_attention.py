@@ -21,17 +21,17 @@ from torch.fx import GraphModule, Node
 
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.plan_tensor import PlanTensor
-from fisedit_compile.passes import ops
-from fisedit_compile.passes.report import PassReport
+from fisedit_compile.passes import targets
+from fisedit_compile.passes.pass_report import PassReport
 from fisedit_compile.passes.rewriting import RowBuilder, move_gathers
 
-aten = ops.aten
+aten = targets.aten
 
 
 def sparsify_attention(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
     """Rewrite the attention of the region."""
     report = PassReport("sparsify_attention")
-    move_gathers(graph_module, report, {ops.ATTENTION}, partial(_attention_rows, config=config))
+    move_gathers(graph_module, report, {targets.ATTENTION}, partial(_attention_rows, config=config))
     return report
 
 
@@ -46,13 +46,13 @@ def _attention_rows(build: RowBuilder, attention: Node, *, config: SparsityConfi
     if "layout" not in key.meta:
         tokens, text = (_tokens(build, node) for node in (key, value))
         counts = _text_offsets(build, key)
-        return build.call(ops.ATTENTION_ROWS, build.rows(query), tokens, text, offsets, counts, scale)
+        return build.call(targets.ATTENTION_ROWS, build.rows(query), tokens, text, offsets, counts, scale)
     rows = [build.rows(node) for node in (query, key, value)]
     if config.attention == "masked" or config.is_whole(size):
-        return build.call(ops.ATTENTION_ROWS, *rows, offsets, offsets, scale)
+        return build.call(targets.ATTENTION_ROWS, *rows, offsets, offsets, scale)
     row_of = build.inputs(PlanTensor("row_of", size))
     base = [node.args[1] for node in (key, value)]
-    return build.call(ops.ATTENTION_CACHED, *rows, *base, row_of, offsets, scale)
+    return build.call(targets.ATTENTION_CACHED, *rows, *base, row_of, offsets, scale)
 
 
 def _tokens(build: RowBuilder, value: Node) -> Node:

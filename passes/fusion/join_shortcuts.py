@@ -12,11 +12,11 @@ from __future__ import annotations
 from torch.fx import Graph, GraphModule, Node
 
 from fisedit_compile.config import SparsityConfig
-from fisedit_compile.passes import ops
-from fisedit_compile.passes.report import PassReport
+from fisedit_compile.passes import targets
+from fisedit_compile.passes.pass_report import PassReport
 from fisedit_compile.passes.rewriting import common_path, prune
 
-aten = ops.aten
+aten = targets.aten
 
 #: Where the arguments of a convolution are, and what those behind its product are without being given.
 _BIAS, _RESIDUAL = 3, 8
@@ -28,10 +28,10 @@ def join_shortcuts(graph_module: GraphModule, config: SparsityConfig) -> PassRep
     report = PassReport("join_shortcuts")
     graph = graph_module.graph
     for conv in list(graph.nodes):
-        if conv.target not in (ops.CONV2D_ROWS, ops.CONV2D_ROWS_AND_NORM) or len(conv.args) <= _RESIDUAL:
+        if conv.target not in (targets.CONV2D_ROWS, targets.CONV2D_ROWS_AND_NORM) or len(conv.args) <= _RESIDUAL:
             continue
         shortcut = conv.args[_RESIDUAL]
-        if not isinstance(shortcut, Node) or shortcut.target is not ops.LINEAR_ROWS:
+        if not isinstance(shortcut, Node) or shortcut.target is not targets.LINEAR_ROWS:
             continue
         if len(shortcut.users) > 1:
             report.skip(shortcut, "its result is read elsewhere, too")

@@ -18,12 +18,12 @@ from torch.fx import Graph, GraphModule, Node
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry, Hoisted, Inputs
-from fisedit_compile.passes import ops
-from fisedit_compile.passes.report import PassReport
-from fisedit_compile.passes.reuse_timestep import is_timestep
+from fisedit_compile.passes import targets
+from fisedit_compile.passes.pass_report import PassReport
 from fisedit_compile.passes.rewriting import prune
+from fisedit_compile.passes.staging.reuse_timestep import is_timestep
 
-aten = ops.aten
+aten = targets.aten
 
 #: The stages before the step, in their order.
 HOISTED_STAGES = ("constant", "prompt", "fetch")

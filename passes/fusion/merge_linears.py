@@ -19,11 +19,11 @@ from typing import Any
 from torch.fx import Graph, GraphModule, Node
 
 from fisedit_compile.config import SparsityConfig
-from fisedit_compile.passes import ops
-from fisedit_compile.passes.report import PassReport
+from fisedit_compile.passes import targets
+from fisedit_compile.passes.pass_report import PassReport
 from fisedit_compile.passes.rewriting import common_path
 
-aten = ops.aten
+aten = targets.aten
 
 
 def merge_linears(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
@@ -32,7 +32,7 @@ def merge_linears(graph_module: GraphModule, config: SparsityConfig) -> PassRepo
     graph = graph_module.graph
     _share_activations(graph)
     readers: dict[Node, list[Node]] = defaultdict(list)
-    for node in graph.find_nodes(op="call_function", target=ops.LINEAR):
+    for node in graph.find_nodes(op="call_function", target=targets.LINEAR):
         readers[node.args[0]].append(node)
     for linears in readers.values():
         if len(linears) == 1:
@@ -51,7 +51,7 @@ def _share_activations(graph: Graph) -> None:
     """Equal pointwise operations of one value become one."""
     first: dict[object, Node] = {}
     for node in list(graph.nodes):
-        if node.target not in ops.UNARY or node.kwargs:
+        if node.target not in targets.UNARY or node.kwargs:
             continue
         shared = first.setdefault((node.target, node.args), node)
         if shared is not node:
@@ -77,13 +77,13 @@ def _merge(graph: Graph, linears: Sequence[Node]) -> None:
         weight = graph.call_function(aten.cat.default, ([node.args[1] for node in linears],))
         biases = [_bias(node) for node in linears]
         bias = graph.call_function(aten.cat.default, (biases,)) if biases[0] is not None else None
-        merged = graph.call_function(ops.LINEAR, (first.args[0], weight, bias))
+        merged = graph.call_function(targets.LINEAR, (first.args[0], weight, bias))
         pieces = graph.call_function(aten.split_with_sizes.default, (merged, widths, -1))
         for made in (weight, bias, merged, pieces):
             if made is not None:
                 made.meta["module_path"] = common_path([each.meta["module_path"] for each in linears])
         for i, node in enumerate(linears):
-            piece = graph.call_function(ops.GETITEM, (pieces, i))
+            piece = graph.call_function(targets.GETITEM, (pieces, i))
             piece.meta.update(node.meta)
             node.replace_all_uses_with(piece)
     if "rows" in first.meta:

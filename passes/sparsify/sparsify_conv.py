@@ -22,17 +22,17 @@ from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.layout import Size
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.taps import Taps
-from fisedit_compile.passes import ops
-from fisedit_compile.passes.report import PassReport
+from fisedit_compile.passes import targets
+from fisedit_compile.passes.pass_report import PassReport
 from fisedit_compile.passes.rewriting import RowBuilder, move_gathers
 
-aten = ops.aten
+aten = targets.aten
 
 
 def sparsify_conv(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
     """Rewrite the convolutions of the region."""
     report = PassReport("sparsify_conv")
-    move_gathers(graph_module, report, {ops.CONV}, partial(_conv_rows, config=config))
+    move_gathers(graph_module, report, {targets.CONV}, partial(_conv_rows, config=config))
     return report
 
 
@@ -43,7 +43,7 @@ def _conv_rows(build: RowBuilder, conv: Node, *, config: SparsityConfig) -> Node
     assert isinstance(weight, Node)
     geometry = geometry_of(conv)
     upsampled = None
-    if source.target is ops.UPSAMPLE and "dense" not in source.meta:
+    if source.target is targets.UPSAMPLE and "dense" not in source.meta:
         upsampled = source.meta["layout"].size
         source = source.args[0]
         assert isinstance(source, Node)
@@ -51,20 +51,20 @@ def _conv_rows(build: RowBuilder, conv: Node, *, config: SparsityConfig) -> Node
     kernel = tuple(weight.meta["val"].shape[2:])
     if kernel == (1, 1) and geometry == {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)} and not upsampled:
         flat = build.call(aten.flatten.using_ints, weight, 1)
-        return build.call(ops.LINEAR, build.rows(source), flat, bias)
+        return build.call(targets.LINEAR, build.rows(source), flat, bias)
 
     packed = pack_weight(build, weight)
     sizes: dict[str, Any] = {"source": source.meta["layout"].size, "target": conv.meta["layout"].size}
-    in_region = source.target is ops.SCATTER_ROWS
+    in_region = source.target is targets.SCATTER_ROWS
     taps = Taps(**sizes, kernel=kernel, **geometry, upsampled=upsampled, dense=not in_region)
     table = build.inputs(PlanTensor("table", taps))
     if not in_region:
-        return build.call(ops.CONV2D_ROWS, build.pixels(source), None, packed, bias, table)
+        return build.call(targets.CONV2D_ROWS, build.pixels(source), None, packed, bias, table)
     if config.is_whole(taps.source):
-        return build.call(ops.CONV2D_ROWS, build.rows(source), None, packed, bias, table)
+        return build.call(targets.CONV2D_ROWS, build.rows(source), None, packed, bias, table)
     base = source.args[1]
     halo = build.call(aten.index_select.default, base, 0, build.inputs(PlanTensor("halo", taps)))
-    return build.call(ops.CONV2D_ROWS, build.rows(source), halo, packed, bias, table)
+    return build.call(targets.CONV2D_ROWS, build.rows(source), halo, packed, bias, table)
 
 
 def pack_weight(build: RowBuilder, weight: Node) -> Node:

@@ -19,15 +19,15 @@ from torch.fx import GraphModule, Node
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry
-from fisedit_compile.passes import ops
-from fisedit_compile.passes.report import PassReport
+from fisedit_compile.passes import targets
+from fisedit_compile.passes.pass_report import PassReport
 from fisedit_compile.passes.rewriting import RowBuilder, move_gathers
 
 
 def sparsify_norm(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
     """Rewrite the group norms of the region. Layer norms see one row at a time: ``sparsify_pointwise`` takes them."""
     report = PassReport("sparsify_norm")
-    move_gathers(graph_module, report, {ops.GROUP_NORM}, partial(_group_norm, config=config))
+    move_gathers(graph_module, report, {targets.GROUP_NORM}, partial(_group_norm, config=config))
     return report
 
 
@@ -36,9 +36,11 @@ def _group_norm(build: RowBuilder, norm: Node, *, config: SparsityConfig) -> Nod
     size = norm.meta["layout"].size
     if config.is_whole(size):
         samples = norm.meta["val"].shape[0]
-        return build.call(ops.GROUP_NORM_WHOLE, build.rows(value), samples, groups, weight, bias, eps)
+        return build.call(targets.GROUP_NORM_WHOLE, build.rows(value), samples, groups, weight, bias, eps)
     scale, shift = (build.inputs(CacheEntry(norm.name, kind)) for kind in ("scale", "shift"))
-    return build.call(ops.GROUP_NORM_ROWS, build.rows(value), build.inputs(PlanTensor("sample", size)), scale, shift)
+    return build.call(
+        targets.GROUP_NORM_ROWS, build.rows(value), build.inputs(PlanTensor("sample", size)), scale, shift
+    )
 
 
 def norm_arguments(norm: Node) -> tuple[Node, int, Node | None, Node | None, float]:

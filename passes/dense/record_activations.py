@@ -15,12 +15,12 @@ from torch.fx import GraphModule, Node
 from fisedit_compile.ir.requests import CacheEntry, Inputs
 from fisedit_compile.kernels.attention.controlled_attention import attention_probabilities
 from fisedit_compile.kernels.norms.group_norm_rows import norm_scale_shift
-from fisedit_compile.passes import ops
-from fisedit_compile.passes.report import PassReport
+from fisedit_compile.passes import targets
+from fisedit_compile.passes.pass_report import PassReport
 from fisedit_compile.passes.rewriting import RowBuilder
-from fisedit_compile.passes.sparsify_norm import norm_arguments
+from fisedit_compile.passes.sparsify.sparsify_norm import norm_arguments
 
-aten = ops.aten
+aten = targets.aten
 
 
 def record_activations(graph_module: GraphModule, entries: Sequence[CacheEntry], samples: int) -> PassReport:
@@ -49,7 +49,7 @@ def record_activations(graph_module: GraphModule, entries: Sequence[CacheEntry],
             else:
                 if node not in norms:
                     norms[node] = build.call(norm_scale_shift, *norm_arguments(node))
-                recorded.append(build.call(ops.GETITEM, norms[node], ("scale", "shift").index(entry.kind)))
+                recorded.append(build.call(targets.GETITEM, norms[node], ("scale", "shift").index(entry.kind)))
         report.change(node)
     output.args = ((output.args[0], tuple(recorded)),)
     graph_module.recompile()

@@ -20,16 +20,16 @@ from torch.fx import Graph, GraphModule, Node
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.layout import Layout
 from fisedit_compile.ir.requests import Inputs
-from fisedit_compile.passes import ops
-from fisedit_compile.passes.report import PassReport
+from fisedit_compile.passes import targets
+from fisedit_compile.passes.pass_report import PassReport
 from fisedit_compile.passes.rewriting import prune, row_count, stands_for
 
-aten = ops.aten
+aten = targets.aten
 
 #: What may be left, and why.
 _LEFT: dict[Any, str] = {
-    ops.GROUP_NORM_ROWS: "it follows no product and joins no two values",
-    **dict.fromkeys(ops.CAT, "no norm with the base's statistics reads it"),
+    targets.GROUP_NORM_ROWS: "it follows no product and joins no two values",
+    **dict.fromkeys(targets.CAT, "no norm with the base's statistics reads it"),
 }
 
 
@@ -50,7 +50,7 @@ def fuse_norms(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
 
 def _group_norms(graph: Graph, count_at: Callable[[Layout], Node | None], report: PassReport) -> None:
     """Cases 1 and 2."""
-    for norm in graph.find_nodes(op="call_function", target=ops.GROUP_NORM_ROWS):
+    for norm in graph.find_nodes(op="call_function", target=targets.GROUP_NORM_ROWS):
         rows, *rest = norm.args
         rest = [*rest[:3], len(rest) > 3 and rest[3], count_at(norm.meta["rows"])]
         parts = rows.args[0] if rows.target is aten.cat.default and rows.args[1:] == (1,) else ()
@@ -58,9 +58,9 @@ def _group_norms(graph: Graph, count_at: Callable[[Layout], Node | None], report
             norm.args = (rows, *rest)
             continue
         with graph.inserting_before(rows):
-            both = graph.call_function(ops.CAT_NORM_ROWS, (*parts, *rest))
+            both = graph.call_function(targets.CAT_NORM_ROWS, (*parts, *rest))
             both.meta.update(norm.meta)
-            joined, normed = (graph.call_function(ops.GETITEM, (both, i)) for i in (0, 1))
+            joined, normed = (graph.call_function(targets.GETITEM, (both, i)) for i in (0, 1))
         for new, old in ((normed, norm), (joined, rows)):
             new.meta.update(old.meta)
             old.replace_all_uses_with(new)
@@ -70,20 +70,20 @@ def _group_norms(graph: Graph, count_at: Callable[[Layout], Node | None], report
 
 def _layer_norms(graph: Graph, count_at: Callable[[Layout], Node | None], report: PassReport) -> None:
     """Case 3."""
-    for norm in graph.find_nodes(op="call_function", target=ops.LAYER_NORM):
+    for norm in graph.find_nodes(op="call_function", target=targets.LAYER_NORM):
         if "rows" not in norm.meta or len(norm.args[1]) != 1 or norm.meta["rows"].roles.count("c") != 1:
             continue
         args: list[Any] = [*norm.args, *(None, None, None, None, 1e-5)[len(norm.args) :]]
         rows, _, weight, bias, eps = args[:5]
-        norm.target, norm.args = ops.LAYER_NORM_ROWS, (rows, weight, bias, eps, count_at(norm.meta["rows"]))
+        norm.target, norm.args = targets.LAYER_NORM_ROWS, (rows, weight, bias, eps, count_at(norm.meta["rows"]))
         report.change(norm)
 
 
 def _layer_norms_into_linears(graph: Graph, report: PassReport) -> None:
     """Case 4."""
-    for norm in graph.find_nodes(op="call_function", target=ops.LAYER_NORM_ROWS):
+    for norm in graph.find_nodes(op="call_function", target=targets.LAYER_NORM_ROWS):
         product, weight, bias, eps, count = norm.args
-        if product.target is not ops.LINEAR_ROWS:
+        if product.target is not targets.LINEAR_ROWS:
             continue
         _, sample, sample_bias, residual, *rest = [*product.args[3:], *([None] * 7)][:7]
         if any(each not in (None, "none") for each in (sample, sample_bias, *rest)):
@@ -95,10 +95,10 @@ def _layer_norms_into_linears(graph: Graph, report: PassReport) -> None:
             product.prepend(each)
         with graph.inserting_before(product):
             both = graph.call_function(
-                ops.LINEAR_ROWS_AND_LAYER_NORM, (*product.args[:3], residual, weight, bias, eps, count)
+                targets.LINEAR_ROWS_AND_LAYER_NORM, (*product.args[:3], residual, weight, bias, eps, count)
             )
             both.meta.update(product.meta)
-            raw, normed = (graph.call_function(ops.GETITEM, (both, i)) for i in (0, 1))
+            raw, normed = (graph.call_function(targets.GETITEM, (both, i)) for i in (0, 1))
         stands_for(normed, norm, product)
         stands_for(raw, product, product)
         report.change(norm)

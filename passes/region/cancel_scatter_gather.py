@@ -10,8 +10,8 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from fisedit_compile.config import SparsityConfig
-from fisedit_compile.passes import ops
-from fisedit_compile.passes.report import PassReport
+from fisedit_compile.passes import targets
+from fisedit_compile.passes.pass_report import PassReport
 from fisedit_compile.passes.rewriting import prune
 
 
@@ -19,10 +19,10 @@ def cancel_scatter_gather(graph_module: GraphModule, config: SparsityConfig) -> 
     """Remove every pair that meets, then what nobody reads any more: operations, maps of the base, plan tensors."""
     report = PassReport("cancel_scatter_gather")
     graph = graph_module.graph
-    for gather in graph.find_nodes(op="call_function", target=ops.GATHER_ROWS):
+    for gather in graph.find_nodes(op="call_function", target=targets.GATHER_ROWS):
         scatter = gather.args[0]
         assert isinstance(scatter, Node)
-        if scatter.target is not ops.SCATTER_ROWS:
+        if scatter.target is not targets.SCATTER_ROWS:
             report.skip(gather, "its value is dense: the region begins here")
         elif scatter.args[2] is not gather.args[1] or scatter.args[4:6] != gather.args[2:]:
             report.skip(gather, "it reads other pixels than were scattered")
