@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from fisedit_compile.macs import MacCount, count_macs
+from fisedit_compile.macs.counter import MacCount, count_macs
 from fisedit_compile.utils.text_table import text_table
 
 PAPER = 1901e9

@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from fisedit_compile import FiseditError, SparsityConfig
 from fisedit_compile.architectures import build_unet
 from fisedit_compile.cli.runtime import whole_number
-from fisedit_compile.mac_report import NO_RESOLUTION
-from fisedit_compile.macs import MacCounter
+from fisedit_compile.macs.counter import MacCounter
+from fisedit_compile.macs.report import NO_RESOLUTION
 from fisedit_compile.masks.sample_masks import read_masks
 from fisedit_compile.planning.apsc import expand_to_tiles
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from fisedit_compile.config import SparsityConfig
     from fisedit_compile.editor import Base, Edit, Editor
     from fisedit_compile.errors import BaseMismatchError, CaptureError, FiseditError, MaskError, SparsifyError
-    from fisedit_compile.macs import count_macs
+    from fisedit_compile.macs.counter import count_macs
     from fisedit_compile.sparse_unet import SparseUNet, sparsify
 
 __version__ = "0.1.0"
@@ -25,7 +25,7 @@ _PUBLIC = {
     "FiseditError": "errors",
     "MaskError": "errors",
     "SparsifyError": "errors",
-    "count_macs": "macs",
+    "count_macs": "macs.counter",
     "SparseUNet": "sparse_unet",
     "sparsify": "sparse_unet",
 }

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fisedit_compile.capture import Call, bind
+from fisedit_compile.cache.step_cache import StepCache
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.errors import BaseMismatchError, CaptureError
-from fisedit_compile.prepared import Prepared
-from fisedit_compile.program import Program
-from fisedit_compile.step_cache import StepCache
+from fisedit_compile.ir.call import Call, bind
+from fisedit_compile.runtime.prepared import Prepared
+from fisedit_compile.runtime.program import Program
 
 
 @dataclass

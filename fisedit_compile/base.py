@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisedit_compile.cache.step_cache import StepCache
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.errors import BaseMismatchError
-from fisedit_compile.step_cache import StepCache
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.fx import Node
 
 from fisedit_compile.ir.requests import CacheEntry
-from fisedit_compile.mac_report import NO_RESOLUTION, lineage
-from fisedit_compile.macs import MacCounter
+from fisedit_compile.macs.counter import MacCounter
+from fisedit_compile.macs.report import NO_RESOLUTION, lineage
 from fisedit_compile.masks.sample_masks import square_mask
 from fisedit_compile.passes.pass_report import Change, Skip
-from fisedit_compile.program import Program
+from fisedit_compile.runtime.program import Program
 from fisedit_compile.utils.text_table import text_table
 
 #: What readers call an ATen operation. One that only regroups a value is left out (""), any other is pointwise.

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from fisedit_compile.base import Base, RecordedCall
-from fisedit_compile.capture import Call
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.errors import BaseMismatchError, CaptureError, MaskError
+from fisedit_compile.ir.call import Call
 from fisedit_compile.masks.difference_mask import difference_mask
-from fisedit_compile.prepared import Prepared
 from fisedit_compile.prompt_to_prompt import align_batch
+from fisedit_compile.runtime.prepared import Prepared
 from fisedit_compile.sparse_unet import SparseUNet
 
 #: t1 and t2 of the difference formula: the steps whose latents are compared (paper 3.1: within [1, 10]).
@@ -201,7 +201,7 @@ class EditRun(PipelineRun):
         """Multiply-accumulates of a dense and a sparse call of this edit, and their ratio."""
         assert self._first_call is not None
         assert self._prepared is not None
-        from fisedit_compile.macs import MacCounter  # takes fvcore and diffusers, which an edit has no use for
+        from fisedit_compile.macs.counter import MacCounter  # takes fvcore and diffusers, which an edit has no use for
 
         counter = MacCounter(self.unet.program(self._first_call), check=False)
         dense = counter.dense.total

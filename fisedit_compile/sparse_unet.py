@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisedit_compile.capture import Call, Signature, bind
+from fisedit_compile.cache.step_cache import StepCache
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.errors import BaseMismatchError, CaptureError
-from fisedit_compile.prepared import Prepared
-from fisedit_compile.program import Program
-from fisedit_compile.step_cache import StepCache
+from fisedit_compile.ir.call import Call, Signature, bind
+from fisedit_compile.runtime.prepared import Prepared
+from fisedit_compile.runtime.program import Program
 
 
 def sparsify(unet: torch.nn.Module, config: SparsityConfig | dict[str, Any] | None = None) -> SparseUNet:

@@ -13,13 +13,13 @@ import pytest
 import torch
 from conftest import UNets
 
-from fisedit_compile import calibration as calibration_module
-from fisedit_compile.calibration import Calibration, calibrate
 from fisedit_compile.cli import main
-from fisedit_compile.layer_timing import LayerTimer, square_table
+from fisedit_compile.cost_model import calibration as calibration_module
+from fisedit_compile.cost_model.calibration import Calibration, calibrate
+from fisedit_compile.cost_model.layer_timer import LayerTimer, square_table
+from fisedit_compile.cost_model.row_costs import RowCosts
+from fisedit_compile.cost_model.row_layers import LayerShape, RowLayer, row_layers
 from fisedit_compile.masks.sample_masks import square_mask
-from fisedit_compile.row_costs import RowCosts
-from fisedit_compile.row_layers import LayerShape, RowLayer, row_layers
 from fisedit_compile.sparse_unet import sparsify
 
 CPU = torch.device("cpu")
@@ -116,7 +116,7 @@ def test_a_process_measures_a_layer_once(monkeypatch: pytest.MonkeyPatch, caplog
     timer = Formula()
     monkeypatch.setattr(calibration_module, "_of_process", {})
     monkeypatch.setattr(calibration_module, "LayerTimer", lambda device, dtype: timer)
-    with caplog.at_level(logging.INFO, "fisedit_compile.calibration"):
+    with caplog.at_level(logging.INFO, "fisedit_compile.cost_model.calibration"):
         first = calibrate(layers(CONV, most=64), CPU, torch.float32)
         calls = timer.calls
         assert calibrate(layers(CONV, most=64), CPU, torch.float32) is first
@@ -179,7 +179,7 @@ def test_the_layers_of_a_program(unets: UNets, attention: str) -> None:
 
 
 def test_work_is_what_the_mac_counter_counts(unets: UNets) -> None:
-    from fisedit_compile.macs import MacCounter
+    from fisedit_compile.macs.counter import MacCounter
 
     sparse = unets.sparse("micro", torch.float32, "full", 4)
     program = sparse.program(unets.call(sparse, "micro", 2, (16, 12)))
@@ -211,7 +211,7 @@ def test_measured_blocks_of_a_sparse_unet(unets: UNets, monkeypatch: pytest.Monk
 
 
 def test_a_unet_on_meta_cannot_be_measured(unets: UNets) -> None:
-    from fisedit_compile.macs import count_macs
+    from fisedit_compile.macs.counter import count_macs
 
     with pytest.raises(ValueError, match="blocks='measured' times layers on the device"):
         count_macs(unets.fresh("micro").to("meta"), height=128, width=128, edit_size=0.2, config={"blocks": "measured"})

@@ -13,7 +13,7 @@ import torch
 from conftest import MICRO, UNets
 
 from fisedit_compile.cli import main
-from fisedit_compile.macs import count_macs
+from fisedit_compile.macs.counter import count_macs
 
 
 @pytest.fixture(scope="module")

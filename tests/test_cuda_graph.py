@@ -10,10 +10,10 @@ from conftest import UNets
 from torch.fx import symbolic_trace
 
 from fisedit_compile.architectures import build_unet, unet_inputs
-from fisedit_compile.cuda_graph import GraphRecorder, StaticStage
 from fisedit_compile.masks.sample_masks import square_mask
+from fisedit_compile.runtime.cuda_graph import GraphRecorder, StaticStage
+from fisedit_compile.runtime.stage import Stage
 from fisedit_compile.sparse_unet import SparseUNet, sparsify
-from fisedit_compile.stage import Stage
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fisedit_compile.fingerprint import Weights, WeightWatch, fingerprint
+from fisedit_compile.runtime.fingerprint import Weights, WeightWatch, fingerprint
 
 SAME, WRITTEN, MOVED = Weights.SAME, Weights.WRITTEN, Weights.MOVED
 

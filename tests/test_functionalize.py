@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from fisedit_compile.compiler.functionalize import functionalize
 from fisedit_compile.errors import CaptureError
-from fisedit_compile.functionalize import functionalize
 
 
 def exported(run: Callable[[Tensor], Tensor]) -> GraphModule:

@@ -21,7 +21,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from fisedit_compile.ir.requests import CacheEntry
-from fisedit_compile.macs import MacCounter
+from fisedit_compile.macs.counter import MacCounter
 from fisedit_compile.sparse_unet import sparsify
 from fisedit_compile.testing import assert_close
 

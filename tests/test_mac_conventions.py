@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fisedit_compile.mac_report import MacCount
+from fisedit_compile.macs.report import MacCount
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "mac_conventions.py"
 

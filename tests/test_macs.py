@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fisedit_compile.architectures import build_unet, unet_inputs
 from fisedit_compile.errors import CaptureError
-from fisedit_compile.mac_formulas import FORMULAS, UNCOUNTED, attention_rows, is_refused
-from fisedit_compile.macs import MacCount, MacReport, count_graph, count_macs
+from fisedit_compile.macs.counter import MacCount, MacReport, count_graph, count_macs
+from fisedit_compile.macs.formulas import FORMULAS, UNCOUNTED, attention_rows, is_refused
 from fisedit_compile.planning.edit_plan import row_of_pixels
 
 aten, fisedit = torch.ops.aten, torch.ops.fisedit

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import UNets
 
-from fisedit_compile.macs import MacCounter
+from fisedit_compile.macs.counter import MacCounter
 from fisedit_compile.report import explain
 from fisedit_compile.sparse_unet import sparsify
 

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from fisedit_compile.architectures import build_unet
 from fisedit_compile.errors import MaskError, SparsifyError
-from fisedit_compile.mac_masks import count_masks
-from fisedit_compile.macs import MacCounter, count_dense, count_macs, count_prompt, count_step
+from fisedit_compile.macs.counter import MacCounter, count_dense, count_macs, count_prompt, count_step
+from fisedit_compile.macs.mask_sets import count_masks
 from fisedit_compile.masks.sample_masks import read_masks
 from fisedit_compile.runs import EditRun
 

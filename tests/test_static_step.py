@@ -19,8 +19,8 @@ from random_masks import masks, outside, same_bits
 from fisedit_compile.errors import BaseMismatchError
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.masks.sample_masks import square_mask
-from fisedit_compile.prepared import Prepared
-from fisedit_compile.program import Program
+from fisedit_compile.runtime.prepared import Prepared
+from fisedit_compile.runtime.program import Program
 from fisedit_compile.sparse_unet import SparseUNet, sparsify
 from fisedit_compile.testing import assert_close
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from fisedit_compile.cache.step_cache import Recorded
 from fisedit_compile.errors import BaseMismatchError
-from fisedit_compile.step_cache import Recorded
 
 if TYPE_CHECKING:
     from conftest import UNets

@@ -24,7 +24,7 @@ from baselines.plug_and_play import PlugAndPlay  # noqa: E402
 from baselines.prompt_to_prompt import PromptToPrompt  # noqa: E402
 from baselines.text_to_image import TextToImage  # noqa: E402
 
-from fisedit_compile.macs import MacCounter  # noqa: E402
+from fisedit_compile.macs.counter import MacCounter  # noqa: E402
 from fisedit_compile.masks.sample_masks import square_mask  # noqa: E402
 
 SMALL = ["--arch", "tiny", "--size", "128"]

@@ -16,7 +16,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-import fisedit_compile.mac_formulas  # noqa: F401  (teaches FlopCounterMode the operators that it lacks)
+import fisedit_compile.macs.formulas  # noqa: F401  (teaches FlopCounterMode the operators that it lacks)
 
 
 class CallKey(NamedTuple):

@@ -14,8 +14,8 @@ from fisedit_compile.cli.runtime import add_runtime_options, describe, start, wh
 from fisedit_compile.config import SparsityConfig
 
 if TYPE_CHECKING:
-    from fisedit_compile.block_report import Comparison
-    from fisedit_compile.calibration import Calibration
+    from fisedit_compile.cost_model.block_comparison import Comparison
+    from fisedit_compile.cost_model.calibration import Calibration
 
 _MASKS = 5
 
@@ -62,14 +62,14 @@ def run(args: argparse.Namespace) -> None:
         )
 
     from fisedit_compile.architectures import VAE_SCALE_FACTOR, build_unet, unet_inputs
-    from fisedit_compile.block_report import BlockComparer
-    from fisedit_compile.calibration import calibrate
-    from fisedit_compile.capture import bind
     from fisedit_compile.cli.bench_masks import MaskSet
-    from fisedit_compile.layer_timing import LayerTimer
-    from fisedit_compile.program import Program
-    from fisedit_compile.row_costs import RowCosts
-    from fisedit_compile.row_layers import row_layers
+    from fisedit_compile.cost_model.block_comparison import BlockComparer
+    from fisedit_compile.cost_model.calibration import calibrate
+    from fisedit_compile.cost_model.layer_timer import LayerTimer
+    from fisedit_compile.cost_model.row_costs import RowCosts
+    from fisedit_compile.cost_model.row_layers import row_layers
+    from fisedit_compile.ir.call import bind
+    from fisedit_compile.runtime.program import Program
 
     unet = build_unet(args.arch, device="meta", dtype=dtype)  # shapes are all that the time of a layer depends on
     size = args.size or VAE_SCALE_FACTOR * unet.config["sample_size"]
@@ -106,7 +106,7 @@ def _remark(calibration: Calibration) -> str:
 
 def _table(rows: Sequence[Comparison]) -> str:
     """Every choice at every resolution of each set of masks, and their sums over the resolutions."""
-    from fisedit_compile.block_report import CHOICES
+    from fisedit_compile.cost_model.block_comparison import CHOICES
     from fisedit_compile.utils.text_table import text_table
 
     shown = [["masks", "size", "choice", "block", "rows", "predicted us", "measured us", "error"]]

@@ -15,8 +15,8 @@ from fisedit_compile.cli.json_file import check_json_path
 from fisedit_compile.cli.runtime import describe
 
 if TYPE_CHECKING:
-    from fisedit_compile.mac_masks import MaskCounts
-    from fisedit_compile.mac_report import MacCount, MacReport
+    from fisedit_compile.macs.mask_sets import MaskCounts
+    from fisedit_compile.macs.report import MacCount, MacReport
 
 _METHOD = """\
 Counted on the meta device: shapes alone, nothing is computed. One fused multiply-add is one MAC; convolutions,
@@ -65,8 +65,8 @@ def _count(args: argparse.Namespace) -> None:
 
     import torch
 
-    from fisedit_compile.mac_masks import count_masks
-    from fisedit_compile.macs import MacCounter
+    from fisedit_compile.macs.counter import MacCounter
+    from fisedit_compile.macs.mask_sets import count_masks
     from fisedit_compile.masks.sample_masks import read_masks
 
     masks = read_masks(args.masks) if args.masks else None
@@ -128,7 +128,7 @@ def _remark(file: Path, counts: MaskCounts) -> str:
 
 def _table(columns: list[tuple[str, MacReport]], by: str) -> str:
     """Dense MACs and those of each edit, for people."""
-    from fisedit_compile.mac_report import lineage
+    from fisedit_compile.macs.report import lineage
     from fisedit_compile.utils.text_table import text_table
 
     heads, reports = zip(*columns, strict=True)

@@ -10,9 +10,9 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from fisedit_compile.capture import Call
+from fisedit_compile.cache.step_cache import StepCache
+from fisedit_compile.ir.call import Call
 from fisedit_compile.sparse_unet import SparseUNet
-from fisedit_compile.step_cache import StepCache
 
 
 def measure_prep(

@@ -26,8 +26,8 @@ from fisedit_compile.cli.unet_batched import measure_batched
 from fisedit_compile.cli.unet_dense import DenseRuns
 from fisedit_compile.cli.unet_prep import measure_prep
 from fisedit_compile.config import SparsityConfig
-from fisedit_compile.macs import MacCounter
-from fisedit_compile.prepared import Prepared
+from fisedit_compile.macs.counter import MacCounter
+from fisedit_compile.runtime.prepared import Prepared
 from fisedit_compile.sparse_unet import sparsify
 
 #: Edits that the preparation is measured with, for each row.

@@ -152,8 +152,8 @@ def plan_edit(
             unconditional samples first).
         blocks: ``"pixel"`` for pixel-exact rows, ``"paper"`` or ``"measured"``.
         dense_below: see :class:`~fisedit_compile.SparsityConfig`.
-        costs: predicted microseconds of (resolution, rows, halo rows), such as
-            :class:`~fisedit_compile.row_costs.RowCosts`. With other ``blocks`` they are for the report alone.
+        costs: predicted microseconds of (resolution, rows, halo rows), such as a
+            :class:`~fisedit_compile.cost_model.row_costs.RowCosts`. With other ``blocks`` only the report reads them.
 
     Raises:
         MaskError: the mask is not bool ``[n, h, w]`` with n, h, w at least 1, or ``batch`` is not a multiple of n.

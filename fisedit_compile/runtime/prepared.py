@@ -11,8 +11,8 @@ from fisedit_compile.planning.buckets import Bucket
 from fisedit_compile.planning.edit_plan import EditPlan
 
 if TYPE_CHECKING:
-    from fisedit_compile.program import Program
-    from fisedit_compile.static_step import Packed
+    from fisedit_compile.runtime.program import Program
+    from fisedit_compile.runtime.static_step import Packed
 
 
 @dataclass

@@ -21,8 +21,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from fisedit_compile.layer_timing import LayerTimer, Timer, device_name
-from fisedit_compile.row_layers import LayerShape, RowLayer
+from fisedit_compile.cost_model.layer_timer import LayerTimer, Timer, device_name
+from fisedit_compile.cost_model.row_layers import LayerShape, RowLayer
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ def calibrate(
     The first time on a machine compiling the kernels takes longer than that.
 
     Args:
-        layers: of a program, see :func:`~fisedit_compile.row_layers.row_layers`.
+        layers: of a program, see :func:`~fisedit_compile.cost_model.row_layers.row_layers`.
         device: where they run.
         dtype: of values and weights.
         timer: what measures, in place of the device; nothing is kept for the process then.

@@ -1,6 +1,6 @@
 """MACs of one flat FX graph, node by node: by operator, by resolution, by module.
 
-The total is counted by fvcore, too; both use :mod:`fisedit_compile.mac_formulas`, and a count on which they differ is
+The total is counted by fvcore, too; both use :mod:`fisedit_compile.macs.formulas`, and a count on which they differ is
 refused.
 """
 
@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from fisedit_compile.capture import module_path
+from fisedit_compile.compiler.export import module_path
 from fisedit_compile.errors import CaptureError
 from fisedit_compile.ir.meta_interpreter import MetaInterpreter
-from fisedit_compile.mac_formulas import FORMULAS, OP_KINDS, is_refused
-from fisedit_compile.mac_report import NO_RESOLUTION, MacCount, by_area
-from fisedit_compile.mac_tracing import fvcore_by_kind
+from fisedit_compile.macs.formulas import FORMULAS, OP_KINDS, is_refused
+from fisedit_compile.macs.report import NO_RESOLUTION, MacCount, by_area
+from fisedit_compile.macs.tracing import fvcore_by_kind
 
 aten = torch.ops.aten
 
@@ -32,7 +32,7 @@ def count_graph(graph_module: GraphModule, inputs: Sequence[Tensor], *, check: b
         graph_module: resolutions are read from ``meta["layout"]`` or ``meta["rows"]``, module paths from
             ``meta["module_path"]``.
         inputs: one tensor a placeholder, of any device. Their shapes are all that counts, with one exception: inputs
-            that are row offsets should have values, see :func:`fisedit_compile.mac_formulas.attention_rows`.
+            that are row offsets should have values, see :func:`fisedit_compile.macs.formulas.attention_rows`.
         check: hold the count to fvcore's, which takes many times as long.
 
     Raises:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fisedit_compile.mac_report import MacCount, MacReport
-from fisedit_compile.macs import MacCounter
+from fisedit_compile.macs.counter import MacCounter
+from fisedit_compile.macs.report import MacCount, MacReport
 
 
 @dataclass(frozen=True)

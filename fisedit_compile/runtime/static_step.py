@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisedit_compile.cuda_graph import GraphRecorder
+from fisedit_compile.cache.step_cache import CacheDescription, Recorded, StepCache
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry, Hoisted
 from fisedit_compile.kernels.indexing.copy_rows import RowCopies
 from fisedit_compile.planning.buckets import Bucket, pad_plan
 from fisedit_compile.planning.edit_plan import EditPlan
-from fisedit_compile.stage import Stage
-from fisedit_compile.step_cache import CacheDescription, Recorded, StepCache
+from fisedit_compile.runtime.cuda_graph import GraphRecorder
+from fisedit_compile.runtime.stage import Stage
 from fisedit_compile.utils.announce import announce
 from fisedit_compile.utils.single_thread import single_thread
 

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from fisedit_compile.kernels.launch.semaphores import new_semaphores, use_semaphores
 from fisedit_compile.kernels.launch.triton_launch import compiling_alone
-from fisedit_compile.stage import Stage
+from fisedit_compile.runtime.stage import Stage
 
 _Out = TypeVar("_Out")
 

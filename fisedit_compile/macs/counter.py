@@ -14,19 +14,20 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from fisedit_compile.architectures import VAE_SCALE_FACTOR, build_unet, latent_size, unet_inputs
-from fisedit_compile.capture import Call, bind, capture
+from fisedit_compile.compiler.export import capture
+from fisedit_compile.compiler.step_shapes import step_shapes
 from fisedit_compile.config import AttentionMode, SparsityConfig
-from fisedit_compile.dense_graphs import copy_graph
-from fisedit_compile.mac_report import MacCount, MacReport
-from fisedit_compile.mac_walk import GraphCounter, count_graph
+from fisedit_compile.ir.call import Call, bind
+from fisedit_compile.macs.report import MacCount, MacReport
+from fisedit_compile.macs.walk import GraphCounter, count_graph
 from fisedit_compile.masks.sample_masks import latent_mask, square_mask
 from fisedit_compile.masks.user_mask import MaskLike
 from fisedit_compile.passes.region.annotate_layout import annotate_layout
 from fisedit_compile.passes.rewriting import prune
 from fisedit_compile.passes.staging.hoist_invariants import HOISTED_STAGES
 from fisedit_compile.planning.edit_plan import EditPlan
-from fisedit_compile.program import Program
-from fisedit_compile.step_shapes import step_shapes
+from fisedit_compile.runtime.dense_graphs import copy_graph
+from fisedit_compile.runtime.program import Program
 
 __all__ = [
     "MacCount",

@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
+from fisedit_compile.cost_model.layer_timer import Timer
+from fisedit_compile.cost_model.row_costs import RowCosts
+from fisedit_compile.cost_model.row_layers import LayerShape
 from fisedit_compile.ir.layout import Size
-from fisedit_compile.layer_timing import Timer
 from fisedit_compile.planning.apsc import RowCandidate
 from fisedit_compile.planning.edit_plan import EditPlan, plan_edit
-from fisedit_compile.program import Program
-from fisedit_compile.row_costs import RowCosts
-from fisedit_compile.row_layers import LayerShape
+from fisedit_compile.runtime.program import Program
 
 #: In the order of the report: the mask itself, the paper's objective, all pixels, the least predicted time.
 CHOICES = ("pixel", "paper", "whole", "measured")

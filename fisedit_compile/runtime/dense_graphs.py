@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule
 
+from fisedit_compile.cache.step_cache import StepCache
 from fisedit_compile.config import SparsityConfig
-from fisedit_compile.cuda_graph import GraphRecorder, StaticStage
 from fisedit_compile.ir.requests import CacheEntry, ControlTensor
 from fisedit_compile.passes.dense.control_cross_attention import control_cross_attention, cross_attentions
 from fisedit_compile.passes.dense.record_activations import record_activations
-from fisedit_compile.stage import Stage
-from fisedit_compile.step_cache import StepCache
+from fisedit_compile.runtime.cuda_graph import GraphRecorder, StaticStage
+from fisedit_compile.runtime.stage import Stage
 
 
 class DenseGraphs:

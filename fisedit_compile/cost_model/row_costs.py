@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from fisedit_compile.calibration import Calibration, calibrate
+from fisedit_compile.cost_model.calibration import Calibration, calibrate
+from fisedit_compile.cost_model.row_layers import LayerShape, RowLayer, row_layers
 from fisedit_compile.ir.layout import Size
-from fisedit_compile.row_layers import LayerShape, RowLayer, row_layers
 
 if TYPE_CHECKING:
-    from fisedit_compile.program import Program
+    from fisedit_compile.runtime.program import Program
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import fisedit_compile.kernels.ops  # noqa: F401  (registers torch.ops.fisedit)
+from fisedit_compile.cost_model.row_layers import LayerShape
 from fisedit_compile.planning.edit_plan import row_of_pixels
-from fisedit_compile.row_layers import LayerShape
 
 #: Weights of a step do not fit a GPU's L2 cache: a timed run goes through so many bytes of them, in so many calls.
 _WEIGHT_BYTES = 100 * 2**20

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisedit_compile.program import Program
+from fisedit_compile.runtime.program import Program
 
 
 def step_shapes(program: Program) -> dict[Any, Tensor]:

@@ -15,7 +15,7 @@ from fisedit_compile.ir.meta_interpreter import MetaInterpreter
 from fisedit_compile.passes import targets
 
 if TYPE_CHECKING:
-    from fisedit_compile.program import Program
+    from fisedit_compile.runtime.program import Program
 
 Kind = Literal["convolution", "linear", "self_attention", "cached_attention", "text_attention"]
 
@@ -107,8 +107,8 @@ def row_layers(program: Program) -> list[RowLayer]:
     Norms, gathers and the resolutions at which every pixel is computed anyway (``config.is_whole``) are left out.
     Shapes come from a run on the meta device, where nothing is computed.
     """
+    from fisedit_compile.compiler.step_shapes import step_shapes
     from fisedit_compile.planning.edit_plan import plan_edit
-    from fisedit_compile.step_shapes import step_shapes
 
     batch, _, *latents = program.signature.sample_shape
     full = torch.ones(1, latents[0], latents[1], dtype=torch.bool)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph
 
-from fisedit_compile.capture import Signature
 from fisedit_compile.errors import BaseMismatchError
+from fisedit_compile.ir.call import Signature
 from fisedit_compile.ir.requests import CacheEntry
 
 #: What the base keeps of one U-Net call.

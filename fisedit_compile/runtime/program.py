@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fisedit_compile.capture import Call, Signature, capture
+from fisedit_compile.cache.step_cache import CacheDescription, Recorded, StepCache
+from fisedit_compile.compiler.export import capture
 from fisedit_compile.config import SparsityConfig
-from fisedit_compile.dense_graphs import DenseGraphs, copy_graph
 from fisedit_compile.errors import MaskError
-from fisedit_compile.fingerprint import Weights, WeightWatch
+from fisedit_compile.ir.call import Call, Signature
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry, requests_of
 from fisedit_compile.kernels.indexing.gather_scatter import inverse_permutation
@@ -28,14 +28,15 @@ from fisedit_compile.passes.staging.hoist_invariants import fetched_rows, split_
 from fisedit_compile.passes.staging.reuse_timestep import is_timestep
 from fisedit_compile.planning.buckets import Bucket, Buckets
 from fisedit_compile.planning.edit_plan import EditPlan, plan_edit
-from fisedit_compile.prepared import Prepared
-from fisedit_compile.stage import Stage
-from fisedit_compile.step_cache import CacheDescription, Recorded, StepCache
+from fisedit_compile.runtime.dense_graphs import DenseGraphs, copy_graph
+from fisedit_compile.runtime.fingerprint import Weights, WeightWatch
+from fisedit_compile.runtime.prepared import Prepared
+from fisedit_compile.runtime.stage import Stage
 from fisedit_compile.utils.single_thread import single_thread
 
 if TYPE_CHECKING:
-    from fisedit_compile.row_costs import RowCosts
-    from fisedit_compile.static_step import Shared, StaticStep
+    from fisedit_compile.cost_model.row_costs import RowCosts
+    from fisedit_compile.runtime.static_step import Shared, StaticStep
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class Program:
     """Record, control and sparse graphs of a U-Net for one signature.
 
     On a CPU a sparse step has the sizes of its mask. On a GPU it has those of a bucket and is one CUDA graph, see
-    :mod:`fisedit_compile.static_step`; in fp64, which Triton does not take, it runs as on a CPU.
+    :mod:`fisedit_compile.runtime.static_step`; in fp64, which Triton does not take, it runs as on a CPU.
 
     Args:
         unet: the dense U-Net; its parameters are read where they are.
@@ -113,7 +114,7 @@ class Program:
         Raises:
             ValueError: the U-Net is on the meta device.
         """
-        from fisedit_compile.row_costs import RowCosts
+        from fisedit_compile.cost_model.row_costs import RowCosts
 
         return RowCosts.of(self)
 
@@ -142,7 +143,7 @@ class Program:
         return out, Recorded(self.signature, timesteps, kept)
 
     def controlled(self, call: Call, cache: StepCache, mapper: Tensor, keep: Tensor) -> Tensor:
-        """See :meth:`~fisedit_compile.dense_graphs.DenseGraphs.controlled`."""
+        """See :meth:`~fisedit_compile.runtime.dense_graphs.DenseGraphs.controlled`."""
         return self.dense_graphs.controlled(self._user_values(call), cache, mapper, keep)
 
     def plan(self, mask: Tensor) -> EditPlan:
@@ -255,12 +256,12 @@ class Program:
 
     @cached_property
     def _shared(self) -> Shared:
-        from fisedit_compile.static_step import Shared
+        from fisedit_compile.runtime.static_step import Shared
 
         return Shared(self._device)
 
     def _static_step(self, bucket: Bucket) -> StaticStep:
-        from fisedit_compile.static_step import StaticStep
+        from fisedit_compile.runtime.static_step import StaticStep
 
         if bucket not in self._static:
             fetches = fetched_rows(self.sparse)

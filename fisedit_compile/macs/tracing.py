@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fisedit_compile.ir.meta_interpreter import MetaInterpreter
-from fisedit_compile.mac_formulas import FORMULAS, OpFormula
+from fisedit_compile.macs.formulas import FORMULAS, OpFormula
 
 aten = torch.ops.aten
 
