@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fisedit_compile.cli.unet_curve import points
+from fisedit_compile.bench.unet.curve import points
 
 _MODES = {"full": "#0b5fa5", "masked": "#d1495b"}
 _TITLES = {"tiny": "tiny", "sd15": "SD 1.5", "sd2": "SD 2.1", "sdxl": "SDXL"}

@@ -37,7 +37,7 @@ from baselines.tome import TokenMerging
 
 from fisedit_compile import FiseditError, SparsityConfig
 from fisedit_compile.architectures import latent_size
-from fisedit_compile.cli.bench_masks import MaskSet
+from fisedit_compile.bench.masks import MaskSet
 from fisedit_compile.cli.runtime import DTYPES, describe, start, whole_number
 
 #: Of the masks of a file that many are edited with: enough for a mean, few enough for a coffee.

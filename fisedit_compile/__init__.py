@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fisedit_compile.config import SparsityConfig
-    from fisedit_compile.editor import Base, Edit, Editor
+    from fisedit_compile.editing.editor import Base, Edit, Editor
     from fisedit_compile.errors import BaseMismatchError, CaptureError, FiseditError, MaskError, SparsifyError
     from fisedit_compile.macs.counter import count_macs
     from fisedit_compile.sparse_unet import SparseUNet, sparsify
@@ -17,9 +17,9 @@ __version__ = "0.1.0"
 #: Public name -> module. Loaded on first use (PEP 562), so that importing the package stays under 0.2 s.
 _PUBLIC = {
     "SparsityConfig": "config",
-    "Base": "editor",
-    "Edit": "editor",
-    "Editor": "editor",
+    "Base": "editing.editor",
+    "Edit": "editing.editor",
+    "Editor": "editing.editor",
     "BaseMismatchError": "errors",
     "CaptureError": "errors",
     "FiseditError": "errors",

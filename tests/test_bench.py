@@ -13,8 +13,9 @@ import torch
 from conftest import MICRO
 
 from fisedit_compile.architectures import ARCHITECTURES
-from fisedit_compile.cli import bench_start, bench_unet, main
-from fisedit_compile.cli.start_stages import stages
+from fisedit_compile.bench.startup.stages import stages
+from fisedit_compile.bench.unet import measure as bench_unet
+from fisedit_compile.cli import bench_start, main
 
 
 @pytest.fixture(autouse=True)

@@ -12,12 +12,12 @@ import pytest
 import torch
 from conftest import UNets
 
-from fisedit_compile.cli import timing
-from fisedit_compile.cli.bench_masks import MaskSet, scattered_squares
-from fisedit_compile.cli.gpu_counters import count_kernels, dynamo_graphs
-from fisedit_compile.cli.timing import Spread, interleaved
-from fisedit_compile.cli.unet_dense import dense_runs
-from fisedit_compile.cli.unet_prep import measure_prep
+from fisedit_compile.bench import timing
+from fisedit_compile.bench.gpu_counters import count_kernels, dynamo_graphs
+from fisedit_compile.bench.masks import MaskSet, scattered_squares
+from fisedit_compile.bench.timing import Spread, interleaved
+from fisedit_compile.bench.unet.dense import dense_runs
+from fisedit_compile.bench.unet.preparation import measure_prep
 from fisedit_compile.masks.sample_masks import square_mask
 
 CPU = torch.device("cpu")

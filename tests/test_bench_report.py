@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from fisedit_compile.cli.unet_curve import crossover, curves, line
-from fisedit_compile.cli.unet_table import summary, table
+from fisedit_compile.bench.unet.curve import crossover, curves, line
+from fisedit_compile.bench.unet.table import summary, table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # as Python does for a script that lies there
 

@@ -20,9 +20,9 @@ from PIL import Image
 from skimage.metrics import structural_similarity
 
 from fisedit_compile.cli import main
-from fisedit_compile.cli.pipeline import load_pipeline
-from fisedit_compile.overview import DIFFERENCE_GAIN, PANEL_SIDE, draw_overview, mask_picture
-from fisedit_compile.ssim import ssim
+from fisedit_compile.editing.overview import DIFFERENCE_GAIN, PANEL_SIDE, draw_overview, mask_picture
+from fisedit_compile.editing.plain_pipeline import load_pipeline
+from fisedit_compile.quality.ssim import ssim
 
 PROMPT, EDIT = "a cat on the left", "a dog on the left"
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-import fisedit_compile.editor as editor_module
+import fisedit_compile.editing.editor as editor_module
 from fisedit_compile import BaseMismatchError, CaptureError, Editor, MaskError
-from fisedit_compile.runs import EditRun
+from fisedit_compile.editing.pipeline_runs import EditRun
 from fisedit_compile.testing import assert_close
 
 MODEL = Path(__file__).parents[1] / "examples" / "demo_model"

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from fisedit_compile.editing.prompt_to_prompt import align, align_batch, changed_words
 from fisedit_compile.kernels.attention.controlled_attention import attention_probabilities, controlled_attention
-from fisedit_compile.prompt_to_prompt import align, align_batch, changed_words
 from fisedit_compile.testing import TOLERANCES, assert_close, relative_error
 
 WORDS = "a the cat dog lion red blue apple wearing crown on left right and , sunset".split()  # noqa: SIM905

@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import UNets
 
+from fisedit_compile.explain import explain
 from fisedit_compile.macs.counter import MacCounter
-from fisedit_compile.report import explain
 from fisedit_compile.sparse_unet import sparsify
 
 

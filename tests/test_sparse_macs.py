@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fisedit_compile.architectures import build_unet
+from fisedit_compile.editing.pipeline_runs import EditRun
 from fisedit_compile.errors import MaskError, SparsifyError
 from fisedit_compile.macs.counter import MacCounter, count_dense, count_macs, count_prompt, count_step
 from fisedit_compile.macs.mask_sets import count_masks
 from fisedit_compile.masks.sample_masks import read_masks
-from fisedit_compile.runs import EditRun
 
 #: Real masks, which are not part of the project: see the benchmarks.
 REAL_MASKS = Path(__file__).parents[2] / "shared" / "data" / "fisedit_masks_96.npz"

@@ -27,7 +27,7 @@ from baselines.text import markdown  # noqa: E402
 from baselines.text_to_image import CompiledTextToImage  # noqa: E402
 
 from fisedit_compile import SparsityConfig  # noqa: E402
-from fisedit_compile.cli.bench_masks import MaskSet  # noqa: E402
+from fisedit_compile.bench.masks import MaskSet  # noqa: E402
 from fisedit_compile.masks.sample_masks import square_mask  # noqa: E402
 
 SMALL = ["--arch", "tiny", "--size", "128"]

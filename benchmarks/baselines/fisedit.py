@@ -17,7 +17,7 @@ from baselines.method import CallCount, Method
 from baselines.models import GUIDANCE, SOURCE, TARGET, Kit
 from fisedit_compile import Base, Editor, SparsityConfig, sparsify
 from fisedit_compile.architectures import PROMPT_TOKENS, build_unet, unet_inputs
-from fisedit_compile.cli.bench_masks import MaskSet
+from fisedit_compile.bench.masks import MaskSet
 from fisedit_compile.macs.counter import MacCounter
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from baselines.attention import attend
 from baselines.method import Method
 from baselines.models import GUIDANCE, SOURCE, TARGET, Kit
+from fisedit_compile.editing.prompt_to_prompt import align_batch
 from fisedit_compile.kernels.attention.controlled_attention import attention_probabilities, controlled_attention
-from fisedit_compile.prompt_to_prompt import align_batch
 
 #: Shares of the steps in which cross- and self-attention are taken over.
 CROSS_SHARE, SELF_SHARE = 0.8, 0.4

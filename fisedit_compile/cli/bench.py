@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fisedit_compile.bench.unet.settings import BASELINES, CURVE, Settings
 from fisedit_compile.cli import bench_kernels, bench_start
-from fisedit_compile.cli.bench_settings import BASELINES, CURVE, Settings
 from fisedit_compile.cli.json_file import check_json_path, write_json
 from fisedit_compile.cli.model_options import add_model_options, image_size
 from fisedit_compile.cli.runtime import add_runtime_options, describe, share, start, whole_number
@@ -94,9 +94,9 @@ def run_unet(args: argparse.Namespace) -> None:
     device, dtype = start(args)
 
     from fisedit_compile.architectures import latent_size
-    from fisedit_compile.cli.bench_masks import MaskSet
-    from fisedit_compile.cli.bench_unet import bench_unet
-    from fisedit_compile.cli.unet_table import summary, table
+    from fisedit_compile.bench.masks import MaskSet
+    from fisedit_compile.bench.unet.measure import bench_unet
+    from fisedit_compile.bench.unet.table import summary, table
 
     size = image_size(args)
     latents = latent_size(size, size)

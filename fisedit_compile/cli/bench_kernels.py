@@ -52,9 +52,9 @@ def run_kernels(args: argparse.Namespace) -> None:
 
     import torch
 
-    from fisedit_compile.cli.kernel_cases import all_cases, measure
-    from fisedit_compile.cli.kernel_sweep import sweep
-    from fisedit_compile.cli.kernel_timing import Roof
+    from fisedit_compile.bench.kernels.cases import all_cases, measure
+    from fisedit_compile.bench.kernels.sweep import sweep
+    from fisedit_compile.bench.kernels.timing import Roof
     from fisedit_compile.utils.text_table import text_table
 
     # cuDNN tries its kernels before it is timed: the strongest dense counterpart

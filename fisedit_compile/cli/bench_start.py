@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fisedit_compile.bench.progress import say
 from fisedit_compile.cli.json_file import check_json_path, write_json
 from fisedit_compile.cli.model_options import add_model_options, image_size
-from fisedit_compile.cli.progress import say
 from fisedit_compile.cli.runtime import add_runtime_options, describe, share, start
 
 #: Where compiled kernels are kept: Inductor's, Triton's and the driver's own.
@@ -87,7 +87,7 @@ def _process(wanted: dict[str, Any], caches: Path) -> dict[str, float]:
         ValueError: it failed; its own words are on stderr.
     """
     environment = {**os.environ, **{name: str(caches / name.lower()) for name in _CACHES}}
-    command = [sys.executable, "-m", "fisedit_compile.cli.start_stages", json.dumps(wanted)]
+    command = [sys.executable, "-m", "fisedit_compile.bench.startup.stages", json.dumps(wanted)]
     begin = time.perf_counter()
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     total = time.perf_counter() - begin

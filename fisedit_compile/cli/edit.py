@@ -16,7 +16,7 @@ from fisedit_compile.config import SparsityConfig
 if TYPE_CHECKING:
     from PIL import Image
 
-    from fisedit_compile.edit import EditReport
+    from fisedit_compile.editing.result import EditReport
 
 _FILES = """\
 files written to --out:
@@ -82,10 +82,10 @@ def run(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     from fisedit_compile.architectures import latent_size
-    from fisedit_compile.cli.pipeline import load_pipeline, regenerate
-    from fisedit_compile.editor import Editor
-    from fisedit_compile.overview import draw_overview, mask_picture
-    from fisedit_compile.ssim import ssim
+    from fisedit_compile.editing.editor import Editor
+    from fisedit_compile.editing.overview import draw_overview, mask_picture
+    from fisedit_compile.editing.plain_pipeline import load_pipeline, regenerate
+    from fisedit_compile.quality.ssim import ssim
 
     pipe = load_pipeline(args.model, device, dtype)
     editor = Editor(pipe, config)

@@ -3,56 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fisedit_compile.base import Base, RecordedCall
 from fisedit_compile.config import SparsityConfig
+from fisedit_compile.editing.base import Base, RecordedCall
+from fisedit_compile.editing.prompt_to_prompt import align_batch
 from fisedit_compile.errors import BaseMismatchError, CaptureError, MaskError
 from fisedit_compile.ir.call import Call
 from fisedit_compile.masks.difference_mask import difference_mask
-from fisedit_compile.prompt_to_prompt import align_batch
 from fisedit_compile.runtime.prepared import Prepared
+from fisedit_compile.runtime.timer import UNetTimer
 from fisedit_compile.sparse_unet import SparseUNet
 
 #: t1 and t2 of the difference formula: the steps whose latents are compared (paper 3.1: within [1, 10]).
 DIFFERENCE_STEPS = (1, 10)
-
-
-class UNetTimer:
-    """Wall times of U-Net calls by kind, with events on CUDA so that nothing waits inside the loop."""
-
-    def __init__(self) -> None:
-        self._marks: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
-
-    def time(self, kind: str, device: torch.device, run: Callable[[], Tensor]) -> Tensor:
-        start = self._mark(device)
-        out = run()
-        self._marks[kind].append((start, self._mark(device)))
-        return out
-
-    def milliseconds(self) -> dict[str, list[float]]:
-        """All times so far; waits for the device."""
-        return defaultdict(list, {kind: [_elapsed(*pair) for pair in pairs] for kind, pairs in self._marks.items()})
-
-    @staticmethod
-    def _mark(device: torch.device) -> Any:
-        if device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(device))
-        return event
-
-
-def _elapsed(start: Any, end: Any) -> float:
-    if isinstance(start, float):
-        return (end - start) * 1e3
-    end.synchronize()
-    return float(start.elapsed_time(end))
 
 
 class PipelineRun:

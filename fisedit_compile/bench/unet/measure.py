@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from fisedit_compile.architectures import build_unet, unet_inputs
-from fisedit_compile.cli.bench_masks import MaskSet
-from fisedit_compile.cli.bench_settings import Settings
-from fisedit_compile.cli.gpu_counters import count_kernels
-from fisedit_compile.cli.progress import say
-from fisedit_compile.cli.unet_curve import curves
-from fisedit_compile.cli.unet_dense import GRAPHS, dense_runs
-from fisedit_compile.cli.unet_sparse import SparseRuns
+from fisedit_compile.bench.gpu_counters import count_kernels
+from fisedit_compile.bench.masks import MaskSet
+from fisedit_compile.bench.progress import say
+from fisedit_compile.bench.unet.curve import curves
+from fisedit_compile.bench.unet.dense import GRAPHS, dense_runs
+from fisedit_compile.bench.unet.settings import Settings
+from fisedit_compile.bench.unet.sparse import SparseRuns
 
 
 @torch.no_grad()

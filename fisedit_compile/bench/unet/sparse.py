@@ -11,20 +11,20 @@ from typing import Any
 
 import torch
 
-from fisedit_compile.cli.bench_masks import MaskSet, scattered_squares
-from fisedit_compile.cli.bench_settings import Settings
-from fisedit_compile.cli.gpu_counters import (
+from fisedit_compile.bench.gpu_counters import (
     allocated_mb,
     count_kernels,
     dynamo_graphs,
     graph_pool_mb,
     peak_mb,
 )
-from fisedit_compile.cli.progress import say
-from fisedit_compile.cli.timing import Spread, Times, interleaved
-from fisedit_compile.cli.unet_batched import measure_batched
-from fisedit_compile.cli.unet_dense import DenseRuns
-from fisedit_compile.cli.unet_prep import measure_prep
+from fisedit_compile.bench.masks import MaskSet, scattered_squares
+from fisedit_compile.bench.progress import say
+from fisedit_compile.bench.timing import Spread, Times, interleaved
+from fisedit_compile.bench.unet.batched import measure_batched
+from fisedit_compile.bench.unet.dense import DenseRuns
+from fisedit_compile.bench.unet.preparation import measure_prep
+from fisedit_compile.bench.unet.settings import Settings
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.macs.counter import MacCounter
 from fisedit_compile.runtime.prepared import Prepared

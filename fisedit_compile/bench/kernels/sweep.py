@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fisedit_compile.cli.kernel_cases import BATCH, convolution_inputs, normal, square
-from fisedit_compile.cli.kernel_timing import replay_microseconds
+from fisedit_compile.bench.kernels.cases import BATCH, convolution_inputs, normal, square
+from fisedit_compile.bench.kernels.timing import replay_microseconds
 from fisedit_compile.kernels.implicit_gemm.row_product_launch import launch_row_product
 from fisedit_compile.kernels.implicit_gemm.row_product_tiles import Tile
 from fisedit_compile.kernels.launch.triton_launch import compiling_alone

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fisedit_compile.runs import UNetTimer
+from fisedit_compile.runtime.timer import UNetTimer
 
 
 def load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:

@@ -1,6 +1,6 @@
 """The process that ``fisedit-compile bench start`` times: from its imports to the second sparse step.
 
-    python -m fisedit_compile.cli.start_stages '{"arch": "sd2", ...}'
+    python -m fisedit_compile.bench.startup.stages '{"arch": "sd2", ...}'
 
 prints one line of JSON: the seconds of each stage.
 """

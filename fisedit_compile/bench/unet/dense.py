@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from fisedit_compile.cli.gpu_counters import graph_pool_mb, peak_mb
-from fisedit_compile.cli.progress import say
+from fisedit_compile.bench.gpu_counters import graph_pool_mb, peak_mb
+from fisedit_compile.bench.progress import say
 
 #: The mode of torch.compile that launches CUDA graphs, whose kernels cannot be counted.
 GRAPHS = "reduce-overhead"

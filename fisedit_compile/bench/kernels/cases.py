@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
 import fisedit_compile.kernels.ops  # noqa: F401  (registers torch.ops.fisedit)
-from fisedit_compile.cli.kernel_timing import Roof, microseconds
+from fisedit_compile.bench.kernels.timing import Roof, microseconds
 from fisedit_compile.ir.taps import Taps
 from fisedit_compile.masks.sample_masks import square_mask
 from fisedit_compile.planning.edit_plan import row_of_pixels

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from fisedit_compile.architectures import unet_inputs
+from fisedit_compile.bench.masks import scattered_squares
+from fisedit_compile.bench.progress import say
+from fisedit_compile.bench.timing import interleaved
+from fisedit_compile.bench.unet.settings import Settings
 from fisedit_compile.cache.step_cache import StepCache
-from fisedit_compile.cli.bench_masks import scattered_squares
-from fisedit_compile.cli.bench_settings import Settings
-from fisedit_compile.cli.progress import say
-from fisedit_compile.cli.timing import interleaved
 from fisedit_compile.ir.call import Call
 from fisedit_compile.sparse_unet import SparseUNet
 
