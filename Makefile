@@ -51,7 +51,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Triton reads the variable when a kernel is defined: processes of their own.
 interpreter: $(READY_TO_TEST)
-	TRITON_INTERPRET=1 $(PYTEST) -m interpreter tests/test_triton_*.py
+	TRITON_INTERPRET=1 $(PYTEST) -m interpreter tests/kernels
 
 pytest: $(READY_TO_TEST)
 	$(PYTEST)

@@ -17,7 +17,7 @@ from fisedit_compile import SparsityConfig, sparsify
 from fisedit_compile.errors import BaseMismatchError, CaptureError, FiseditError, MaskError, SparsifyError
 
 if TYPE_CHECKING:
-    from conftest import UNets
+    from support.unets import UNets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_masks import masks, outside, same_bits
+from support.random_masks import masks, outside, same_bits
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
@@ -26,7 +26,7 @@ from fisedit_compile.sparse_unet import sparsify
 from fisedit_compile.testing import assert_close
 
 if TYPE_CHECKING:
-    from conftest import UNets
+    from support.unets import UNets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

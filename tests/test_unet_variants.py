@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MICRO
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
+from support.unets import MICRO
 
 from fisedit_compile import sparsify
 from fisedit_compile.testing import assert_close

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hand_built import (
+from support.hand_built import (
     BATCH,
     CHANNELS,
     CONFIG,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hand_built import (
+from support.hand_built import (
     BATCH,
     CHANNELS,
     CONFIG,

@@ -6,14 +6,14 @@ import operator
 from typing import Any
 
 import pytest
-from fused import (
+from support.fused import (
     COUNT,
     NO_PRODUCT,
     Build,
     behind_a_product,
     epilogue,
 )
-from hand_built import (
+from support.hand_built import (
     CHANNELS,
     HandBuilt,
     assert_means_the_same,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from fused import COUNT, behind_a_product, silu
-from hand_built import CHANNELS, HandBuilt, arguments, assert_means_the_same, aten, only, targets_of
+from support.fused import COUNT, behind_a_product, silu
+from support.hand_built import CHANNELS, HandBuilt, arguments, assert_means_the_same, aten, only, targets_of
 from torch.fx import Node
 
 from fisedit_compile.passes import targets

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fused import (
+from support.fused import (
     COUNT,
     NO_PRODUCT,
     SAMPLE,
@@ -19,7 +19,7 @@ from fused import (
     products,
     silu,
 )
-from hand_built import (
+from support.hand_built import (
     BATCH,
     CHANNELS,
     CONFIG,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hand_built import BATCH, CHANNELS, MASKS, SIZE, HandBuilt, aten, inputs, only, snapshots
+from support.hand_built import BATCH, CHANNELS, MASKS, SIZE, HandBuilt, aten, inputs, only, snapshots
 
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry, requests_of

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from fused import COUNT, SAMPLE, embedding, norm, normed_and_raw, silu
-from hand_built import (
+from support.fused import COUNT, SAMPLE, embedding, norm, normed_and_raw, silu
+from support.hand_built import (
     CHANNELS,
     SIZE,
     HandBuilt,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from hand_built import (
+from support.hand_built import (
     BATCH,
     CHANNELS,
     CONFIG,
@@ -31,7 +31,7 @@ from fisedit_compile.passes.manager import SPARSE_PASSES, run_passes
 from fisedit_compile.testing import assert_close
 
 if TYPE_CHECKING:
-    from conftest import UNets
+    from support.unets import UNets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from hand_built import (
+from support.hand_built import (
     BATCH,
     CHANNELS,
     TOKENS,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hand_built import (
+from support.hand_built import (
     CONFIG,
     MASKS,
     SIZE,

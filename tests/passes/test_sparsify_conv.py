@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hand_built import (
+from support.hand_built import (
     CHANNELS,
     MASKS,
     SIZE,

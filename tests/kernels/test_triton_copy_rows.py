@@ -1,0 +1,84 @@
+"""Many copies in one launch: in Triton's interpreter, and the loop that stands for it without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from support.interpreter import MARKS
+from support.random_rows import normal
+
+from fisedit_compile.kernels.indexing.copy_rows import RowCopies
+
+Run = Callable[[list[torch.Tensor], list[torch.Tensor | None], torch.Tensor, list[torch.Tensor]], None]
+
+
+def loop(targets: list[torch.Tensor], indices: list, counts: torch.Tensor, sources: list[torch.Tensor]) -> None:
+    copies = RowCopies(targets, indices, counts)
+    copies.run(copies.addresses(sources))
+
+
+def launch(targets: list[torch.Tensor], indices: list, counts: torch.Tensor, sources: list[torch.Tensor]) -> None:
+    from fisedit_compile.kernels.indexing.copy_rows_triton import CopyLaunch
+
+    copies = CopyLaunch(targets, indices, counts)
+    copies.run(copies.addresses(sources))
+
+
+@pytest.fixture(params=[loop, pytest.param(launch, marks=MARKS)], ids=["loop", "launch"])
+def run(request: pytest.FixtureRequest) -> Run:
+    return request.param
+
+
+@pytest.mark.parametrize("shift", [0, 3])  # addresses that are no multiple of 16 bytes
+def test_rows_and_whole_tensors_of_several_dtypes(run: Run, shift: int) -> None:
+    def fresh(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        flat = torch.full((torch.Size(shape).numel() + shift,), -7, dtype=dtype)
+        return flat[shift:].view(shape)
+
+    sources = [
+        normal(50, 40, dtype=torch.float16, seed=1),
+        normal(7, 3, 300, dtype=torch.float32, seed=2),
+        normal(2, 320, dtype=torch.float32, seed=3),
+        normal(30, 4, dtype=torch.bfloat16, seed=4),
+        normal(5, dtype=torch.float64, seed=5),
+        normal(0, 16, dtype=torch.float32, seed=6),
+    ]
+    indices = [torch.tensor([0, 3, 49, 7, 7, 0, 0]), torch.tensor([6, 0]), None, None, torch.tensor([4]), None]
+    counts = torch.tensor([5, 2, 2, 30, 0, 0], dtype=torch.int32)
+    lengths = [len(s) if index is None else len(index) for s, index in zip(sources, indices, strict=True)]
+    targets = [fresh(n, *s.shape[1:], dtype=s.dtype) for n, s in zip(lengths, sources, strict=True)]
+    before = [source.clone() for source in sources]
+    run(targets, indices, counts, sources)
+    for target, source, index, count in zip(targets, sources, indices, counts.tolist(), strict=True):
+        if index is None:
+            assert torch.equal(target, source)
+        else:
+            assert torch.equal(target[:count], source[index[:count]])
+            assert (target[count:] == -7).all()  # padding is left as it is
+    assert all(map(torch.equal, sources, before))
+
+
+def test_other_sources_and_counts_the_next_time() -> None:
+    target, index, counts = torch.zeros(4, 8), torch.tensor([3, 2, 1, 0]), torch.tensor([4], dtype=torch.int32)
+    copies = RowCopies([target], [index], counts)
+    for seed, real in ((1, 4), (2, 2)):
+        counts.fill_(real)
+        source = normal(5, 8, dtype=torch.float32, seed=seed)
+        copies.run(copies.addresses([source]))
+        assert torch.equal(target[:real], source[index[:real]])
+
+
+def test_refuses_what_does_not_fit() -> None:
+    counts = torch.ones(1, dtype=torch.int32)
+    copies = RowCopies([torch.zeros(2, 4)], [None], counts)
+    for source in (torch.zeros(3, 4), torch.zeros(2, 5), torch.zeros(2, 4).double(), torch.zeros(4, 2).t()):
+        with pytest.raises(ValueError, match="contiguous one that fits"):
+            copies.addresses([source])
+    with pytest.raises(ValueError, match="give one for each"):
+        copies.addresses([])
+    with pytest.raises(ValueError, match="not contiguous"):
+        RowCopies([torch.zeros(4, 2).t()], [None], counts)
+    with pytest.raises(ValueError, match="give as many of each"):
+        RowCopies([], [None], counts)
