@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fisedit_compile.cache.step_cache import StepCache
+from fisedit_compile.compiler.lowered import lower
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.errors import BaseMismatchError, CaptureError
 from fisedit_compile.ir.call import Call, bind
@@ -100,7 +101,7 @@ class _Compiled:
             self._unlifted = _Unlifted(self._graph_module, inputs).eval()
         call = bind(self._unlifted, self._unlifted.arguments(inputs), {})
         if self._program is None:
-            self._program = Program(self._unlifted, call, self._config)
+            self._program = Program(lower(self._unlifted, call, self._config), call)
         if isinstance(session, Recording):
             batch = call.signature.sample_shape[0]
             out, cache = self._program.record(call, samples=batch, activations=True, attention=False)

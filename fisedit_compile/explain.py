@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import Tensor
 from torch.fx import Node
 
+from fisedit_compile.compiler.lowered import Lowered
+from fisedit_compile.ir.layout import Size
 from fisedit_compile.ir.requests import CacheEntry
 from fisedit_compile.macs.counter import MacCounter
 from fisedit_compile.macs.report import NO_RESOLUTION, lineage
 from fisedit_compile.masks.sample_masks import square_mask
 from fisedit_compile.passes.pass_report import Change, Skip
-from fisedit_compile.runtime.program import Program
 from fisedit_compile.utils.text_table import text_table
 
 #: What readers call an ATen operation. One that only regroups a value is left out (""), any other is pointwise.
@@ -34,26 +35,29 @@ _UNITS = {"GMACs": 1e9, "MMACs": 1e6}
 _ROW_PASSES = ("sparsify_conv", "sparsify_norm", "sparsify_attention", "sparsify_pointwise")
 
 
-def explain(program: Program, *, edit_size: float = 0.15) -> str:
+def explain(
+    lowered: Lowered, *, edit_size: float = 0.15, costs: Callable[[Size, int, int], float] | None = None
+) -> str:
     """What became sparse, what stayed dense and why, with the MACs of a dense call and of a sparse step.
 
     Args:
-        program: the graphs of a U-Net, see :meth:`fisedit_compile.sparse_unet.SparseUNet.program`.
+        lowered: the graphs of a U-Net, see :func:`fisedit_compile.compiler.lowered.lower`.
         edit_size: share of the picture, in (0, 1], that is edited: a square in the middle.
+        costs: predicted microseconds, which ``blocks="measured"`` chooses by.
 
     Raises:
         ValueError: ``edit_size`` is outside (0, 1].
     """
-    return "\n".join(_Explanation(program, edit_size).lines())
+    return "\n".join(_Explanation(lowered, edit_size, costs).lines())
 
 
 class _Explanation:
     """The parts of the text. The lines of its table of modules are those of ``lineage``."""
 
-    def __init__(self, program: Program, edit_size: float) -> None:
-        self.program = program
-        self.reports = {report.name: report for report in program.reports}
-        counter = MacCounter(program, check=False)
+    def __init__(self, lowered: Lowered, edit_size: float, costs: Callable[[Size, int, int], float] | None) -> None:
+        self.lowered = lowered
+        self.reports = {report.name: report for report in lowered.reports}
+        counter = MacCounter(lowered, check=False, costs=costs)
         self.plan = counter.plan(square_mask(edit_size, counter.latents))
         self.dense, self.step = counter.dense, counter.step(self.plan)
         self.prompt, self.timestep = counter.prompt, counter.timestep
@@ -62,7 +66,7 @@ class _Explanation:
         self.on_rows = [change for name in _ROW_PASSES for change in self.reports[name].changes]
 
     def lines(self) -> Iterator[str]:
-        config, shape = self.program.config, list(self.program.signature.sample_shape)
+        config, shape = self.lowered.config, list(self.lowered.signature.sample_shape)
         yield (
             f"U-Net for latents {shape}, {config.attention} attention, dense_below={config.dense_below}, "
             f"blocks={config.blocks!r}"
@@ -85,7 +89,7 @@ class _Explanation:
         yield from (f"!!   {skip}" + (f" ({count} times)" if count > 1 else "") for skip, count in unknown.items())
 
     def _modules(self) -> Iterator[str]:
-        nodes = [node for node in self.program.dense.graph.nodes if node.op == "call_function"]
+        nodes = [node for node in self.lowered.dense.graph.nodes if node.op == "call_function"]
         paths = list(dict.fromkeys(path for node in nodes for path in lineage(_path(node))))
         sizes: dict[str, dict[str, None]] = defaultdict(dict)
         for node in nodes:
@@ -131,7 +135,7 @@ class _Explanation:
 
     def _resolutions(self) -> Iterator[str]:
         """Rows, MACs and what the base keeps, by resolution."""
-        nodes = {node.name: node for node in self.program.dense.graph.nodes}
+        nodes = {node.name: node for node in self.lowered.dense.graph.nodes}
         kept: dict[str, list[Tensor]] = defaultdict(list)
         for entry, tensor in self.kept.items():
             layout = nodes[entry.node].meta.get("layout")
@@ -155,10 +159,10 @@ class _Explanation:
 
     def _passes(self) -> Iterator[str]:
         table: list[Sequence[str]] = [("pass", "changed", "skipped", "ms")]
-        for report in self.program.reports:
+        for report in self.lowered.reports:
             table.append((report.name, str(report.changed), str(len(report.skipped)), f"{report.seconds * 1e3:.0f}"))
         yield text_table(table)
-        yield f"Captured and rewritten in {self.program.build_seconds:.1f} s."
+        yield f"Captured and rewritten in {self.lowered.build_seconds:.1f} s."
 
     def _macs(self, dense: int, sparse: int) -> tuple[str, str, str]:
         unit = _UNITS[self.unit]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fisedit_compile.cache.step_cache import StepCache
+from fisedit_compile.compiler.lowered import lower
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.errors import BaseMismatchError, CaptureError
 from fisedit_compile.ir.call import Call, Signature, bind
@@ -96,13 +97,13 @@ class SparseUNet(torch.nn.Module):
         if unet.training:
             raise CaptureError("the U-Net is in training mode: call unet.eval() first")
         if call.signature not in self._programs:
-            self._programs[call.signature] = Program(unet, call, self.sparsity)
+            self._programs[call.signature] = Program(lower(unet, call, self.sparsity), call)
         return self._programs[call.signature]
 
     @property
     def build_seconds(self) -> float:
         """Time spent so far on capturing and rewriting graphs."""
-        return sum(program.build_seconds for program in self._programs.values())
+        return sum(program.lowered.build_seconds for program in self._programs.values())
 
     def record(
         self, call: Call, *, samples: int | None = None, activations: bool = True, attention: bool = False
@@ -151,7 +152,7 @@ class SparseUNet(torch.nn.Module):
             BaseMismatchError: the cache was recorded by another model, for other activations or at another timestep.
         """
         program = self.program(call)
-        if not isinstance(prepared, Prepared) or prepared.program is not program:
+        if not isinstance(prepared, Prepared) or prepared.lowered is not program.lowered:
             raise BaseMismatchError("the plan is not of this call's graphs: pass what plan(call, mask) returned for it")
         if prepared.dense:
             return program.restore_base(self.unet(**call.kwargs, return_dict=False)[0], cache, prepared)
@@ -161,7 +162,8 @@ class SparseUNet(torch.nn.Module):
         """What became sparse, what stayed dense and why, module by module; for the arguments of a U-Net call."""
         from fisedit_compile.explain import explain
 
-        return explain(self.program(self.call(*args, **kwargs)))
+        program = self.program(self.call(*args, **kwargs))
+        return explain(program.lowered, costs=program.row_costs if self.sparsity.blocks == "measured" else None)
 
 
 def _parameter_ids(unet: torch.nn.Module) -> list[int]:

@@ -113,7 +113,7 @@ class _CountedGraphs:
         sparse = sparsify(unet, config)
         call = sparse.call(*args, **kwargs)
         # Unchecked: fvcore's second count takes long, and the tests hold the two together.
-        self._counter = MacCounter(sparse.program(call), check=False)
+        self._counter = MacCounter(sparse.program(call).lowered, check=False)
         self.dense = self._counter.dense.total
         _, maps = sparse.record(call, samples=1, activations=False, attention=True)
         mapper, keep = (torch.empty(1, *shape, device="meta") for shape in ((PROMPT_TOKENS,) * 2, (PROMPT_TOKENS,)))

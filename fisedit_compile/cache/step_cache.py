@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph
 
 from fisedit_compile.errors import BaseMismatchError
 from fisedit_compile.ir.call import Signature
@@ -42,26 +40,11 @@ class CacheDescription:
     """The entries that a sparse graph reads of a base, and the shape and dtype of each.
 
     Args:
-        graph: the annotated dense graph.
-        entries: what the sparse graph asks for.
+        shapes: see :attr:`fisedit_compile.compiler.lowered.Lowered.cache_specs`.
     """
 
-    def __init__(self, graph: Graph, entries: Iterable[CacheEntry]) -> None:
-        nodes = {node.name: node for node in graph.nodes}
-        self.shapes: dict[CacheEntry, tuple[torch.Size, torch.dtype]] = {}
-        for entry in entries:
-            node = nodes[entry.node]
-            val: Tensor = node.meta["val"]
-            dtype = val.dtype
-            if entry.kind == "map":  # [B*H*W, *channels]
-                layout = node.meta["layout"]
-                pixels = math.prod(val.shape[dim] for dim in layout.order[: layout.pixel_dims])
-                shape = torch.Size((pixels, *layout.channels(val.shape)))
-            elif entry.kind in ("scale", "shift"):  # [B, C]
-                shape, dtype = val.shape[:2], torch.promote_types(dtype, torch.float32)
-            else:
-                shape = val.shape
-            self.shapes[entry] = (shape, dtype)
+    def __init__(self, shapes: Mapping[CacheEntry, tuple[torch.Size, torch.dtype]]) -> None:
+        self.shapes = shapes
 
     def check(self, cache: StepCache, signature: Signature, timesteps: tuple[Tensor | None, ...]) -> None:
         """Hold the cache of a call to what the sparse graph reads; one that was found to fit is not looked at again.

@@ -63,13 +63,13 @@ def run(args: argparse.Namespace) -> None:
 
     from fisedit_compile.architectures import VAE_SCALE_FACTOR, build_unet, unet_inputs
     from fisedit_compile.bench.masks import MaskSet
+    from fisedit_compile.compiler.lowered import lower
     from fisedit_compile.cost_model.block_comparison import BlockComparer
     from fisedit_compile.cost_model.calibration import calibrate
     from fisedit_compile.cost_model.layer_timer import LayerTimer
     from fisedit_compile.cost_model.row_costs import RowCosts
     from fisedit_compile.cost_model.row_layers import row_layers
     from fisedit_compile.ir.call import bind
-    from fisedit_compile.runtime.program import Program
 
     unet = build_unet(args.arch, device="meta", dtype=dtype)  # shapes are all that the time of a layer depends on
     size = args.size or VAE_SCALE_FACTOR * unet.config["sample_size"]
@@ -79,10 +79,10 @@ def run(args: argparse.Namespace) -> None:
     sets = [MaskSet.square(edit_size, latents) for edit_size in args.edit_size]
     if args.masks:
         sets.append(MaskSet.of_file(args.masks, latents, args.max_masks))
-    program = Program(unet, bind(unet, inputs, keywords), SparsityConfig(attention=args.attention))
-    layers = tuple(row_layers(program))
+    lowered = lower(unet, bind(unet, inputs, keywords), SparsityConfig(attention=args.attention))
+    layers = tuple(row_layers(lowered))
     costs = RowCosts(layers, calibrate(layers, device, dtype))
-    comparer = BlockComparer(program, costs, LayerTimer(device, dtype))
+    comparer = BlockComparer(lowered, costs, LayerTimer(device, dtype))
     rows: list[Comparison] = []
     for masks in sets:
         several = f", {len(masks.masks)} masks" if masks.source != "square" else ""

@@ -23,7 +23,7 @@ from fisedit_compile.ir.call import Call
 aten = torch.ops.aten
 
 
-def capture(unet: torch.nn.Module, call: Call) -> GraphModule:
+def export(unet: torch.nn.Module, call: Call) -> GraphModule:
     """The graph of ``unet`` for the signature of ``call``: tensors in, one tensor (the noise prediction) out.
 
     Every node of an operation carries ``meta["val"]`` (a fake tensor) and ``meta["module_path"]``.

@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
+from fisedit_compile.compiler.lowered import Lowered
 from fisedit_compile.cost_model.layer_timer import Timer
 from fisedit_compile.cost_model.row_costs import RowCosts
 from fisedit_compile.cost_model.row_layers import LayerShape
 from fisedit_compile.ir.layout import Size
 from fisedit_compile.planning.apsc import RowCandidate
 from fisedit_compile.planning.edit_plan import EditPlan, plan_edit
-from fisedit_compile.runtime.program import Program
 
 #: In the order of the report: the mask itself, the paper's objective, all pixels, the least predicted time.
 CHOICES = ("pixel", "paper", "whole", "measured")
@@ -87,16 +87,16 @@ class Comparison:
 
 
 class BlockComparer:
-    """Compares the choices for the masks of a program.
+    """Compares the choices for the masks of a U-Net.
 
     Args:
-        program: whose layers they are; it may be on the meta device.
+        lowered: whose layers they are; it may be of a U-Net on the meta device.
         costs: predictions.
         timer: measures; the same layer at the same rows is measured once.
     """
 
-    def __init__(self, program: Program, costs: RowCosts, timer: Timer) -> None:
-        self._program, self._costs, self._timer = program, costs, timer
+    def __init__(self, lowered: Lowered, costs: RowCosts, timer: Timer) -> None:
+        self._lowered, self._costs, self._timer = lowered, costs, timer
         self._layers: dict[tuple[LayerShape, int], float] = {}
         self._fetches: dict[tuple[int, int], float] = {}
 
@@ -107,14 +107,14 @@ class BlockComparer:
             source: a name for these masks.
             masks: each bool ``[n, h, w]`` at latent resolution.
         """
-        batch = self._program.signature.sample_shape[0]
+        batch = self._lowered.batch
         plans = [
             plan_edit(
                 mask,
-                self._program.plan_requests,
+                self._lowered.plan_requests,
                 batch=batch,
                 blocks="measured",
-                dense_below=self._program.config.dense_below,
+                dense_below=self._lowered.config.dense_below,
                 costs=self._costs,
             )
             for mask in masks

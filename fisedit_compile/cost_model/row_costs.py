@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
+from fisedit_compile.compiler.lowered import Lowered
 from fisedit_compile.cost_model.calibration import Calibration, calibrate
 from fisedit_compile.cost_model.row_layers import LayerShape, RowLayer, row_layers
 from fisedit_compile.ir.layout import Size
 
-if TYPE_CHECKING:
-    from fisedit_compile.runtime.program import Program
-
 
 @dataclass(frozen=True)
 class RowCosts:
-    """Predicts each resolution of a program.
+    """Predicts each resolution of a lowered U-Net.
 
     Attributes:
-        layers: of the program.
+        layers: of its sparse step.
         calibration: of the device that it runs on.
     """
 
@@ -28,14 +25,14 @@ class RowCosts:
     calibration: Calibration
 
     @classmethod
-    def of(cls, program: Program) -> RowCosts:
-        """The costs of a program on its own device; layers that were not timed yet are.
+    def of(cls, lowered: Lowered) -> RowCosts:
+        """The costs of a lowered U-Net on the device of its weights; layers that were not timed yet are.
 
         Raises:
-            ValueError: the program's U-Net is on the meta device.
+            ValueError: the U-Net is on the meta device.
         """
-        layers = tuple(row_layers(program))
-        sample = program.dense.graph.find_nodes(op="placeholder")[0].meta["val"]
+        layers = tuple(row_layers(lowered))
+        sample = lowered.dense.graph.find_nodes(op="placeholder")[0].meta["val"]
         return cls(layers, calibrate(layers, sample.device, sample.dtype))
 
     @cached_property

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from fisedit_compile.compiler.lowered import Lowered
 from fisedit_compile.ir.layout import Size
 from fisedit_compile.ir.meta_interpreter import MetaInterpreter
 from fisedit_compile.passes import targets
-
-if TYPE_CHECKING:
-    from fisedit_compile.runtime.program import Program
+from fisedit_compile.planning.edit_plan import plan_edit
 
 Kind = Literal["convolution", "linear", "self_attention", "cached_attention", "text_attention"]
 
@@ -101,24 +100,20 @@ class RowLayer:
     halo: Size | None = None
 
 
-def row_layers(program: Program) -> list[RowLayer]:
-    """The convolutions, linear layers and attentions of a program's rows, in the order in which they run.
+def row_layers(lowered: Lowered) -> list[RowLayer]:
+    """The convolutions, linear layers and attentions of a U-Net's rows, in the order in which they run.
 
     Norms, gathers and the resolutions at which every pixel is computed anyway (``config.is_whole``) are left out.
     Shapes come from a run on the meta device, where nothing is computed.
     """
-    from fisedit_compile.compiler.step_shapes import step_shapes
-    from fisedit_compile.planning.edit_plan import plan_edit
-
-    batch, _, *latents = program.signature.sample_shape
-    full = torch.ones(1, latents[0], latents[1], dtype=torch.bool)
-    plan = plan_edit(full, program.plan_requests, batch=batch, dense_below=program.config.dense_below)
-    values = {**step_shapes(program), **{request: plan.tensor(request) for request in program.plan_requests}}
-    placeholders = program.sparse.graph.find_nodes(op="placeholder")
-    walk = _Walk(program.sparse)
+    full = torch.ones(1, *lowered.latents, dtype=torch.bool)
+    plan = plan_edit(full, lowered.plan_requests, batch=lowered.batch, dense_below=lowered.config.dense_below)
+    values = {**lowered.step_specs, **{request: plan.tensor(request) for request in lowered.plan_requests}}
+    placeholders = lowered.sparse.graph.find_nodes(op="placeholder")
+    walk = _Walk(lowered.sparse)
     with torch.no_grad():
         walk.run(*(values[node.meta.get("request", node.target)].to("meta") for node in placeholders))
-    return [layer for layer in walk.layers if not program.config.is_whole(layer.size)]
+    return [layer for layer in walk.layers if not lowered.config.is_whole(layer.size)]
 
 
 class _Walk(MetaInterpreter):

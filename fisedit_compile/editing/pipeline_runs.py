@@ -171,7 +171,7 @@ class EditRun(PipelineRun):
         assert self._prepared is not None
         from fisedit_compile.macs.counter import MacCounter  # takes fvcore and diffusers, which an edit has no use for
 
-        counter = MacCounter(self.unet.program(self._first_call), check=False)
+        counter = MacCounter(self.unet.program(self._first_call).lowered, check=False)
         dense = counter.dense.total
         sparse = dense if self.ran_dense else counter.step(self._prepared.plan).total
         return {"dense_step": dense, "sparse_step": sparse, "ratio": dense / max(sparse, 1)}

@@ -6,6 +6,7 @@ What is counted, and by which conventions, is written down in docs/macs.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -14,20 +15,19 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from fisedit_compile.architectures import VAE_SCALE_FACTOR, build_unet, latent_size, unet_inputs
-from fisedit_compile.compiler.export import capture
-from fisedit_compile.compiler.step_shapes import step_shapes
+from fisedit_compile.compiler.export import export
+from fisedit_compile.compiler.lowered import Lowered, copy_graph, lower
 from fisedit_compile.config import AttentionMode, SparsityConfig
+from fisedit_compile.cost_model.row_costs import RowCosts
 from fisedit_compile.ir.call import Call, bind
+from fisedit_compile.ir.layout import Size
 from fisedit_compile.macs.report import MacCount, MacReport
 from fisedit_compile.macs.walk import GraphCounter, count_graph
 from fisedit_compile.masks.sample_masks import latent_mask, square_mask
 from fisedit_compile.masks.user_mask import MaskLike
 from fisedit_compile.passes.region.annotate_layout import annotate_layout
 from fisedit_compile.passes.rewriting import prune
-from fisedit_compile.passes.staging.hoist_invariants import HOISTED_STAGES
 from fisedit_compile.planning.edit_plan import EditPlan
-from fisedit_compile.runtime.dense_graphs import copy_graph
-from fisedit_compile.runtime.program import Program
 
 __all__ = [
     "MacCount",
@@ -78,48 +78,53 @@ def count_macs(
     unet, scale_factor = _unet_of(unet_or_model)
     call = _call(unet, scale_factor, height=height, width=width, batch=batch)
     if mask is None and edit_size is None:
-        graph_module = capture(unet, call)
+        graph_module = export(unet, call)
         annotate_layout(graph_module, sparsity)
         return MacReport(count_graph(graph_module, call.tensors), height=height, width=width, batch=batch)
     # Before the graphs are built: what is wrong with an edit is said at once.
     edit = _edit_mask(mask, edit_size, latent_size(height, width, scale_factor=scale_factor))
-    return MacCounter(Program(unet, call, sparsity), scale_factor=scale_factor).report(mask=edit)
+    return MacCounter.of_call(unet, call, sparsity, scale_factor).report(mask=edit)
 
 
-def count_dense(program: Program, *, check: bool = True) -> MacCount:
+def count_dense(lowered: Lowered, *, check: bool = True) -> MacCount:
     """MACs of one dense call; ``check`` holds them to fvcore's count, which takes seconds for a large U-Net."""
-    return MacCounter(program, check=check).dense
+    return MacCounter(lowered, check=check).dense
 
 
-def count_step(program: Program, plan: EditPlan, *, check: bool = True) -> MacCount:
+def count_step(lowered: Lowered, plan: EditPlan, *, check: bool = True) -> MacCount:
     """MACs of one sparse step of an edit, what depends on the prompt alone (:func:`count_prompt`) left out."""
-    return MacCounter(program, check=check).step(plan)
+    return MacCounter(lowered, check=check).step(plan)
 
 
-def count_prompt(program: Program, *, check: bool = True) -> MacCount:
+def count_prompt(lowered: Lowered, *, check: bool = True) -> MacCount:
     """MACs that are done once an edit, for the new prompt: the keys and values of cross-attention."""
-    return MacCounter(program, check=check).prompt
+    return MacCounter(lowered, check=check).prompt
 
 
 class MacCounter:
     """Counts one captured U-Net: its dense call, and sparse steps of any number of masks.
 
     Args:
-        program: its graphs, on any device.
+        lowered: its graphs, on any device.
         scale_factor: image pixels that a latent pixel is wide.
         check: hold the first count of each graph to fvcore's.
+        costs: predicted microseconds, which ``blocks="measured"`` chooses by.
     """
 
-    def __init__(self, program: Program, *, scale_factor: int = VAE_SCALE_FACTOR, check: bool = True) -> None:
-        self.program = program
-        self.batch, _, height, width = program.signature.sample_shape
-        self.latents = (height, width)
+    def __init__(
+        self,
+        lowered: Lowered,
+        *,
+        scale_factor: int = VAE_SCALE_FACTOR,
+        check: bool = True,
+        costs: Callable[[Size, int, int], float] | None = None,
+    ) -> None:
+        self.lowered = lowered
+        self.latents = height, width = lowered.latents
         self.image = (height * scale_factor, width * scale_factor)
-        self._check = check
-        self.shapes = step_shapes(program)
-        self._stages = {
-            name: GraphCounter(program.stage(name).graph_module, check=check) for name in (*HOISTED_STAGES, "step")
-        }
+        self._check, self._costs = check, costs
+        self.shapes = lowered.step_specs
+        self._stages = {name: GraphCounter(stage.graph_module, check=check) for name, stage in lowered.stages.items()}
 
     @classmethod
     def of(
@@ -135,12 +140,21 @@ class MacCounter:
         """A counter for a model; arguments and errors are those of :func:`count_macs`."""
         unet, scale_factor = _unet_of(unet_or_model)
         call = _call(unet, scale_factor, height=height, width=width, batch=batch)
-        return cls(Program(unet, call, _config(config, attention)), scale_factor=scale_factor)
+        return cls.of_call(unet, call, _config(config, attention), scale_factor)
+
+    @classmethod
+    def of_call(
+        cls, unet: UNet2DConditionModel, call: Call, config: SparsityConfig, scale_factor: int = VAE_SCALE_FACTOR
+    ) -> MacCounter:
+        """A counter for the signature of a U-Net's call; its layers are timed first with ``blocks="measured"``."""
+        lowered = lower(unet, call, config)
+        costs = RowCosts.of(lowered) if lowered.config.blocks == "measured" else None
+        return cls(lowered, scale_factor=scale_factor, costs=costs)
 
     @cached_property
     def dense(self) -> MacCount:
         """One call of the whole U-Net."""
-        return count_graph(self.program.dense, [self.shapes[name] for name in self.program.inputs], check=self._check)
+        return count_graph(self.lowered.dense, [self.shapes[name] for name in self.lowered.inputs], check=self._check)
 
     @property
     def prompt(self) -> MacCount:
@@ -150,8 +164,8 @@ class MacCounter:
     @cached_property
     def timestep(self) -> MacCount:
         """What depends on the timestep alone: a base does it once for the steps of all its edits."""
-        names = {entry.node for entry in self.program.cache_entries if entry.kind == "value"}
-        graph_module = copy_graph(self.program.dense)
+        names = {entry.node for entry in self.lowered.cache_entries if entry.kind == "value"}
+        graph_module = copy_graph(self.lowered.dense)
         graph = graph_module.graph
         graph.output_node().args = (tuple(node for node in graph.nodes if node.name in names),)
         prune(graph)
@@ -161,13 +175,13 @@ class MacCounter:
     def step(self, plan: EditPlan) -> MacCount:
         """One sparse step: reading the base's cache (stage ``fetch``) and the step itself."""
         values = {**self.shapes, **self._once_an_edit[1]}
-        values.update((request, plan.tensor(request)) for request in self.program.plan_requests)
+        values.update((request, plan.tensor(request)) for request in self.lowered.plan_requests)
         fetch = self._run("fetch", values)
         return fetch + self._run("step", values)
 
     def plan(self, mask: MaskLike) -> EditPlan:
         """The plan of a mask, see :meth:`report`."""
-        return self.program.plan(latent_mask(mask, self.latents))
+        return self.lowered.plan(latent_mask(mask, self.latents), costs=self._costs)
 
     def report(self, *, mask: MaskLike | None = None, edit_size: float | None = None) -> MacReport:
         """Dense call and sparse step of an edit side by side.
@@ -187,11 +201,11 @@ class MacCounter:
             self.dense,
             height=height,
             width=width,
-            batch=self.batch,
+            batch=self.lowered.batch,
             sparse=self.step(plan),
             prompt=self.prompt,
             edit_size=float(plan.mask.double().mean()),
-            attention=self.program.config.attention,
+            attention=self.lowered.config.attention,
         )
 
     @cached_property
@@ -203,7 +217,7 @@ class MacCounter:
 
     def _run(self, name: str, values: dict[Any, Tensor]) -> MacCount:
         """Count a stage, and add what later ones read of it to ``values``."""
-        stage = self.program.stage(name)
+        stage = self.lowered.stages[name]
         count, out = self._stages[name].count([values[each] for each in stage.names])
         if stage.outputs:
             values.update(zip(stage.outputs, out, strict=True))

@@ -1,4 +1,4 @@
-"""What the steps of one edit share."""
+"""State reused by all sparse steps of one edit: the mask's index tensors and the hoisted values of the prompt."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from fisedit_compile.compiler.lowered import Lowered
 from fisedit_compile.planning.buckets import Bucket
 from fisedit_compile.planning.edit_plan import EditPlan
 
 if TYPE_CHECKING:
-    from fisedit_compile.runtime.program import Program
     from fisedit_compile.runtime.static_step import Packed
 
 
@@ -20,12 +20,14 @@ class Prepared:
     """The plan's tensors, and the values that depend on the prompt alone.
 
     Attributes:
+        lowered: the graphs that it was prepared for.
+        plan: the rows of the mask.
         values: the plan's tensors, where steps have the mask's own sizes.
         bucket, packed: the bucket of the mask and the padded tensors, where steps run at fixed sizes.
         dense: the mask is larger than ``config.dense_above``: steps run the dense U-Net.
     """
 
-    program: Program
+    lowered: Lowered
     plan: EditPlan
     values: dict[Any, Tensor] = field(default_factory=dict)
     bucket: Bucket | None = None

@@ -1,42 +1,27 @@
-"""The graphs of one U-Net for one signature of its inputs, and how they run: record, control, sparse step."""
+"""A lowered U-Net on a device, and how its graphs run: record, control, sparse step."""
 
 from __future__ import annotations
 
 import logging
 import operator
-import time
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
 
 from fisedit_compile.cache.step_cache import CacheDescription, Recorded, StepCache
-from fisedit_compile.compiler.export import capture
-from fisedit_compile.config import SparsityConfig
-from fisedit_compile.errors import MaskError
+from fisedit_compile.compiler.lowered import Lowered
+from fisedit_compile.cost_model.row_costs import RowCosts
 from fisedit_compile.ir.call import Call, Signature
-from fisedit_compile.ir.plan_tensor import PlanTensor
-from fisedit_compile.ir.requests import CacheEntry, requests_of
 from fisedit_compile.kernels.indexing.gather_scatter import inverse_permutation
-from fisedit_compile.passes import targets
-from fisedit_compile.passes.manager import SPARSE_PASSES, run_passes
-from fisedit_compile.passes.pass_report import PassReport
-from fisedit_compile.passes.region.annotate_layout import annotate_layout
-from fisedit_compile.passes.staging.hoist_invariants import fetched_rows, split_stages
-from fisedit_compile.passes.staging.reuse_timestep import is_timestep
-from fisedit_compile.planning.buckets import Bucket, Buckets
-from fisedit_compile.planning.edit_plan import EditPlan, plan_edit
-from fisedit_compile.runtime.dense_graphs import DenseGraphs, copy_graph
+from fisedit_compile.planning.buckets import Bucket
+from fisedit_compile.planning.edit_plan import EditPlan
+from fisedit_compile.runtime.dense_graphs import DenseGraphs
 from fisedit_compile.runtime.fingerprint import Weights, WeightWatch
 from fisedit_compile.runtime.prepared import Prepared
 from fisedit_compile.runtime.stage import Stage
-from fisedit_compile.utils.single_thread import single_thread
-
-if TYPE_CHECKING:
-    from fisedit_compile.cost_model.row_costs import RowCosts
-    from fisedit_compile.runtime.static_step import Shared, StaticStep
+from fisedit_compile.runtime.static_step import Shared, StaticStep
 
 logger = logging.getLogger(__name__)
 
@@ -45,67 +30,32 @@ _FEWEST = 2
 
 
 class Program:
-    """Record, control and sparse graphs of a U-Net for one signature.
+    """A lowered U-Net on a device: it records bases, runs controlled dense calls, and sparse steps.
 
     On a CPU a sparse step has the sizes of its mask. On a GPU it has those of a bucket and is one CUDA graph, see
     :mod:`fisedit_compile.runtime.static_step`; in fp64, which Triton does not take, it runs as on a CPU.
 
     Args:
-        unet: the dense U-Net; its parameters are read where they are.
-        call: a call of it; its signature is the one the program is valid for.
-        config: what to make sparse and how.
-
-    Raises:
-        CaptureError: the U-Net is no single graph.
-        SparsifyError: no operation of it can be made sparse.
+        lowered: the graphs; they hold the U-Net's own parameters.
+        call: a call of the U-Net, whose tensors lie where the program runs.
     """
 
-    def __init__(self, unet: torch.nn.Module, call: Call, config: SparsityConfig) -> None:
-        start = time.perf_counter()
-        self.signature: Signature = call.signature
-        self.config = config
-        self.dense: GraphModule = capture(unet, call)
-        annotate_layout(self.dense, config)
+    def __init__(self, lowered: Lowered, call: Call) -> None:
+        self.lowered = lowered
+        self.config = lowered.config
+        self.signature: Signature = lowered.signature
+        self.cache = CacheDescription(lowered.cache_specs)
         self._device = call.tensors[0].device
-        self.dense_graphs = DenseGraphs(self.dense, config, self._device)
-        placeholders = self.dense.graph.find_nodes(op="placeholder")
-        self.inputs: list[str] = [str(node.target) for node in placeholders]
-        self._timesteps = [i for i, node in enumerate(placeholders) if is_timestep(node)]
-        self.sparse: GraphModule = copy_graph(self.dense)
-        self.reports: list[PassReport] = run_passes(self.sparse, config, SPARSE_PASSES)
+        self._dense_graphs = DenseGraphs(lowered, self._device)
         self._stages = {
-            # The fetch is a list of gathers, with nothing to fuse and sizes that each mask has its own of.
-            stage: Stage(graph, compiled=config.compile and stage != "fetch")
-            for stage, graph in split_stages(self.sparse).items()
+            # The fetch is a list of gathers with nothing to fuse, and its sizes differ from mask to mask.
+            name: Stage(graph, compiled=self.config.compile and name != "fetch")
+            for name, graph in lowered.stages.items()
         }
         self.fixed_sizes = self._device.type == "cuda" and call.tensors[0].dtype is not torch.float64
-        self._weights = WeightWatch(self.dense)
+        self._weights = WeightWatch(lowered.dense)
         self._constants: dict[Any, Tensor] = {}
         self._static: dict[Bucket, StaticStep] = {}
-        self.build_seconds = time.perf_counter() - start
-
-    @cached_property
-    def plan_requests(self) -> list[PlanTensor]:
-        """The index tensors that the sparse graph takes."""
-        return [request for request in requests_of(self.sparse.graph) if isinstance(request, PlanTensor)]
-
-    @cached_property
-    def cache_entries(self) -> list[CacheEntry]:
-        """What the base has to keep of a call for a sparse step."""
-        return [request for request in requests_of(self.sparse.graph) if isinstance(request, CacheEntry)]
-
-    @cached_property
-    def cache(self) -> CacheDescription:
-        """The shape and dtype of each of them."""
-        return CacheDescription(self.dense.graph, self.cache_entries)
-
-    @cached_property
-    def buckets(self) -> Buckets:
-        """The sizes that masks are padded to."""
-        batch, _, *latents = self.signature.sample_shape
-        return Buckets(
-            self.plan_requests, batch=batch, latents=(latents[0], latents[1]), dense_below=self.config.dense_below
-        )
 
     @cached_property
     def row_costs(self) -> RowCosts:
@@ -114,18 +64,12 @@ class Program:
         Raises:
             ValueError: the U-Net is on the meta device.
         """
-        from fisedit_compile.cost_model.row_costs import RowCosts
-
-        return RowCosts.of(self)
+        return RowCosts.of(self.lowered)
 
     @property
     def captures(self) -> int:
         """How many CUDA graphs were recorded: one for each bucket that a mask has met."""
         return self._shared.captures
-
-    def stage(self, name: str) -> Stage:
-        """One of the stages ``constant``, ``prompt``, ``fetch`` and ``step`` of the sparse graph."""
-        return self._stages[name]
 
     def record(self, call: Call, *, samples: int, activations: bool, attention: bool) -> tuple[Tensor, StepCache]:
         """The dense U-Net's output, and what a base keeps of the call.
@@ -135,35 +79,20 @@ class Program:
             activations: keep what sparse steps read.
             attention: keep the cross-attention maps.
         """
-        entries = (self.cache_entries if activations else []) + (
-            self.dense_graphs.attention_entries if attention else []
+        entries = (self.lowered.cache_entries if activations else []) + (
+            self.lowered.attention_entries if attention else []
         )
-        out, kept = self.dense_graphs.record(self._user_values(call), entries, samples)
+        out, kept = self._dense_graphs.record(self._user_values(call), entries, samples)
         timesteps = tuple(None if each is None else each.clone() for each in self._known_timesteps(call))
         return out, Recorded(self.signature, timesteps, kept)
 
     def controlled(self, call: Call, cache: StepCache, mapper: Tensor, keep: Tensor) -> Tensor:
         """See :meth:`~fisedit_compile.runtime.dense_graphs.DenseGraphs.controlled`."""
-        return self.dense_graphs.controlled(self._user_values(call), cache, mapper, keep)
+        return self._dense_graphs.controlled(self._user_values(call), cache, mapper, keep)
 
     def plan(self, mask: Tensor) -> EditPlan:
-        """The plan of a mask, see :meth:`prepare`, on the CPU."""
-        if not isinstance(mask, Tensor):
-            raise MaskError(f"the mask is a {type(mask).__name__}; give a bool tensor [n, h, w] at latent resolution")
-        batch, _, *size = self.signature.sample_shape
-        if mask.ndim == 3 and list(mask.shape[1:]) != size:
-            raise MaskError(f"a mask of {tuple(mask.shape[1:])} for latents of {tuple(size)}: resize it first")
-        costs = self.row_costs if self.config.blocks == "measured" else None
-        # Planned on the CPU: some hundred small operations, and the row counts have to be known to the host anyway.
-        with single_thread():
-            return plan_edit(
-                mask.cpu(),
-                self.plan_requests,
-                batch=batch,
-                blocks=self.config.blocks,
-                dense_below=self.config.dense_below,
-                costs=costs,
-            )
+        """The plan of a mask, see :meth:`~fisedit_compile.compiler.lowered.Lowered.plan`."""
+        return self.lowered.plan(mask, costs=self.row_costs if self.config.blocks == "measured" else None)
 
     def prepare(self, mask: Tensor) -> Prepared:
         """Plan an edit and bring what does not change from step to step into place.
@@ -185,17 +114,17 @@ class Program:
                 100 * share,
                 self.config.dense_above,
             )
-            return Prepared(self, plan.to(self._device), dense=True)
+            return Prepared(self.lowered, plan.to(self._device), dense=True)
         self._refresh_constants()
         if self.fixed_sizes:
-            bucket = self.buckets.choose(plan)
-            return Prepared(self, plan, bucket=bucket, packed=self._static_step(bucket).pack(plan))
+            bucket = self.lowered.buckets.choose(plan)
+            return Prepared(self.lowered, plan, bucket=bucket, packed=self._static_step(bucket).pack(plan))
         plan = plan.to(self._device)
-        values: dict[Any, Tensor] = {request: plan.tensor(request) for request in self.plan_requests}
+        values: dict[Any, Tensor] = {request: plan.tensor(request) for request in self.lowered.plan_requests}
         for request, halo in values.items():
             if request.kind == "halo" and len(halo) < _FEWEST:  # rows that no table refers to
                 values[request] = torch.nn.functional.pad(halo, (0, _FEWEST - len(halo)))
-        return Prepared(self, plan, values=values)
+        return Prepared(self.lowered, plan, values=values)
 
     def step(self, call: Call, cache: StepCache, prepared: Prepared) -> Tensor:
         """One sparse step: the base's output with the active pixels computed anew, ``[B, C, H, W]``.
@@ -220,12 +149,9 @@ class Program:
 
     def restore_base(self, out: Tensor, cache: StepCache, prepared: Prepared) -> Tensor:
         """A dense call's output with the base's values outside the mask: what :meth:`step` returns, by other means."""
-        scatter = self.sparse.graph.output_node().args[0]
-        assert isinstance(scatter, Node)
-        if scatter.target is not targets.SCATTER_ROWS:
-            return out  # the U-Net ends in an operation without a form on rows, and so does every step of it
-        entry = scatter.args[1].meta["request"]  # type: ignore[union-attr]
-        layout = scatter.meta["layout"]
+        if self.lowered.output is None:
+            return out  # every sparse step computes the last operation anew for all pixels, too
+        entry, layout = self.lowered.output
         self.cache.check(cache, self.signature, ())
         shape = [out.shape[dim] for dim in layout.order]
         base = cache[entry].view(shape).permute(inverse_permutation(layout.order))
@@ -234,7 +160,7 @@ class Program:
     def _refresh_prompt(self, prepared: Prepared, values: dict[Any, Tensor]) -> None:
         """Run the prompt's stage when its inputs are other tensors than last time, or were written to since."""
         stage = self._stages["prompt"]
-        inputs = tuple(values[name] for name in stage.names if name in self.inputs)
+        inputs = tuple(values[name] for name in stage.names if name in self.lowered.inputs)
         versions = tuple(0 if tensor.is_inference() else tensor._version for tensor in inputs)
         same = len(inputs) == len(prepared.prompt_inputs) and all(map(operator.is_, inputs, prepared.prompt_inputs))
         if not same or versions != prepared.prompt_versions or not prepared.prompt:
@@ -256,24 +182,17 @@ class Program:
 
     @cached_property
     def _shared(self) -> Shared:
-        from fisedit_compile.runtime.static_step import Shared
-
         return Shared(self._device)
 
     def _static_step(self, bucket: Bucket) -> StaticStep:
-        from fisedit_compile.runtime.static_step import StaticStep
-
         if bucket not in self._static:
-            fetches = fetched_rows(self.sparse)
-            self._static[bucket] = StaticStep(
-                self._stages["step"], fetches, self.cache, bucket, self.plan_requests, self._constants, self._shared
-            )
+            self._static[bucket] = StaticStep(self._stages["step"], self.lowered, bucket, self._constants, self._shared)
         return self._static[bucket]
 
     def _known_timesteps(self, call: Call) -> tuple[Tensor | None, ...]:
         """The call's timesteps, None where reading one would wait for a device."""
-        timesteps = (call.tensors[i] for i in self._timesteps)
+        timesteps = (call.tensors[i] for i in self.lowered.timesteps)
         return tuple(each if each.device.type == "cpu" else None for each in timesteps)
 
     def _user_values(self, call: Call) -> dict[Any, Tensor]:
-        return dict(zip(self.inputs, call.tensors, strict=True))
+        return dict(zip(self.lowered.inputs, call.tensors, strict=True))

@@ -1,4 +1,4 @@
-"""A graph that takes its inputs by name or request, from a dict of values."""
+"""A stage of a lowered U-Net that runs, eagerly or through ``torch.compile``."""
 
 from __future__ import annotations
 
@@ -9,25 +9,22 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fisedit_compile.ir.requests import Hoisted
+from fisedit_compile.compiler.stage_graph import StageGraph
 
 
 class Stage:
-    """A dense graph, or one of the stages ``constant``, ``prompt``, ``fetch`` and ``step`` of a sparse one.
+    """Runs a :class:`~fisedit_compile.compiler.stage_graph.StageGraph` on values given by name or request.
 
-    Attributes:
-        graph_module: the graph, which runs as it is or through ``torch.compile``.
-        names: of its placeholders, in order: the request of what a pass made, else the name.
-        outputs: of a hoisted stage, the requests by which later stages read its results.
+    Args:
+        graph: what runs.
+        compiled: run it through ``torch.compile``.
     """
 
-    def __init__(self, graph_module: GraphModule, *, compiled: bool) -> None:
-        graph = graph_module.graph
-        self.graph_module = graph_module
-        self.names: list[Any] = [n.meta.get("request", n.target) for n in graph.find_nodes(op="placeholder")]
-        stage = graph.output_node().meta.get("stage")
-        self.outputs = [Hoisted(stage, name) for name in graph.output_node().meta.get("values", ())] if stage else []
-        self._run: Callable[..., Any] = torch.compile(graph_module) if compiled else graph_module
+    def __init__(self, graph: StageGraph, *, compiled: bool) -> None:
+        self.graph_module: GraphModule = graph.graph_module
+        self.names = graph.names
+        self.outputs = graph.outputs
+        self._run: Callable[..., Any] = torch.compile(self.graph_module) if compiled else self.graph_module
 
     def __call__(self, values: Mapping[Any, Tensor], *, eagerly: bool = False) -> Any:
         """Run the graph; ``eagerly`` where its compiled form would be compiled again for one mask alone."""

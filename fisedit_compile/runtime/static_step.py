@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisedit_compile.cache.step_cache import CacheDescription, Recorded, StepCache
+from fisedit_compile.cache.step_cache import Recorded, StepCache
+from fisedit_compile.compiler.lowered import Lowered
 from fisedit_compile.ir.plan_tensor import PlanTensor
-from fisedit_compile.ir.requests import CacheEntry, Hoisted
+from fisedit_compile.ir.requests import CacheEntry
 from fisedit_compile.kernels.indexing.copy_rows import RowCopies
 from fisedit_compile.planning.buckets import Bucket, pad_plan
 from fisedit_compile.planning.edit_plan import EditPlan
@@ -83,10 +84,8 @@ class StaticStep:
 
     Args:
         step: the stage that runs.
-        fetches: for each value of the stage ``fetch``, the base's entry and the plan's rows of it that it is.
-        cache: the entries of the base.
+        lowered: the graphs that it belongs to, which know what each of its inputs is.
         bucket: its sizes.
-        requests: the plan's tensors that the program reads.
         constants: values of the stage ``constant``.
         shared: what all buckets share.
     """
@@ -94,24 +93,24 @@ class StaticStep:
     def __init__(
         self,
         step: Stage,
-        fetches: Mapping[Hoisted, tuple[CacheEntry, PlanTensor]],
-        cache: CacheDescription,
+        lowered: Lowered,
         bucket: Bucket,
-        requests: Sequence[PlanTensor],
         constants: Mapping[Any, Tensor],
         shared: Shared,
     ) -> None:
         self.bucket, self._step, self._constants, self._shared = bucket, step, constants, shared
-        self._requests = requests
-        self._sources: dict[Any, CacheEntry] = {}  # what each fetched buffer is filled from
+        self._requests = lowered.plan_requests
+        specs, fetches = lowered.cache_specs, lowered.fetches
+        # Source of each fetched buffer: an entry of the base's cache, whole or at rows of the plan.
+        self._sources: dict[Any, CacheEntry] = {}
         shapes: dict[Any, tuple[Sequence[int], torch.dtype]] = {}
         self._rows: dict[Any, PlanTensor] = {}
         for name in step.names:
             if isinstance(name, CacheEntry):
-                self._sources[name], shapes[name] = name, cache.shapes[name]
+                self._sources[name], shapes[name] = name, specs[name]
             elif name in fetches:
                 entry, rows = fetches[name]
-                shape, dtype = cache.shapes[entry]
+                shape, dtype = specs[entry]
                 self._sources[name], self._rows[name] = entry, rows
                 shapes[name] = ((bucket.halo[rows.where], *shape[1:]), dtype)  # type: ignore[index]
         self._fetched = shared.memory(shapes).tensors

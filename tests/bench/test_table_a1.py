@@ -63,8 +63,8 @@ def table(masks_file: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def counter() -> MacCounter:
-    program = MacCounter.of("tiny", height=128, width=128).program
-    return MacCounter(program, check=False)  # fvcore's second count is tests/macs/test_macs.py's
+    lowered = MacCounter.of("tiny", height=128, width=128).lowered
+    return MacCounter(lowered, check=False)  # fvcore's second count is tests/macs/test_macs.py's
 
 
 @pytest.fixture(scope="module")

@@ -159,7 +159,7 @@ def test_tables_of_timed_convolutions_name_what_is_there(rows: int, taps: int) -
 def test_the_layers_of_a_program(unets: UNets, attention: str) -> None:
     sparse = unets.sparse("micro", torch.float32, attention, 4)
     program = sparse.program(unets.call(sparse, "micro", 2, (16, 12)))
-    found = row_layers(program)
+    found = row_layers(program.lowered)
     assert {layer.size for layer in found} == {(16, 12), (8, 6)}
     by_path = {layer.path: layer for layer in found}
     first = by_path["conv_in"]
@@ -183,11 +183,11 @@ def test_work_is_what_the_mac_counter_counts(unets: UNets) -> None:
 
     sparse = unets.sparse("micro", torch.float32, "full", 4)
     program = sparse.program(unets.call(sparse, "micro", 2, (16, 12)))
-    counter = MacCounter(program, check=False)
+    counter = MacCounter(program.lowered, check=False)
     mask = square_mask(0.2, (16, 12))
     plan, counted = counter.plan(mask), counter.step(counter.plan(mask)).by_resolution
     for size, rows in plan.counts.items():
-        own = sum(layer.shape.macs(rows) for layer in row_layers(program) if layer.size == size)
+        own = sum(layer.shape.macs(rows) for layer in row_layers(program.lowered) if layer.size == size)
         assert own == counted["{}x{}".format(*size)]
 
 
@@ -196,8 +196,8 @@ def test_measured_blocks_of_a_sparse_unet(unets: UNets, monkeypatch: pytest.Monk
     sparse = sparsify(exact.unet, dataclasses.replace(exact.sparsity, blocks="measured"))
     base, call = unets.recorded(exact, "micro", 1, (16, 12)), unets.call(exact, "micro", 1, (16, 12), 1)
     program = sparse.program(call)
-    found = calibrate(row_layers(program), CPU, torch.float64, timer=Formula())
-    costs = RowCosts(tuple(row_layers(program)), found)
+    found = calibrate(row_layers(program.lowered), CPU, torch.float64, timer=Formula())
+    costs = RowCosts(tuple(row_layers(program.lowered)), found)
     monkeypatch.setattr(RowCosts, "of", lambda program: costs)
     mask = square_mask(0.2, (16, 12))
     prepared = sparse.plan(call, mask)
@@ -263,7 +263,9 @@ def test_predictions_on_the_gpu_are_near_what_is_measured() -> None:
     unet = build_unet("sd15", device="meta", dtype=dtype)
     args, kwargs = unet_inputs(unet, batch=2, height=512, width=512)
     sparse = sparsify(unet, {})
-    found = tuple(layer for layer in row_layers(sparse.program(sparse.call(*args, **kwargs))) if layer.size == (64, 64))
+    found = tuple(
+        layer for layer in row_layers(sparse.program(sparse.call(*args, **kwargs)).lowered) if layer.size == (64, 64)
+    )
     costs = RowCosts(found, calibrate(found, device, dtype))
     timer = LayerTimer(device, dtype)
     assert min(costs.calibration.held_out.values()) < 0.25

@@ -116,10 +116,10 @@ def test_each_module_of_a_step_has_the_macs_of_its_rows(
     unets: UNets, arch: str, batch: int, size: tuple[int, int], attention: str, dense_below: int
 ) -> None:
     sparse = unets.sparse(arch, attention=attention, dense_below=dense_below)
-    program = sparse.program(unets.call(sparse, arch, batch, size))
+    lowered = sparse.program(unets.call(sparse, arch, batch, size)).lowered
     masks = random_mask(max(batch // 2, 1), *size, share=0.1)
     masks[0, :, : size[1] // 2] = False  # samples with different numbers of rows
-    counter = MacCounter(program)  # whose stages fvcore counts, too
+    counter = MacCounter(lowered)  # whose stages fvcore counts, too
     count = counter.step(counter.plan(masks))
     in_batch = masks.repeat(batch // len(masks), 1, 1)
     inputs = unets.inputs(arch, batch, size)
@@ -128,8 +128,8 @@ def test_each_module_of_a_step_has_the_macs_of_its_rows(
     for breakdown in (count.by_op, count.by_resolution, count.by_module):
         assert sum(breakdown.values()) == count.total
     assert next(iter(count.by_resolution)) == "{}x{}".format(*size)
-    assert count_step(program, counter.plan(masks), check=False) == count
-    assert count_prompt(program, check=False) == counter.prompt
+    assert count_step(lowered, counter.plan(masks), check=False) == count
+    assert count_prompt(lowered, check=False) == counter.prompt
 
 
 @pytest.mark.parametrize("attention", ["full", "masked"])
@@ -139,11 +139,11 @@ def test_a_step_of_the_whole_picture_is_a_dense_call_without_text_and_time(
 ) -> None:
     """All that differs is what moved to prompt and base: taps outside the picture count in both, norms in neither."""
     sparse = unets.sparse("micro", attention=attention)
-    counter = MacCounter(sparse.program(unets.call(sparse, "micro", batch, size)), check=False)
+    counter = MacCounter(sparse.program(unets.call(sparse, "micro", batch, size)).lowered, check=False)
     whole = counter.report(edit_size=1.0)
     assert whole.edit_size == 1.0
     once = counter.prompt.total + counter.timestep.total
-    assert whole.total + once == counter.dense.total == count_dense(counter.program, check=False).total
+    assert whole.total + once == counter.dense.total == count_dense(counter.lowered, check=False).total
     assert counter.prompt.by_op == {"convolution": 0, "linear": counter.prompt.total, "attention": 0}
 
 
@@ -156,7 +156,7 @@ def test_more_pixels_are_more_work_and_masked_attention_is_less(
     larger = mask | random_mask(2, 16, 16, share=more, seed=seed + 1)
     for attention in ("full", "masked"):
         sparse = unets.sparse("micro", attention=attention)
-        counter = MacCounter(sparse.program(unets.call(sparse, "micro", 4, (16, 16))), check=False)
+        counter = MacCounter(sparse.program(unets.call(sparse, "micro", 4, (16, 16))).lowered, check=False)
         small, large = (counter.report(mask=each) for each in (mask, larger))
         assert small.total <= large.total <= counter.dense.total
         assert all(small.by_resolution[name] <= large.by_resolution[name] for name in large.by_resolution)
@@ -205,7 +205,7 @@ def test_figures_of_the_real_masks(sd2: MacCounter) -> None:
 
 def test_the_mean_of_masks_is_that_of_their_counts(unets: UNets) -> None:
     sparse = unets.sparse("micro")
-    counter = MacCounter(sparse.program(unets.call(sparse, "micro", 2, (16, 16))), check=False)
+    counter = MacCounter(sparse.program(unets.call(sparse, "micro", 2, (16, 16))).lowered, check=False)
     masks = torch.stack([random_mask(16, 16, share=share) for share in (0.0, 0.1, 0.5, 0.0)])
     counts = count_masks(counter, masks)
     totals = [counter.report(mask=mask).total for mask in masks]
@@ -238,7 +238,7 @@ def test_a_model_is_counted_in_one_call(unets: UNets) -> None:
 
 def test_masks_may_come_in_many_forms(unets: UNets) -> None:
     sparse = unets.sparse("micro")
-    counter = MacCounter(sparse.program(unets.call(sparse, "micro", 4, (13, 10))), check=False)
+    counter = MacCounter(sparse.program(unets.call(sparse, "micro", 4, (13, 10))).lowered, check=False)
     mask = random_mask(13, 10, share=0.3)
     large = mask.repeat_interleave(8, 0).repeat_interleave(8, 1)
     forms = [mask, mask[None], mask.numpy(), large, large.float()[None, None], Image.fromarray(large.numpy()), [mask]]
@@ -268,7 +268,7 @@ def test_masks_may_come_in_many_forms(unets: UNets) -> None:
 )
 def test_bad_edits_are_named(unets: UNets, edit: dict[str, Any], error: type[Exception], message: str) -> None:
     sparse = unets.sparse("micro")
-    counter = MacCounter(sparse.program(unets.call(sparse, "micro", 4, (13, 10))), check=False)
+    counter = MacCounter(sparse.program(unets.call(sparse, "micro", 4, (13, 10))).lowered, check=False)
     with pytest.raises(error, match=message):
         counter.report(**edit)
 
@@ -287,8 +287,8 @@ def test_an_edit_reports_its_macs(unets: UNets) -> None:
     call = unets.call(sparse, "micro", 2, (16, 16))
     prepared = sparse.plan(call, random_mask(1, 16, 16, share=0.2))
     run: Any = SimpleNamespace(unet=sparse, _first_call=call, _prepared=prepared, ran_dense=False)
-    macs, program = EditRun.macs(run), sparse.program(call)
-    dense, step = count_dense(program, check=False).total, count_step(program, prepared.plan, check=False).total
+    macs, lowered = EditRun.macs(run), sparse.program(call).lowered
+    dense, step = count_dense(lowered, check=False).total, count_step(lowered, prepared.plan, check=False).total
     assert macs == {"dense_step": dense, "sparse_step": step, "ratio": dense / step}
     run.ran_dense = True  # a mask over ``dense_above``
     assert EditRun.macs(run) == {"dense_step": dense, "sparse_step": dense, "ratio": 1.0}

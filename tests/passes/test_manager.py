@@ -85,7 +85,7 @@ def test_every_graph_of_a_unet_between_two_passes_runs_and_means_the_same(unets:
     batch, size = 2, (13, 10)
     sparse = unets.sparse("micro", torch.float64, attention, 4)
     calls = [unets.call(sparse, "micro", batch, size, seed) for seed in (0, 1)]
-    done = snapshots(sparse.program(calls[0]).dense, sparse.sparsity)
+    done = snapshots(sparse.program(calls[0]).lowered.dense, sparse.sparsity)
     base, edit = (call.tensors for call in calls)
     mask = torch.rand(batch, *size, generator=torch.Generator().manual_seed(0)) < 0.3
     # these give the sparse graph its meaning, the others keep it

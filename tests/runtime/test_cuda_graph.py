@@ -10,6 +10,7 @@ from support.unets import UNets
 from torch.fx import symbolic_trace
 
 from fisedit_compile.architectures import build_unet, unet_inputs
+from fisedit_compile.compiler.stage_graph import StageGraph
 from fisedit_compile.masks.sample_masks import square_mask
 from fisedit_compile.runtime.cuda_graph import GraphRecorder, StaticStage
 from fisedit_compile.runtime.stage import Stage
@@ -37,7 +38,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture
 def scaled(device: torch.device) -> tuple[Scaled, StaticStage]:
     module = Scaled().to(device)
-    return module, StaticStage(Stage(symbolic_trace(module), compiled=False), GraphRecorder(device))
+    return module, StaticStage(Stage(StageGraph(symbolic_trace(module)), compiled=False), GraphRecorder(device))
 
 
 def values(sample: float, device: torch.device) -> dict[str, torch.Tensor]:

@@ -92,7 +92,7 @@ class SparseRuns:
             if kept is None and before is not None:
                 kept = (allocated_mb(self.device) or 0.0) - before
         return {
-            "capture_seconds": self.program.build_seconds,
+            "capture_seconds": self.program.lowered.build_seconds,
             "first_steps_seconds": time.perf_counter() - begin,
             "captures": self.program.captures,
             "compiles": dynamo_graphs() - compiles,
@@ -102,7 +102,7 @@ class SparseRuns:
     def measure(self, dense: DenseRuns) -> list[dict[str, Any]]:
         """The rows, without what :meth:`count_launches` adds; after :meth:`start`."""
         say(f"{self.attention} attention: timing ...")
-        settings, counter = self.settings, MacCounter(self.program, check=False)
+        settings, counter = self.settings, MacCounter(self.program.lowered, check=False)
         repeats: dict[Any, int] = dict.fromkeys(dense.runs, settings.repeats)
         for i, j in self.runs:
             repeats[i, j] = settings.repeats if self._is_square(i) else settings.mask_repeats
