@@ -150,12 +150,14 @@ def test_tiles_of_two_parts_and_across(dtype: torch.dtype, tile: Tile) -> None:
 
 
 @pytest.mark.parametrize(("allowed", "least", "most"), [(False, 0.0, 5e-6), (True, 5e-6, 2e-3)])
-def test_tf32_only_where_torch_allows_it(
-    allowed: bool, least: float, most: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+def test_tf32_only_where_torch_allows_it(allowed: bool, least: float, most: float) -> None:
     rows, halo, weight, bias, table = conv_inputs(0.05, 96, 320, 320, torch.float32)
-    out = torch.ops.fisedit.conv2d_rows(rows, halo, weight, bias, table)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    try:
+        out = torch.ops.fisedit.conv2d_rows(rows, halo, weight, bias, table)
+    finally:
+        torch.set_float32_matmul_precision(before)
     expected = conv2d_rows_reference(*(t.double() for t in (rows, halo, weight, bias)), table)
     assert least < (out - expected).norm() / expected.norm() < most
 
