@@ -7,7 +7,6 @@ one.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,16 +23,18 @@ from fisedit_compile.config import SparsityConfig
 from fisedit_compile.errors import MaskError
 from fisedit_compile.ir.call import Call, Signature
 from fisedit_compile.ir.layout import Layout, Size
+from fisedit_compile.ir.meta_interpreter import on_meta
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry, Hoisted, requests_of
 from fisedit_compile.passes import targets
+from fisedit_compile.passes.arguments import arguments_of
 from fisedit_compile.passes.dense.control_cross_attention import control_cross_attention, cross_attentions
 from fisedit_compile.passes.dense.record_activations import record_activations
 from fisedit_compile.passes.manager import SPARSE_PASSES, run_passes
 from fisedit_compile.passes.pass_report import PassReport
 from fisedit_compile.passes.region.annotate_layout import annotate_layout
+from fisedit_compile.passes.rewriting import is_timestep
 from fisedit_compile.passes.staging.hoist_invariants import fetched_rows, split_stages
-from fisedit_compile.passes.staging.reuse_timestep import is_timestep
 from fisedit_compile.planning.buckets import Buckets
 from fisedit_compile.planning.edit_plan import EditPlan, plan_edit
 from fisedit_compile.utils.single_thread import single_thread
@@ -124,19 +125,10 @@ class Lowered:
     @cached_property
     def cache_specs(self) -> dict[CacheEntry, TensorSpec]:
         """The shape and dtype of each of :attr:`cache_entries`."""
-        nodes = {node.name: node for node in self.dense.graph.nodes}
         specs: dict[CacheEntry, TensorSpec] = {}
-        for entry in self.cache_entries:
-            node = nodes[entry.node]
-            val: Tensor = node.meta["val"]
-            shape, dtype = val.shape, val.dtype
-            if entry.kind == "map":  # [B*H*W, *channels]
-                layout = node.meta["layout"]
-                pixels = math.prod(val.shape[dim] for dim in layout.order[: layout.pixel_dims])
-                shape = torch.Size((pixels, *layout.channels(val.shape)))
-            elif entry.kind in ("scale", "shift"):  # [B, C]
-                shape, dtype = val.shape[:2], torch.promote_types(dtype, torch.float32)
-            specs[entry] = (shape, dtype)
+        for node in self.sparse.graph.find_nodes(op="placeholder"):
+            if isinstance(node.meta.get("request"), CacheEntry):
+                specs[node.meta["request"]] = (node.meta["val"].shape, node.meta["val"].dtype)
         return specs
 
     @cached_property
@@ -153,9 +145,7 @@ class Lowered:
         scatter = self.sparse.graph.output_node().args[0]
         if not isinstance(scatter, Node) or scatter.target is not targets.SCATTER_ROWS:
             return None
-        base = scatter.args[1]
-        assert isinstance(base, Node)
-        return base.meta["request"], scatter.meta["layout"]
+        return arguments_of(scatter)["base"].meta["request"], scatter.meta["layout"]
 
     @cached_property
     def buckets(self) -> Buckets:
@@ -168,15 +158,11 @@ class Lowered:
 
         The plan's tensors are not among them: they are known where a mask is.
         """
-        nodes = {node.name: node for node in self.dense.graph.nodes}
-        # Plain meta tensors and not the fake ones of "val", with which a walk over a graph takes four times as long.
-        values = {name: nodes[name].meta["val"] for name in self.inputs}
-        specs: dict[Any, Tensor] = {
-            name: torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device="meta")
-            for name, val in values.items()
-        }
-        for entry, (shape, dtype) in self.cache_specs.items():
-            specs[entry] = torch.empty(shape, dtype=dtype, device="meta")
+        inputs = self.dense.graph.find_nodes(op="placeholder")
+        specs: dict[Any, Tensor] = {str(node.target): on_meta(node.meta["val"]) for node in inputs}
+        for node in self.sparse.graph.find_nodes(op="placeholder"):
+            if isinstance(node.meta.get("request"), CacheEntry):
+                specs[node.meta["request"]] = node.meta["val"]
         return specs
 
     def plan(self, mask: Tensor, *, costs: Callable[[Size, int, int], float] | None = None) -> EditPlan:

@@ -7,6 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Protocol
 
@@ -68,27 +69,27 @@ class LayerTimer:
         return self._microseconds([lambda: source.index_select(0, index)] * _CALLS[0])
 
     def _product(self, shape: LayerShape, rows: int) -> list[Call]:
-        size, side = shape.depth * shape.filters, shape.beside * shape.filters
+        size, of_shortcut = shape.depth * shape.filters, shape.shortcut_channels * shape.filters
         stride = -(-size // 64) * 64  # elements; keeps weights aligned
         calls = self._count(stride * self.dtype.itemsize)
         pool = self._values(calls * stride).view(calls, stride)
-        weights = [each[: size - side].view(shape.filters, -1) for each in pool]
-        side_weights = [each[size - side : size].view(shape.filters, -1) if side else None for each in pool]
+        weights = [each[: size - of_shortcut].view(shape.filters, -1) for each in pool]
         count = torch.tensor([rows], dtype=torch.int32, device=self.device)
         bias = self._values(shape.filters).clone()
         x = self._values(rows, shape.channels).clone()
-        activation = "geglu" if shape.geglu else "none"
-        rest = (count, None, None, None, None, None, activation)
+        rest = {"count": count, "activation": "geglu" if shape.geglu else "none"}
         if shape.kind == "linear":
-            return [lambda w=w: torch.ops.fisedit.linear_rows(x, w, bias, *rest) for w in weights]  # type: ignore[misc]
+            return [partial(torch.ops.fisedit.linear_rows, x, w, bias, **rest) for w in weights]
         table, halo_rows = square_table(rows, shape.taps)
         table, halo = table.to(self.device), self._values(halo_rows, shape.channels).clone()
-        beside = self._values(rows, shape.beside).clone() if shape.beside else None
+        convolutions = [partial(torch.ops.fisedit.conv2d_rows, x, halo, w, bias, table, **rest) for w in weights]
+        if not of_shortcut:
+            return list(convolutions)
+        shortcut = self._values(rows, shape.shortcut_channels).clone()
+        shortcut_weights = [each[size - of_shortcut : size].view(shape.filters, -1) for each in pool]
         return [
-            lambda pair=pair: torch.ops.fisedit.conv2d_rows(  # type: ignore[misc]
-                x, halo, pair[0], bias, table, *rest, beside, pair[1]
-            )
-            for pair in zip(weights, side_weights, strict=True)
+            partial(conv, shortcut=shortcut, shortcut_weight=weight)
+            for conv, weight in zip(convolutions, shortcut_weights, strict=True)
         ]
 
     def _attention(self, shape: LayerShape, rows: int) -> list[Call]:

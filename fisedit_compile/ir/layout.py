@@ -50,6 +50,10 @@ class Layout:
         """The sizes of the channel dimensions of a value of ``shape``."""
         return tuple(shape[i] for i, role in enumerate(self.roles) if role == "c")
 
+    def pixel_major(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """``(B*H*W, *channels)``: the shape of a value of ``shape`` with one row a pixel, every pixel among them."""
+        return (math.prod(shape[dim] for dim in self.order[: self.pixel_dims]), *self.channels(shape))
+
     def row_dim(self, dim: int) -> int:
         """The dimension of the rows that holds channel dimension ``dim`` of the dense value."""
         dim %= len(self.roles)
@@ -90,3 +94,8 @@ class Layout:
         if dims:
             raise ValueError(f"the view {tuple(old)} -> {tuple(new)} leaves {tuple(dims)} without a role")
         return Layout(roles, self.size)
+
+
+def inverse_permutation(order: Sequence[int]) -> list[int]:
+    """The dimensions that undo ``permute(order)``."""
+    return sorted(range(len(order)), key=lambda dim: order[dim])

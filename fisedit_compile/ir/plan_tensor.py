@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
+
+import torch
+from torch import Tensor
 
 from fisedit_compile.ir.layout import Size
 from fisedit_compile.ir.taps import Taps
@@ -39,3 +43,20 @@ class PlanTensor:
             raise ValueError(f"PlanTensor({self.kind!r}) is of {wanted}; {self.where!r} was given")
         if self.kind == "halo" and isinstance(self.where, Taps) and self.where.dense:
             raise ValueError("a dense source has no halo, its table holds pixel ids; ask for the table alone")
+
+    def of_full_mask(self, batch: int) -> Tensor:
+        """A tensor on the meta device, of the shape and dtype that the plan gives where every pixel is a row.
+
+        A halo has no rows then: no pixel is left that the base would have to give.
+
+        Args:
+            batch: samples of the U-Net's batch, B.
+        """
+        taps = self.where if isinstance(self.where, Taps) else None
+        size = taps.target if taps is not None else self.where
+        pixels = batch * prod(size)  # type: ignore[arg-type]
+        shape: dict[str, tuple[int, ...]] = {
+            "offsets": (batch + 1,), "count": (1,), "table": (pixels, prod(taps.kernel) if taps else 0), "halo": (0,),
+        }  # fmt: skip
+        dtype = torch.int64 if self.kind in ("index", "sample", "halo") else torch.int32
+        return torch.empty(shape.get(self.kind, (pixels,)), dtype=dtype, device="meta")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch.fx import Graph, Node
 
+from fisedit_compile.ir.meta_interpreter import on_meta
 from fisedit_compile.ir.plan_tensor import PlanTensor
 
 
@@ -68,19 +69,32 @@ class Inputs:
             if "request" in node.meta:
                 self._known[node.meta["request"]] = node
 
-    def __call__(self, request: Request) -> Node:
-        """The placeholder of ``request``, made on first use behind those that are there."""
+    def __call__(self, request: Request, val: Any = None) -> Node:
+        """The placeholder of ``request``, made on first use behind those that are there.
+
+        Args:
+            request: what the placeholder asks for.
+            val: a tensor of the shape and dtype of what it will be given, for ``meta["val"]``. A tensor of the plan
+                needs none: its request says them.
+        """
         if request not in self._known:
             if isinstance(request, PlanTensor):
                 name = "_".join(("plan", request.kind, *re.findall(r"\d+|dense(?==True)", repr(request.where))))
+                val = request.of_full_mask(self._batch)
             else:
                 name = request.name
             first = next(iter(self._graph.nodes))
             with self._graph.inserting_after(self._last) if self._last else self._graph.inserting_before(first):
                 node = self._graph.placeholder(name)
-            node.meta["request"] = request
+            node.meta.update(request=request, val=on_meta(val), module_path="")
             self._known[request] = self._last = node
         return self._known[request]
+
+    @property
+    def _batch(self) -> int:
+        """Samples of the U-Net's batch: those of its latents, the first input that lies in space."""
+        latents = next(node for node in self._graph.find_nodes(op="placeholder") if "layout" in node.meta)
+        return int(latents.meta["val"].shape[0])
 
 
 def requests_of(graph: Graph) -> list[Request]:

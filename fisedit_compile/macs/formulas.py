@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 import fisedit_compile.kernels.ops  # noqa: F401  (defines torch.ops.fisedit)
+from fisedit_compile.passes.arguments import named_arguments
 
 OpKind = Literal["convolution", "linear", "attention"]
 
@@ -73,16 +74,15 @@ def attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) 
     return prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1])
 
 
-def conv2d_rows(
-    out: Any, rows: Tensor, halo: Tensor | None, weight: Tensor, bias: Any, table: Tensor, *epilogue: Any, **named: Any
-) -> int:
-    """table [M, K], rows [R, Cin], weight [Cout, K * Cin]: M * K * Cin * Cout; and what ``beside_weight`` does.
+def conv2d_rows(out: Any, *args: Any, **kwargs: Any) -> int:
+    """table [M, K], rows [R, Cin], weight [Cout, K * Cin]: M * K * Cin * Cout; a shortcut's M * Cin * Cout on top.
 
     Every tap counts, one outside the picture (entry -1) too: the dense convolution's padding is counted as well, so
     that the ratio of the two is that of their active pixels.
     """
-    side_weight = named.get("beside_weight", epilogue[8] if len(epilogue) > 8 else None)
-    return table.shape[0] * (prod(weight.shape) + (0 if side_weight is None else prod(side_weight.shape)))
+    product = named_arguments(torch.ops.fisedit.conv2d_rows.default, args, kwargs)
+    weights = [product[name] for name in ("weight", "shortcut_weight") if product[name] is not None]
+    return int(product["table"].shape[0]) * sum(prod(weight.shape) for weight in weights)
 
 
 def linear_rows(out: Any, rows: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:

@@ -29,7 +29,7 @@ def count_graph(graph_module: GraphModule, inputs: Sequence[Tensor], *, check: b
     """MACs of one run of a flat FX graph of ATen and ``fisedit`` operators.
 
     Args:
-        graph_module: resolutions are read from ``meta["layout"]`` or ``meta["rows"]``, module paths from
+        graph_module: resolutions are read from ``meta["layout"]`` or ``meta["row_layout"]``, module paths from
             ``meta["module_path"]``.
         inputs: one tensor a placeholder, of any device. Their shapes are all that counts, with one exception: inputs
             that are row offsets should have values, see :func:`fisedit_compile.macs.formulas.attention_rows`.
@@ -93,7 +93,7 @@ class _Walk(MetaInterpreter):
     def _count(self, node: Node, name: str, path: str, out: Any) -> None:
         args, kwargs = map_arg((node.args, node.kwargs), lambda arg: self._given.get(arg, self.env[arg]))
         macs = FORMULAS[name].macs(out, *args, **kwargs)
-        layout = node.meta.get("layout") or node.meta.get("rows")
+        layout = node.meta.get("layout") or node.meta.get("row_layout")
         self.by_op[FORMULAS[name].kind] += macs
         self.by_resolution["{}x{}".format(*layout.size) if layout else NO_RESOLUTION] += macs
         self.by_module[path] += macs

@@ -14,7 +14,7 @@ from fisedit_compile.cache.step_cache import CacheDescription, Recorded, StepCac
 from fisedit_compile.compiler.lowered import Lowered
 from fisedit_compile.cost_model.row_costs import RowCosts
 from fisedit_compile.ir.call import Call, Signature
-from fisedit_compile.kernels.indexing.gather_scatter import inverse_permutation
+from fisedit_compile.ir.layout import inverse_permutation
 from fisedit_compile.planning.buckets import Bucket
 from fisedit_compile.planning.edit_plan import EditPlan
 from fisedit_compile.runtime.dense_graphs import DenseGraphs

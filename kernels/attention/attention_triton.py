@@ -57,7 +57,7 @@ def _attend(  # type: ignore[no-untyped-def]
     return row, new_peak, total, result
 
 
-@triton.jit(do_not_specialize=["there", "samples", "pixels"])
+@triton.jit(do_not_specialize=["padded", "samples", "pixels"])
 def attention_kernel(
     q: tl.tensor,  # [M, heads, HD]
     k: tl.tensor,  # [Mk, heads, HD]
@@ -70,7 +70,7 @@ def attention_kernel(
     out: tl.tensor,  # [M, heads, HD]; of splits fp32 [splits, M, heads, HD], not yet divided
     peaks: tl.tensor,  # fp32 [splits, M, heads] or None: the greatest score, in powers of two
     sums: tl.tensor,  # fp32 [splits, M, heads] or None: the sum of exp2(score - peak)
-    there: tl.tensor,  # M: rows of q, padding included
+    padded: tl.tensor,  # M: rows of q, padding included
     samples: tl.tensor,
     pixels: tl.tensor,
     q_stride: tl.tensor,  # elements from a row or pixel to the next
@@ -146,7 +146,7 @@ def attention_kernel(
     stored = inside[:, None] & real[None, :]
     row_at = m.to(tl.int64) * tl.num_programs(1) + head  # [BM]: of [M, heads]
     if peaks is not None:
-        row_at += split.to(tl.int64) * there * tl.num_programs(1)
+        row_at += split.to(tl.int64) * padded * tl.num_programs(1)
         tl.store(peaks + row_at, peak, mask=inside)
         tl.store(sums + row_at, total, mask=inside)
     else:
@@ -169,13 +169,13 @@ def join_splits_kernel(
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLITS)
     d = tl.arange(0, WIDTH)
-    there = split < splits
+    valid = split < splits
     at = split.to(tl.int64) * count + row  # [SPLITS]
-    peak = tl.load(peaks + at, mask=there, other=float("-inf"))
+    peak = tl.load(peaks + at, mask=valid, other=float("-inf"))
     highest = tl.max(peak, axis=0)
     highest = tl.where(highest == float("-inf"), 0.0, highest)  # without keys in any split: all weigh nothing
     factor = tl.exp2(peak - highest)
-    total = tl.sum(factor * tl.load(sums + at, mask=there, other=0.0), axis=0)
-    part = tl.load(parts + at[:, None] * HD + d[None, :], mask=there[:, None] & (d < HD)[None, :], other=0.0)
+    total = tl.sum(factor * tl.load(sums + at, mask=valid, other=0.0), axis=0)
+    part = tl.load(parts + at[:, None] * HD + d[None, :], mask=valid[:, None] & (d < HD)[None, :], other=0.0)
     result = tl.sum(part * factor[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
     tl.store(out + row * HD + d, result.to(out.dtype.element_ty), mask=d < HD)

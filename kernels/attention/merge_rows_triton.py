@@ -36,15 +36,15 @@ def merge_rows_kernel(
 ) -> None:
     pixel = tl.program_id(0) * BP + tl.arange(0, BP)  # [BP]
     channel = tl.program_id(1) * BC + tl.arange(0, BC)  # [BC]
-    there = pixel < pixels
-    row = tl.load(row_of + pixel, mask=there, other=-1)
+    valid = pixel < pixels
+    row = tl.load(row_of + pixel, mask=valid, other=-1)
     fresh, row, at = row >= 0, row.to(tl.int64), pixel.to(tl.int64)
     k_at = tl.where(fresh, k + row * k_stride, base_k + at * base_k_stride)
     v_at = tl.where(fresh, v + row * v_stride, base_v + at * base_v_stride)
     if ALIGNED:  # a choice of two pointers hides it, and unaligned loads are narrow
         k_at = tl.multiple_of(k_at, [16])
         v_at = tl.multiple_of(v_at, [16])
-    inside = there[:, None] & (channel < channels)[None, :]
+    inside = valid[:, None] & (channel < channels)[None, :]
     out_at = at[:, None] * channels + channel[None, :]  # [BP, BC]
     tl.store(out_k + out_at, tl.load(k_at[:, None] + channel[None, :], mask=inside), mask=inside)
     tl.store(out_v + out_at, tl.load(v_at[:, None] + channel[None, :], mask=inside), mask=inside)

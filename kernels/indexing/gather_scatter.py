@@ -19,10 +19,7 @@ from collections.abc import Sequence
 
 import torch
 
-
-def inverse_permutation(order: Sequence[int]) -> list[int]:
-    """The dimensions that undo ``permute(order)``."""
-    return sorted(range(len(order)), key=lambda dim: order[dim])
+from fisedit_compile.ir.layout import inverse_permutation
 
 
 def gather_rows_reference(x: torch.Tensor, index: torch.Tensor, order: Sequence[int], pixel_dims: int) -> torch.Tensor:

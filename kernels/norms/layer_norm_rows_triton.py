@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fisedit_compile.kernels.launch.real_rows_triton import real_rows
 from fisedit_compile.kernels.launch.triton_launch import check_dtypes, launch
 
 _TILE = 4096  # elements of a program
@@ -23,23 +24,21 @@ def normalised(x, c, weight, bias, eps, C: tl.constexpr):  # type: ignore[no-unt
     return y
 
 
-@triton.jit(do_not_specialize=["rows_there"])
+@triton.jit(do_not_specialize=["padded"])
 def _layer_norm_rows_kernel(
-    rows: tl.tensor,  # [rows_there, C]
+    rows: tl.tensor,  # [padded, C]
     weight: tl.tensor,  # [C] or None
     bias: tl.tensor,  # [C] or None
     count: tl.tensor,  # int32 [1] or None: how many of the rows are real
-    out: tl.tensor,  # [rows_there, C]
-    rows_there: tl.tensor,
+    out: tl.tensor,  # [padded, C]
+    padded: tl.tensor,  # how many rows there are, those of padding included
     eps: tl.tensor,
     C: tl.constexpr,
     BM: tl.constexpr,
     BC: tl.constexpr,  # C, rounded up to a power of two
 ) -> None:
     first = tl.program_id(0) * BM
-    real = rows_there
-    if count is not None:
-        real = tl.minimum(real, tl.load(count))
+    real = real_rows(padded, count)
     if first >= real:
         return
     m = first + tl.arange(0, BM)  # [BM]
@@ -68,16 +67,16 @@ def layer_norm_rows_triton(
     out = torch.empty_like(rows)
     if out.numel() == 0:
         return out
-    there, channels = rows.shape
+    padded, channels = rows.shape
     width = triton.next_power_of_2(channels)
     height = max(1, _TILE // width)
-    launch(_layer_norm_rows_kernel, (triton.cdiv(there, height),), rows)(
+    launch(_layer_norm_rows_kernel, (triton.cdiv(padded, height),), rows)(
         rows,
         weight,
         bias,
         count,
         out,
-        there,
+        padded,
         eps,
         C=channels,
         BM=height,

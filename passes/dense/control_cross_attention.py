@@ -8,6 +8,7 @@ It runs the dense steps of an edit under Prompt-to-Prompt control (Hertz et al. 
 
 from __future__ import annotations
 
+import torch
 from torch.fx import GraphModule, Node
 
 from fisedit_compile.config import SparsityConfig
@@ -24,18 +25,36 @@ def control_cross_attention(graph_module: GraphModule, config: SparsityConfig) -
     graph = graph_module.graph
     inputs = Inputs(graph)
     for node in cross_attentions(graph_module):
-        maps = inputs(CacheEntry(node.name, "attention"))
-        mapper, keep = inputs(ControlTensor("mapper")), inputs(ControlTensor("keep"))
+        maps, mapper, keep = _control_inputs(inputs, node)
         build = RowBuilder(graph, inputs, node.meta["module_path"])
         with graph.inserting_before(node):
             controlled = build.call(
                 controlled_attention, *node.args[:3], maps, mapper, keep, scale=node.kwargs.get("scale")
             )
-        controlled.meta.update(val=node.meta["val"], layout=node.meta["layout"])
+        controlled.meta["layout"] = node.meta["layout"]
         node.replace_all_uses_with(controlled)
         graph.erase_node(node)
         report.change(node)
     return report
+
+
+def _control_inputs(inputs: Inputs, attention: Node) -> tuple[Node, Node, Node]:
+    """The base's maps of one cross-attention, and the prompts' alignments.
+
+    Their ``meta["val"]`` has a sample of the pictures for each of the batch, as without classifier-free guidance.
+    """
+    query, key = (node.meta["val"] for node in attention.args[:2])  # type: ignore[union-attr]
+    batch, heads, pixels, _ = query.shape
+    tokens = key.shape[2]
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    return (
+        inputs(CacheEntry(attention.name, "attention"), empty(batch, heads, pixels, tokens, dtype=query.dtype)),
+        inputs(ControlTensor("mapper"), empty(batch, tokens, tokens)),
+        inputs(ControlTensor("keep"), empty(batch, tokens)),
+    )
 
 
 def cross_attentions(graph_module: GraphModule) -> list[Node]:

@@ -17,8 +17,7 @@ from fisedit_compile.kernels.attention.controlled_attention import attention_pro
 from fisedit_compile.kernels.norms.group_norm_rows import norm_scale_shift
 from fisedit_compile.passes import targets
 from fisedit_compile.passes.pass_report import PassReport
-from fisedit_compile.passes.rewriting import RowBuilder
-from fisedit_compile.passes.sparsify.sparsify_norm import norm_arguments
+from fisedit_compile.passes.rewriting import RowBuilder, norm_arguments
 
 aten = targets.aten
 

@@ -22,6 +22,7 @@ from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.layout import Layout
 from fisedit_compile.passes import targets
 from fisedit_compile.passes.pass_report import PassReport
+from fisedit_compile.passes.rewriting import permutation
 
 
 def annotate_layout(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
@@ -167,17 +168,6 @@ def _view(node: Node) -> Layout | None:
     layout = layout_of(node.args[0])
     assert layout is not None
     return layout.viewed(_shape(node.args[0]), _shape(node))  # type: ignore[arg-type]
-
-
-def permutation(node: Node) -> tuple[int, ...]:
-    """The dimensions of a ``permute`` or ``transpose`` node, as a permutation."""
-    rank = node.meta["val"].ndim
-    if node.target is torch.ops.aten.transpose.int:
-        a, b = (int(dim) % rank for dim in node.args[1:3])  # type: ignore[arg-type]
-        dims = list(range(rank))
-        dims[a], dims[b] = b, a
-        return tuple(dims)
-    return tuple(dim % rank for dim in node.args[1])  # type: ignore[union-attr]
 
 
 def _permute(node: Node) -> Layout | None:

@@ -13,7 +13,8 @@ any more is dropped. What is left decides which maps the base has to keep.
 
 from __future__ import annotations
 
-from torch.fx import Graph, GraphModule, Node
+import torch
+from torch.fx import GraphModule
 
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.layout import Layout
@@ -21,6 +22,7 @@ from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry, Inputs
 from fisedit_compile.passes import targets
 from fisedit_compile.passes.pass_report import PassReport
+from fisedit_compile.passes.rewriting import gather, make_call
 
 
 def insert_gather_scatter(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
@@ -31,25 +33,17 @@ def insert_gather_scatter(graph_module: GraphModule, config: SparsityConfig) -> 
     for node in [node for node in graph.nodes if node.meta.get("region")]:
         layout: Layout = node.meta["layout"]
         index, count = (inputs(PlanTensor(kind, layout.size)) for kind in ("index", "count"))
-        base = inputs(CacheEntry(node.name, "map"))
+        val = node.meta["val"]
+        pixels = torch.empty(layout.pixel_major(val.shape), dtype=val.dtype, device="meta")
+        base = inputs(CacheEntry(node.name, "map"), pixels)
         users = list(node.users)
         with graph.inserting_after(node):
             rows = gather(graph, node, index)
         with graph.inserting_after(rows):
-            full = graph.call_function(
-                targets.SCATTER_ROWS,
-                (rows, base, index, list(node.meta["val"].shape), list(layout.order), layout.pixel_dims, count),
-            )
-        full.meta.update(val=node.meta["val"], layout=layout, module_path=node.meta["module_path"])
+            args = (rows, base, index, list(val.shape), list(layout.order), layout.pixel_dims, count)
+            full = make_call(graph, targets.SCATTER_ROWS, args, module_path=node.meta["module_path"])
+        full.meta["layout"] = layout
         for user in users:
             user.replace_input_with(node, full)
         report.change(node)
     return report
-
-
-def gather(graph: Graph, value: Node, index: Node) -> Node:
-    """A gather of the active pixels of a dense spatial value, at the graph's insertion point."""
-    layout: Layout = value.meta["layout"]
-    rows = graph.call_function(targets.GATHER_ROWS, (value, index, list(layout.order), layout.pixel_dims))
-    rows.meta.update(rows=layout, module_path=value.meta["module_path"])
-    return rows

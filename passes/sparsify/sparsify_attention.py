@@ -22,6 +22,7 @@ from torch.fx import GraphModule, Node
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.passes import targets
+from fisedit_compile.passes.arguments import arguments_of
 from fisedit_compile.passes.pass_report import PassReport
 from fisedit_compile.passes.rewriting import RowBuilder, move_gathers
 
@@ -51,7 +52,7 @@ def _attention_rows(build: RowBuilder, attention: Node, *, config: SparsityConfi
     if config.attention == "masked" or config.is_whole(size):
         return build.call(targets.ATTENTION_ROWS, *rows, offsets, offsets, scale)
     row_of = build.inputs(PlanTensor("row_of", size))
-    base = [node.args[1] for node in (key, value)]
+    base = [arguments_of(node)["base"] for node in (key, value)]
     return build.call(targets.ATTENTION_CACHED, *rows, *base, row_of, offsets, scale)
 
 

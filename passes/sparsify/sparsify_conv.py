@@ -23,6 +23,7 @@ from fisedit_compile.ir.layout import Size
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.taps import Taps
 from fisedit_compile.passes import targets
+from fisedit_compile.passes.arguments import arguments_of
 from fisedit_compile.passes.pass_report import PassReport
 from fisedit_compile.passes.rewriting import RowBuilder, move_gathers
 
@@ -37,16 +38,13 @@ def sparsify_conv(graph_module: GraphModule, config: SparsityConfig) -> PassRepo
 
 
 def _conv_rows(build: RowBuilder, conv: Node, *, config: SparsityConfig) -> Node:
-    source, weight = conv.args[0], conv.args[1]
-    bias = conv.args[2] if len(conv.args) > 2 else None
-    assert isinstance(source, Node)
-    assert isinstance(weight, Node)
+    given = arguments_of(conv)
+    source, weight, bias = given["input"], given["weight"], given["bias"]
     geometry = geometry_of(conv)
     upsampled = None
     if source.target is targets.UPSAMPLE and "dense" not in source.meta:
         upsampled = source.meta["layout"].size
         source = source.args[0]
-        assert isinstance(source, Node)
 
     kernel = tuple(weight.meta["val"].shape[2:])
     if kernel == (1, 1) and geometry == {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)} and not upsampled:
@@ -62,7 +60,7 @@ def _conv_rows(build: RowBuilder, conv: Node, *, config: SparsityConfig) -> Node
         return build.call(targets.CONV2D_ROWS, build.pixels(source), None, packed, bias, table)
     if config.is_whole(taps.source):
         return build.call(targets.CONV2D_ROWS, build.rows(source), None, packed, bias, table)
-    base = source.args[1]
+    base = arguments_of(source)["base"]
     halo = build.call(aten.index_select.default, base, 0, build.inputs(PlanTensor("halo", taps)))
     return build.call(targets.CONV2D_ROWS, build.rows(source), halo, packed, bias, table)
 
@@ -75,10 +73,5 @@ def pack_weight(build: RowBuilder, weight: Node) -> Node:
 
 def geometry_of(conv: Node) -> dict[str, Size]:
     """Stride, padding and dilation of a convolution, each for height and width."""
-
-    def pair(position: int, default: int) -> Size:
-        values = conv.args[position] if len(conv.args) > position else [default]
-        assert isinstance(values, list | tuple)
-        return (values[0], values[-1])
-
-    return {"stride": pair(3, 1), "padding": pair(4, 0), "dilation": pair(5, 1)}
+    given = arguments_of(conv)
+    return {name: (given[name][0], given[name][-1]) for name in ("stride", "padding", "dilation")}

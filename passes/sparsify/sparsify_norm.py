@@ -12,8 +12,8 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
 
 from fisedit_compile.config import SparsityConfig
@@ -21,7 +21,7 @@ from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry
 from fisedit_compile.passes import targets
 from fisedit_compile.passes.pass_report import PassReport
-from fisedit_compile.passes.rewriting import RowBuilder, move_gathers
+from fisedit_compile.passes.rewriting import RowBuilder, move_gathers, norm_arguments
 
 
 def sparsify_norm(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
@@ -37,13 +37,9 @@ def _group_norm(build: RowBuilder, norm: Node, *, config: SparsityConfig) -> Nod
     if config.is_whole(size):
         samples = norm.meta["val"].shape[0]
         return build.call(targets.GROUP_NORM_WHOLE, build.rows(value), samples, groups, weight, bias, eps)
-    scale, shift = (build.inputs(CacheEntry(norm.name, kind)) for kind in ("scale", "shift"))
+    val = norm.meta["val"]
+    vectors = torch.empty(val.shape[:2], dtype=torch.promote_types(val.dtype, torch.float32), device="meta")  # [B, C]
+    scale, shift = (build.inputs(CacheEntry(norm.name, kind), vectors) for kind in ("scale", "shift"))
     return build.call(
         targets.GROUP_NORM_ROWS, build.rows(value), build.inputs(PlanTensor("sample", size)), scale, shift
     )
-
-
-def norm_arguments(norm: Node) -> tuple[Node, int, Node | None, Node | None, float]:
-    """Input, groups, weight, bias and eps of an ``aten.group_norm`` node."""
-    args: tuple[Any, ...] = (*norm.args, *(None, None, None, None, 1e-5)[len(norm.args) :])
-    return args[0], args[1], args[2], args[3], args[4]

@@ -23,8 +23,7 @@ from fisedit_compile.ir.layout import Layout
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.passes import targets
 from fisedit_compile.passes.pass_report import PassReport
-from fisedit_compile.passes.region.annotate_layout import permutation
-from fisedit_compile.passes.rewriting import RowBuilder, move_gathers
+from fisedit_compile.passes.rewriting import RowBuilder, move_gathers, permutation
 
 aten = targets.aten
 

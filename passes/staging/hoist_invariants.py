@@ -20,8 +20,7 @@ from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry, Hoisted, Inputs
 from fisedit_compile.passes import targets
 from fisedit_compile.passes.pass_report import PassReport
-from fisedit_compile.passes.rewriting import prune
-from fisedit_compile.passes.staging.reuse_timestep import is_timestep
+from fisedit_compile.passes.rewriting import is_timestep, prune
 
 aten = targets.aten
 
@@ -87,7 +86,7 @@ def split_stages(graph_module: GraphModule) -> dict[str, GraphModule]:
         inputs = Inputs(graph)
         for earlier in HOISTED_STAGES[:position]:
             for node in read_later[earlier]:
-                copies[node].replace_all_uses_with(inputs(Hoisted(earlier, node.name)))
+                copies[node].replace_all_uses_with(inputs(Hoisted(earlier, node.name), node.meta["val"]))
         values = read_later.get(stage)
         output = graph.output(result if values is None else tuple(copies[node] for node in values))
         if values is not None:

@@ -39,7 +39,7 @@ def test_exact_rewriting_of_one_value() -> None:
     assert scatter.args == (gather, base, index, [BATCH, CHANNELS, *SIZE], [0, 2, 3, 1], 3, count)
     assert graph_module.graph.output_node().args == (scatter,)
     assert value.users == {gather: None}
-    assert scatter.meta["layout"] == gather.meta["rows"] == silu.meta["layout"]
+    assert scatter.meta["layout"] == gather.meta["row_layout"] == silu.meta["layout"]
     assert scatter.meta["module_path"] == gather.meta["module_path"] == "act"
 
 

@@ -14,11 +14,12 @@ from torch.fx.node import map_arg
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry, requests_of
+from fisedit_compile.passes.arguments import arguments_of
 from fisedit_compile.passes.dense.record_activations import record_activations
 from fisedit_compile.passes.manager import SPARSE_PASSES
 from fisedit_compile.passes.pass_report import PassReport
 from fisedit_compile.passes.region.annotate_layout import annotate_layout
-from fisedit_compile.passes.staging.reuse_timestep import is_timestep
+from fisedit_compile.passes.rewriting import is_timestep
 from fisedit_compile.planning.edit_plan import plan_edit
 from fisedit_compile.testing import assert_close
 
@@ -227,9 +228,17 @@ def assert_means_the_same(done: Snapshots, rewrite: Callable[..., PassReport]) -
         assert_close(after, before)
 
 
-def arguments(node: Node) -> list[Any]:
-    """What is passed: a request, the target of an operation, or a number."""
-    return [arg.meta.get("request") or arg.target if isinstance(arg, Node) else arg for arg in node.args]
+def arguments(node: Node) -> dict[str, Any]:
+    """What an operation is given, by the names of its schema, without what is left at its default.
+
+    An argument that is a node is shown as its request or its target.
+    """
+    defaults = {each.name: each.default_value for each in node.target._schema.arguments if each.has_default_value()}
+    return {
+        name: (value.meta.get("request") or value.target) if isinstance(value, Node) else value
+        for name, value in arguments_of(node).items()
+        if name not in defaults or value != defaults[name]
+    }
 
 
 def placeholders_of(graph_module: GraphModule) -> list[Node]:
