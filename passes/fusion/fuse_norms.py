@@ -57,7 +57,7 @@ def _group_norms(graph: Graph, count_at: CountAt, report: PassReport) -> None:
     for norm in graph.find_nodes(op="call_function", target=targets.GROUP_NORM_ROWS):
         given = {**arguments_of(norm), "count": count_at(norm.meta["row_layout"])}
         rows = given["rows"]
-        parts = rows.args[0] if rows.target is aten.cat.default and rows.args[1:] == (1,) else ()
+        parts: Any = rows.args[0] if rows.target is aten.cat.default and rows.args[1:] == (1,) else ()
         if len(parts) != 2:
             norm.args, norm.kwargs = call_form(norm.target, given)
             continue

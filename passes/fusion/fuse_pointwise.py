@@ -111,7 +111,7 @@ def _fuse(graph: Graph, product: RowProduct, count: Node | None, report: PassRep
 def _replace_both(graph: Graph, product: RowProduct, found: _Epilogue, count: Node | None) -> None:
     """Case 5 where the product is read before its norm, too."""
     assert found.norm is not None
-    target = targets.WITH_NORM[product.node.target]
+    target = targets.WITH_NORM[product.node.target]  # type: ignore[index]
     with graph.inserting_after(found.last):
         both = _with(graph, product, target, count=count, **found.arguments)
     place = {key: both.meta[key] for key in ("module_path", "row_layout")}

@@ -5,10 +5,10 @@
               %rows = gather_rows(%y, %index)     [M, *channels]: the active pixels of %y
               %full = scatter_rows(%rows, %base)  the base's %y with the active pixels replaced; all users read %full
 
-This alone fixes what the sparse graph means: *outside the mask every value of the region is the base's*. It computes
-as much as before; the ``sparsify_*`` passes then move each gather in front of its operation
-(``gather(op(x)) -> row_op(gather(x))``), ``cancel_scatter_gather`` removes the pairs that meet, and what nobody reads
-any more is dropped. What is left decides which maps the base has to keep.
+This pass alone fixes what the sparse graph means: *outside the mask every value of the region is the base's*. The graph
+still computes as much as before. The ``sparsify_*`` passes then move each gather in front of its operation
+(``gather(op(x)) -> row_op(gather(x))``), and ``cancel_scatter_gather`` removes the pairs that meet and what nobody
+reads any more. What is left decides which maps the base has to keep.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def insert_gather_scatter(graph_module: GraphModule, config: SparsityConfig) -> 
         with graph.inserting_after(node):
             rows = gather(graph, node, index)
         with graph.inserting_after(rows):
-            args = (rows, base, index, list(val.shape), list(layout.order), layout.pixel_dims, count)
-            full = make_call(graph, targets.SCATTER_ROWS, args, module_path=node.meta["module_path"])
+            args = (rows, base, index, list(val.shape), list(layout.order), layout.pixel_dims)
+            full = make_call(graph, targets.SCATTER_ROWS, args, {"count": count}, module_path=node.meta["module_path"])
         full.meta["layout"] = layout
         for user in users:
             user.replace_input_with(node, full)

@@ -135,13 +135,24 @@ class Snapshots:
         mask: torch.Tensor,
     ) -> torch.Tensor:
         """Run a graph between two passes on the inputs ``edit``, over what a base kept, with the plan of ``mask``."""
+        out: torch.Tensor = graph_module(*self.given(graph_module, kept, edit, mask))
+        return out
+
+    def given(
+        self,
+        graph_module: GraphModule,
+        kept: Mapping[CacheEntry, torch.Tensor],
+        edit: Sequence[torch.Tensor],
+        mask: torch.Tensor,
+    ) -> list[torch.Tensor]:
+        """What :meth:`run` gives to the placeholders of a graph, in their order."""
         requests = requests_of(graph_module.graph)
         plan_requests = [request for request in requests if isinstance(request, PlanTensor)]
         plan = plan_edit(mask, plan_requests, batch=len(edit[0]), dense_below=self.config.dense_below)
         names = [node.target for node in placeholders_of(self.dense)]
         values: dict[Any, torch.Tensor] = {**dict(zip(names, edit, strict=True)), **kept}
         values.update((request, plan.tensor(request)) for request in plan_requests)
-        return graph_module(*(values[n.meta.get("request", n.target)] for n in placeholders_of(graph_module)))
+        return [values[node.meta.get("request", node.target)] for node in placeholders_of(graph_module)]
 
     def run_final(self, base: int, edit: int, mask: torch.Tensor) -> torch.Tensor:
         """The sparse graph on the inputs of seed ``edit``, over the base of seed ``base``."""
