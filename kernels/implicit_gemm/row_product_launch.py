@@ -30,7 +30,7 @@ _ACCUMULATORS = 64
 # Rows and filters that a program of the second kernel computes.
 _FINISH_ROWS, _FINISH_FILTERS = 8, 128
 # Values that a program of the second kernel computes where a layer norm needs whole rows.
-_FINISH_VALUES = 4096
+_LAYER_NORM_VALUES = 4096
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ class _Finish:
         if self._layer_norm is not None:
             bias, _, _, residual, _, _ = self.epilogue
             whole = triton.next_power_of_2(width)
-            height = max(1, _FINISH_VALUES // whole)
+            height = max(1, _LAYER_NORM_VALUES // whole)
             launch(finish_layer_norm_kernel, (triton.cdiv(padded, height),), self.out)(
                 parts,
                 self._count,

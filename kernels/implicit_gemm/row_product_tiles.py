@@ -24,7 +24,7 @@ _TILES_FILE = Path(__file__).with_name("row_product_tiles.json")
 # values that it reads and writes for each value of the result.
 _FINISH_US = 1.9
 _FINISH_BYTES_A_US = 5e6
-_FINISH_VALUES = 3
+_FINISH_MOVES = 3
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def choose_tile(
         key=lambda size: _ratio(depth, size[0]) + _ratio(filters, size[1]),
     )
     entry = min(sizes[nearest], key=lambda entry: _ratio(max(rows, 1), entry.rows))
-    finish = 0.0 if plain else _FINISH_US + entry.rows * nearest[1] * _FINISH_VALUES * 2 / _FINISH_BYTES_A_US
+    finish = 0.0 if plain else _FINISH_US + entry.rows * nearest[1] * _FINISH_MOVES * 2 / _FINISH_BYTES_A_US
     ours = entry.us + (finish if second_kernel and not entry.tile.second_kernel else 0.0)
     if linear and dtype.itemsize == 2 and entry.library_us + finish < ours:
         return Library()

@@ -1,4 +1,4 @@
-"""Leaving the sparse region on the GPU: a copy of the base, and the real rows over it."""
+"""Leaving the sparse region on the GPU, as ``kernels/ops.py`` calls it: a copy of the base with the real rows in it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ import triton.language as tl
 
 from fisedit_compile.ir.layout import inverse_permutation
 from fisedit_compile.kernels.launch.real_rows_triton import real_rows
-from fisedit_compile.kernels.launch.triton_launch import launch
-
-_TILE = 2048  # elements of a program
+from fisedit_compile.kernels.launch.triton_launch import POINTWISE_VALUES, launch
 
 
 @triton.jit(do_not_specialize=["padded"])
@@ -47,7 +45,7 @@ def scatter_rows_triton(
     pixel_dims: int,
     count: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Scatter rows; arguments and result as of the reference in ``gather_scatter``, on one GPU.
+    """``scatter_rows`` on one GPU; its reference describes the arguments and the result.
 
     Raises:
         RuntimeError: the dtypes of rows and base differ.
@@ -58,7 +56,7 @@ def scatter_rows_triton(
     padded, width = rows.shape[0], math.prod(rows.shape[1:])
     if rows.numel():
         block = min(256, max(16, triton.next_power_of_2(width)))
-        height = _TILE // block
+        height = POINTWISE_VALUES // block
         launch(_scatter_rows_kernel, (triton.cdiv(padded, height), triton.cdiv(width, block)), rows)(
             rows.contiguous(),
             index.contiguous(),

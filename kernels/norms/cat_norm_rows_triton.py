@@ -1,4 +1,4 @@
-"""Joining two values' rows and normalising them in one pass on the GPU: each is read once."""
+"""Rows of two values side by side and their group norm on the GPU, as ``kernels/ops.py`` calls it, in one pass."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import triton
 import triton.language as tl
 
 from fisedit_compile.kernels.launch.real_rows_triton import real_rows
-from fisedit_compile.kernels.launch.triton_launch import check_dtypes, launch
-
-_TILE = 2048  # elements of a program: 16 a thread, two 16-byte loads of 2-byte values
+from fisedit_compile.kernels.launch.triton_launch import POINTWISE_VALUES, check_dtypes, launch
 
 
 @triton.jit(do_not_specialize=["padded"])
@@ -26,7 +24,7 @@ def _cat_norm_rows_kernel(
     first: tl.tensor,
     channels: tl.tensor,
     BM: tl.constexpr,
-    BC: tl.constexpr,  # divides first and channels, so that a program has one source
+    BC: tl.constexpr,  # divides first and channels, so that a program reads one of the two values
     SILU: tl.constexpr,
 ) -> None:
     real = real_rows(padded, count)
@@ -59,10 +57,10 @@ def cat_norm_rows_triton(
     silu: bool = False,
     count: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Join and normalise; arguments as of the reference in ``cat_norm_rows``, on one GPU.
+    """``cat_norm_rows`` on one GPU; its reference describes the arguments.
 
     Raises:
-        ValueError: dtypes that differ or that the kernel does not take, or a scale of another width.
+        ValueError: the dtypes differ or are none that the kernel takes, or scale or shift are not as wide as both.
     """
     check_dtypes("cat_norm_rows", left, right)
     padded, first = left.shape
@@ -75,9 +73,9 @@ def cat_norm_rows_triton(
     joined, normed = (left.new_empty(padded, channels) for _ in range(2))
     if joined.numel() == 0:
         return joined, normed
-    # The largest power of two in both widths: 64 for 320, 512 for 1024 and 2560.
+    # The largest power of two, up to 512, that divides the width of the first value and that of both together.
     block = min(512, first & -first, channels & -channels)
-    height = _TILE // max(block, 16)
+    height = POINTWISE_VALUES // max(block, 16)
     launch(_cat_norm_rows_kernel, (triton.cdiv(padded, height), channels // block), left)(
         left.contiguous(),
         right.contiguous(),

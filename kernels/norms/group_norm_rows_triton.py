@@ -1,4 +1,4 @@
-"""GroupNorm of rows with given scale and shift in one pass on the GPU, with SiLU after it where asked for."""
+"""GroupNorm of rows with a given scale and shift on the GPU, as ``kernels/ops.py`` calls it: one pass over the rows."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import triton
 import triton.language as tl
 
 from fisedit_compile.kernels.launch.real_rows_triton import real_rows
-from fisedit_compile.kernels.launch.triton_launch import check_dtypes, launch
-
-_TILE = 2048  # elements of a program: 16 a thread, two 16-byte loads of 2-byte values
+from fisedit_compile.kernels.launch.triton_launch import POINTWISE_VALUES, check_dtypes, launch
 
 
 @triton.jit(do_not_specialize=["padded"])
@@ -52,13 +50,13 @@ def group_norm_rows_triton(
     silu: bool = False,
     count: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Normalise rows; arguments as of the reference in ``group_norm_rows``, on one GPU.
+    """``group_norm_rows`` on one GPU; its reference describes the arguments.
 
     Returns:
         [M, C] in the dtype of ``rows``, contiguous.
 
     Raises:
-        ValueError: a dtype that the kernel does not take, or a scale or shift of another width.
+        ValueError: the kernel does not take the dtype, or scale or shift are not of the rows' width.
     """
     check_dtypes("group_norm_rows", rows)
     padded, channels = rows.shape
@@ -70,9 +68,9 @@ def group_norm_rows_triton(
     out = torch.empty_like(rows, memory_format=torch.contiguous_format)
     if out.numel() == 0:
         return out
-    # The largest power of two in the channels: 64 for 320, 512 for 2560; no lane idles and rows stay whole lines.
+    # The largest power of two that divides the channels, such as 64 of 320 and 512 of 2560: no thread is idle.
     block = max(16, min(512, channels & -channels))
-    height = _TILE // block
+    height = POINTWISE_VALUES // block
     launch(_group_norm_rows_kernel, (triton.cdiv(padded, height), triton.cdiv(channels, block)), rows)(
         rows.contiguous(),
         sample.contiguous(),
