@@ -1,4 +1,4 @@
-"""The operations that the passes know: ATen's by what they do to a spatial value, and our own on rows."""
+"""The operators that the passes know: ATen's by what they do to a spatial value, and our own on rows."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
         attention(%q, %k, %v)           %k, %v from the text
     ->  controlled_attention(%q, %k, %v, base maps, %control_mapper, %control_keep)
 
-It runs the dense steps of an edit under Prompt-to-Prompt control (Hertz et al. 2022), conditional half alone.
+It runs the dense steps of an edit under Prompt-to-Prompt control (Hertz et al. 2022), which is for the conditional half
+of the batch alone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fisedit_compile.passes.rewriting import RowBuilder
 
 
 def control_cross_attention(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
-    """Rewrite every cross-attention of an annotated dense graph."""
+    """Let every cross-attention of an annotated dense graph take the base's maps, in place."""
     report = PassReport("control_cross_attention")
     graph = graph_module.graph
     inputs = Inputs(graph)
@@ -58,6 +59,6 @@ def _control_inputs(inputs: Inputs, attention: Node) -> tuple[Node, Node, Node]:
 
 
 def cross_attentions(graph_module: GraphModule) -> list[Node]:
-    """Attention of an annotated graph whose queries lie in space and whose keys do not."""
+    """The cross-attentions of an annotated graph: their queries lie in space, and their keys do not."""
     nodes = graph_module.graph.find_nodes(op="call_function", target=targets.ATTENTION)
     return [node for node in nodes if "layout" in node.args[0].meta and "layout" not in node.args[1].meta]

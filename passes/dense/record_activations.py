@@ -1,8 +1,8 @@
-"""The record graph: the dense graph that also returns what a sparse graph asks of the base.
+"""The recording graph: the dense graph that also returns what a sparse graph asks of the base.
 
     output(%noise)  ->  output((%noise, (tensors of the entries, in their order)))
 
-Maps are kept pixel-major ``[B*H*W, *channels]``, as the halo gather and the scatter read them.
+A map is kept with one row a pixel, ``[B*H*W, *channels]``: so the gather of a halo and the scatter read it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ aten = targets.aten
 
 
 def record_activations(graph_module: GraphModule, entries: Sequence[CacheEntry], samples: int) -> PassReport:
-    """Add ``entries`` to the outputs of an annotated dense graph; ``samples`` of the batch are its conditional half."""
+    """Add ``entries`` to the outputs of an annotated dense graph, in place.
+
+    Args:
+        graph_module: the graph; :func:`~fisedit_compile.passes.region.annotate_layout.annotate_layout` has run on it.
+        entries: what the base keeps, each named after a node of this graph.
+        samples: pictures in the batch; the last ``samples`` of the U-Net's batch are the conditional half.
+    """
     report = PassReport("record_activations")
     graph = graph_module.graph
     inputs = Inputs(graph)
@@ -36,7 +42,7 @@ def record_activations(graph_module: GraphModule, entries: Sequence[CacheEntry],
         build = RowBuilder(graph, inputs, node.meta["module_path"])
         with graph.inserting_before(output):
             if entry.kind == "map":
-                # A copy even where the map lies pixel-major already: it may be a view of an input or of the output,
+                # A copy even where the map lies in this form already: it may be a view of an input or of the output,
                 # which belong to the caller.
                 contiguous = {"memory_format": torch.contiguous_format}
                 recorded.append(build.call(aten.clone.default, build.pixels(node), **contiguous))

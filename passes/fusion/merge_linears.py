@@ -4,10 +4,10 @@
 ->  %qkv = linear(%x, cat([%wq, %wk, %wv]), cat([%bq, %bk, %bv]))
     %q, %k, %v = split(%qkv)
 
-One product of three times the width fills a GPU better than three, and reads %x once. The weights are joined in the
-stage ``constant``, once a model. So do the keys and values of all cross-attentions, which read the same text, and
-where the pooled text enters it (SDXL) the projections of the time embedding, once its activation, which each ResNet
-computes for itself, is one value.
+One product of three times the width fills a GPU better than three products, and reads %x once. The weights are joined
+in the stage ``constant``, once a model. The keys and values of all cross-attentions become one product in the same way,
+as they read the same text. So do the projections of the time embedding in SDXL, where the pooled text enters it; for
+that, the activation that each ResNet computes of the embedding for itself becomes one value first.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def merge_linears(graph_module: GraphModule, config: SparsityConfig) -> PassRepo
 
 
 def _share_activations(graph: Graph) -> None:
-    """Equal pointwise operations of one value become one."""
+    """Let pointwise operations of one value, with equal arguments, become one operation."""
     first: dict[object, Node] = {}
     for node in list(graph.nodes):
         if node.target not in targets.UNARY or node.kwargs:
@@ -62,7 +62,7 @@ def _share_activations(graph: Graph) -> None:
 
 
 def _differ(linears: Sequence[Node]) -> str | None:
-    """Why linear layers of one value cannot be one."""
+    """Why linear layers of one value cannot become one, in words; None where they can."""
     if len({arguments_of(node)["bias"] is None for node in linears}) > 1:
         return "only some of the layers that read this value have a bias"
     if any(_source(node.args[1]).op != "get_attr" for node in linears):
@@ -92,7 +92,7 @@ def _merge(graph: Graph, linears: Sequence[Node]) -> None:
 
 
 def _bring_before(first: Node, weights: Iterable[Any]) -> None:
-    """Move the weights of a later layer to where the joined one stands, with what flattens them."""
+    """Move the weights of a later layer, and what flattens them, in front of the layer ``first``."""
     for weight in weights:
         if isinstance(weight, Node) and weight > first:
             _bring_before(first, weight.args)
@@ -100,6 +100,6 @@ def _bring_before(first: Node, weights: Iterable[Any]) -> None:
 
 
 def _source(weight: object) -> Node:
-    """The parameter behind a weight; a 1x1 convolution's is flattened first."""
+    """The parameter that a weight is; of a 1x1 convolution it is the one that was flattened."""
     assert isinstance(weight, Node)
     return weight if weight.target is not aten.flatten.using_ints else _source(weight.args[0])

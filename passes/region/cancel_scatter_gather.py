@@ -17,7 +17,7 @@ from fisedit_compile.passes.rewriting import prune
 
 
 def cancel_scatter_gather(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
-    """Remove every pair that meets, then what nobody reads any more: operations, maps of the base, plan tensors."""
+    """Remove every such pair, and then what nobody reads any more: operations, maps of the base, plan tensors."""
     report = PassReport("cancel_scatter_gather")
     graph = graph_module.graph
     for gather in graph.find_nodes(op="call_function", target=targets.GATHER_ROWS):

@@ -1,6 +1,7 @@
-"""Pass 6: attention of the region runs ragged, on the active tokens of each sample (approximate attention, paper A.3).
+"""Pass 6: attention of the region runs on the active tokens of each sample (approximate attention, paper A.3).
 
-Rows stay gathered from the first projection through self- and cross-attention to the feed-forward behind them.
+Samples may have different numbers of active tokens. The rows stay gathered from the first projection through self- and
+cross-attention to the feed-forward layers behind them.
 
 1.  Self-attention, ``attention="full"``: every key of the sample, the base's where a token is not active.
         gather(attention(%q, %k, %v))

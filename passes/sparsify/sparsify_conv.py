@@ -1,14 +1,16 @@
 """Pass 4: convolutions of the region read the active pixels and their halo through a neighbour table.
 
-1.  A convolution of a value of the region, stride and dilation as they come:
+1.  A convolution of a value of the region, of any stride and dilation:
         gather(conv2d(%x, %w, %b, stride 2))
-    ->  conv2d_rows(gather(%x), halo, packed(%w), %b, table(size of %x -> size of %y))
-    where ``halo = base_map_x[halo index]`` are the base's values of the pixels next to the mask. Where every pixel of
-    %x is a row (``config.is_whole``) there is no halo.
-2.  A convolution of a nearest-upsampled value: the same, the table reads the small map; the large one is never made.
-3.  A convolution of a dense value (the latents; the first one behind the dense levels):
+    ->  conv2d_rows(gather(%x), halo, packed(%w), %b, table(size of %x -> size of %y)) where ``halo = base_map_x[halo
+    index]`` has the base's values of the pixels next to the mask. Where every pixel of %x is a row
+    (``config.is_whole``) there is no halo.
+2.  A convolution of a nearest-upsampled value: the same, but the table names pixels of the small map. The large map is
+    never made.
+3.  A convolution of a dense value, such as the latents:
     ->  conv2d_rows(pixels of %x, None, packed(%w), %b, table of pixel ids)
-4.  A 1x1 convolution of stride 1 is a linear layer on rows; it needs no neighbours.
+4.  A 1x1 convolution of stride 1 needs no neighbours:
+    ->  linear(gather(%x), flattened %w, %b)
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ def _conv_rows(build: RowBuilder, conv: Node, *, config: SparsityConfig) -> Node
 
 
 def pack_weight(build: RowBuilder, weight: Node) -> Node:
-    """``[Cout, Cin, kh, kw]`` to ``[Cout, kh * kw * Cin]``: a row holds the taps as the gathered pixels lie."""
+    """A weight ``[Cout, Cin, kh, kw]`` as ``[Cout, kh * kw * Cin]``: tap after tap, each with all channels."""
     packed = build.call(aten.permute.default, weight, [0, 2, 3, 1])
     return build.call(aten.flatten.using_ints, packed, 1)
 

@@ -3,9 +3,9 @@
 1.  Where the mask decides which pixels are rows:
         gather(group_norm(%x, groups, %w, %b))
     ->  group_norm_rows(gather(%x), sample, base scale, base shift)
-    with ``scale`` and ``shift`` the base's statistics, weight and bias in one, for each sample and channel. The
-    statistics of a map change little while most of it stays, and with them a norm needs no pixel but its own.
-2.  Where every pixel is a row (``config.is_whole``), the norm has all it needs and takes its own statistics:
+    ``scale`` and ``shift`` are ``[B, C]`` and combine the base's statistics with the norm's weight and bias. Statistics
+    of a map change little while most of the map stays, and with given ones a norm needs no pixel but its own.
+2.  Where every pixel is a row (``config.is_whole``), the norm has all pixels and takes its own statistics:
     ->  group_norm_whole(gather(%x), samples, groups, %w, %b, eps)
 """
 
@@ -25,7 +25,7 @@ from fisedit_compile.passes.rewriting import RowBuilder, move_gathers, norm_argu
 
 
 def sparsify_norm(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
-    """Rewrite the group norms of the region. Layer norms see one row at a time: ``sparsify_pointwise`` takes them."""
+    """Rewrite the group norms of the region. ``sparsify_pointwise`` takes layer norms, which need one row at a time."""
     report = PassReport("sparsify_norm")
     move_gathers(graph_module, report, {targets.GROUP_NORM}, partial(_group_norm, config=config))
     return report

@@ -1,10 +1,10 @@
-"""Pass 9: what depends on the timestep alone is the base's: the time embedding and its projections in each ResNet.
+"""Pass 9: values that depend on the timestep alone are taken from the base: the time embedding and its projections.
 
     %emb = linear(silu(linear(sinusoids(%timestep)...)));  %t = linear(silu(%emb), %w, %b);  add(%rows, %t[sample])
 ->  add(%rows, base_value_t[sample])
 
-An edit repeats the timesteps of its base, so that these values are computed once for all edits. Where the prompt
-enters them, too (SDXL's pooled text), they stay in the step.
+An edit repeats the timesteps of its base, so that one computation of these values, the base's, serves all edits. Where
+they depend on the prompt as well, as with SDXL's pooled text, they stay in the step.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fisedit_compile.passes.rewriting import is_timestep, prune
 
 
 def reuse_timestep(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
-    """Replace the last values that depend on the timestep alone by those of the base."""
+    """Replace each value that depends on the timestep alone, and that others read, by the base's."""
     report = PassReport("reuse_timestep")
     graph = graph_module.graph
     inputs = Inputs(graph)
