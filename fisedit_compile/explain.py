@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fisedit_compile.compiler.lowered import Lowered
-from fisedit_compile.ir.layout import Size
+from fisedit_compile.ir.layout import Size, size_text
 from fisedit_compile.ir.requests import CacheEntry
 from fisedit_compile.macs.counter import MacCounter
 from fisedit_compile.macs.report import NO_RESOLUTION, lineage
@@ -94,7 +94,7 @@ class _Explanation:
         sizes: dict[str, dict[str, None]] = defaultdict(dict)
         for node in nodes:
             if "layout" in node.meta and _kind(str(node.target)):
-                sizes[lineage(_path(node))[-1]][_x(node.meta["layout"].size)] = None
+                sizes[lineage(_path(node))[-1]][size_text(node.meta["layout"].size)] = None
         rows, reasons = _grouped(self.on_rows), self._reasons()
         table: list[Sequence[str]] = [("module", "dense", "sparse", "ratio", "at", "runs")]
         for path in paths:
@@ -139,9 +139,9 @@ class _Explanation:
         kept: dict[str, list[Tensor]] = defaultdict(list)
         for entry, tensor in self.kept.items():
             layout = nodes[entry.node].meta.get("layout")
-            kept[_x(layout.size) if layout else NO_RESOLUTION].append(tensor)
+            kept[size_text(layout.size) if layout else NO_RESOLUTION].append(tensor)
         batch = self.plan.batch
-        rows = {_x(size): (count, batch * size[0] * size[1]) for size, count in self.plan.counts.items()}
+        rows = {size_text(size): (count, batch * size[0] * size[1]) for size, count in self.plan.counts.items()}
         table: list[Sequence[str]] = [("resolution", "rows", "of", "", "dense", "sparse", "ratio", "kept", "MB")]
         for name, dense in self.dense.by_resolution.items():
             count, pixels = rows.get(name, (0, 0))
@@ -184,10 +184,6 @@ def _kind(op: str) -> str:
     """``aten.conv2d.default`` -> ``conv``; ``<built-in function getitem>`` -> nothing."""
     name = op.rstrip(">").split()[-1] if op.startswith("<") else op.split(".")[1]
     return _KINDS.get(name, "pointwise")
-
-
-def _x(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"
 
 
 def _megabytes(tensors: Iterable[Tensor]) -> str:

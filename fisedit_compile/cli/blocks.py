@@ -107,15 +107,15 @@ def _remark(calibration: Calibration) -> str:
 def _table(rows: Sequence[Comparison]) -> str:
     """Every choice at every resolution of each set of masks, and their sums over the resolutions."""
     from fisedit_compile.cost_model.block_comparison import CHOICES
+    from fisedit_compile.ir.layout import size_text
     from fisedit_compile.utils.text_table import text_table
 
     shown = [["masks", "size", "choice", "block", "rows", "predicted us", "measured us", "error"]]
     for source in dict.fromkeys(row.source for row in rows):
         own = [row for row in rows if row.source == source]
         for row in own:
-            height, width = row.size
             shown.append([
-                source, f"{height}x{width}", row.choice, row.blocks, f"{row.mean('rows'):.0f}",
+                source, size_text(row.size), row.choice, row.blocks, f"{row.mean('rows'):.0f}",
                 f"{row.mean('predicted'):.1f}", f"{row.mean('measured'):.1f}", f"{row.mean_error:.1%}",
             ])  # fmt: skip
         for choice in CHOICES:
