@@ -121,7 +121,9 @@ def choose_block(mask: Tensor, kernel: Size, blocks: Collection[Size] | None = N
     if blocks is None:
         blocks = [b for b in PAPER_BLOCKS if b[0] >= kernel[0] and b[1] >= kernel[1]]
     if not blocks:
-        raise ValueError(f"no block to choose from for kernel {size_text(kernel)}; give blocks of at least its size")
+        raise ValueError(
+            f"no block to choose from for a kernel of {size_text(kernel)}; give blocks of at least its size"
+        )
     tiles = [output_tile(block, kernel) for block in blocks]
     # One host sync for all candidates together, should the mask be on an accelerator.
     counts = torch.stack([active_tiles(mask, tile).sum() for tile in tiles]).tolist()
