@@ -1,7 +1,7 @@
-"""U-Net -> one flat FX graph of ATen operations, for one signature of its inputs.
+"""A U-Net as one flat FX graph of ATen operations, for one signature of its inputs.
 
-``torch.export`` in non-strict mode gives the graph; parameters stay the module's own tensors, so nothing is copied.
-What only guards or does nothing at inference (metadata checks, dropout) is dropped.
+The graph comes from ``torch.export`` in non-strict mode. Its parameters are the module's own tensors, so nothing is
+copied. Operations that only check something or do nothing at inference (metadata checks, dropout) are dropped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ aten = torch.ops.aten
 
 
 def export(unet: torch.nn.Module, call: Call) -> GraphModule:
-    """The graph of ``unet`` for the signature of ``call``: tensors in, one tensor (the noise prediction) out.
+    """The graph of ``unet`` for the signature of ``call``; it takes ``call.tensors`` and returns the noise prediction.
 
     Every node of an operation carries ``meta["val"]`` (a fake tensor) and ``meta["module_path"]``.
 
@@ -38,7 +38,7 @@ def export(unet: torch.nn.Module, call: Call) -> GraphModule:
             exported = torch.export.export(unet, (), kwargs, strict=False)
     except Exception as error:
         raise CaptureError(
-            f"{type(unet).__name__} could not be captured as one graph: {error}\n"
+            f"{type(unet).__name__} could not be exported as one graph: {error}\n"
             "Reset custom attention processors and hooks (unet.set_default_attn_processor()), and try again."
         ) from error
     graph, attributes = _unlift(exported)
@@ -55,9 +55,9 @@ def module_path(node: Node) -> str:
 
 
 def _unlift(exported: ExportedProgram) -> tuple[Graph, dict[str, torch.Tensor]]:
-    """The exported graph with parameters, buffers and constants as attributes, which are inputs of it, and those.
+    """The graph in which parameters, buffers and constants are attributes instead of inputs, and those attributes.
 
-    ``exported.module()`` gives the same with guards, and copies and compiles the graph three times on the way.
+    ``exported.module()`` would give such a graph with guards, and copy and compile it three times on the way.
     """
     graph = Graph()
     inputs = {node.name: node for node in exported.graph.find_nodes(op="placeholder")}
@@ -95,7 +95,10 @@ def _simplify(graph: Graph) -> None:
 
 
 def _is_identity(node: Node) -> bool:
-    """Dropout at inference, a division by one (``rescale_output_factor``), a cast to the dtype a value has."""
+    """Whether a node returns its argument: dropout at inference, a division by 1, a cast to the dtype a value has.
+
+    ``rescale_output_factor`` of diffusers' blocks is such a division.
+    """
     args: tuple[Any, ...] = node.args
     if node.target is aten.dropout.default:
         return not args[2]

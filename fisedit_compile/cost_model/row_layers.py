@@ -1,4 +1,4 @@
-"""The layers of a sparse step whose work grows with the rows of a resolution, and what each multiplies and moves."""
+"""The layers of a sparse step whose work grows with its rows: how much each multiplies, and how many bytes it moves."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ Kind = Literal["convolution", "linear", "self_attention", "cached_attention", "t
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What the time of a layer depends on, besides its rows.
+    """All that the time of a layer depends on but the number of its rows.
 
     Attributes:
-        kind: ``self_attention`` sees the rows of its sample, ``cached_attention`` all its pixels,
-            ``text_attention`` the tokens of its text.
-        channels: of an input row.
-        filters: of the product; of attention, those of the output.
-        taps: pixels that an output row reads.
-        shortcut_channels: of a ResNet's shortcut that the convolution computes as well; 0 without one.
-        geglu: the product's second half gates the first, so that the output is half as wide.
-        samples, heads, keys: of attention; ``keys`` of a sample, 0 where they are its rows.
+        kind: a query of ``self_attention`` sees the rows of its sample, one of ``cached_attention`` all pixels of its
+            sample, and one of ``text_attention`` the tokens of its sample's text.
+        channels: the channels of an input row.
+        filters: the rows of a product's weight; the output channels of attention.
+        taps: how many pixels an output row reads.
+        shortcut_channels: channels of a ResNet's shortcut that the convolution computes as well; 0 without one.
+        geglu: whether the second half of the product gates the first, so that the output is half as wide.
+        samples, heads, keys: used by attention alone; ``keys`` is the number of keys of each sample, or 0 if they are
+            the sample's rows.
     """
 
     kind: Kind
@@ -44,22 +45,22 @@ class LayerShape:
 
     @property
     def is_product(self) -> bool:
-        """Whether it has a weight."""
+        """Whether the layer multiplies rows by a weight; attention does not."""
         return self.kind in ("convolution", "linear")
 
     @property
     def depth(self) -> int:
-        """What an output of a product is the sum of."""
+        """How many products are added up for one value of the output."""
         return self.taps * self.channels + self.shortcut_channels
 
     def macs(self, rows: int) -> float:
-        """Multiply-accumulates of ``rows`` output rows; those of attention divide evenly among its samples."""
+        """Multiply-accumulates of ``rows`` output rows; attention's rows are taken to be as many for each sample."""
         if self.is_product:
             return rows * self.depth * self.filters
         return 2 * rows * self._keys(rows) * self.channels
 
     def bytes(self, rows: int, itemsize: int) -> float:
-        """Bytes that must move: the weights or keys and values once, rows in, rows out, and the neighbour table."""
+        """Bytes that must move at least: weights (or keys and values), rows in, rows out, and the neighbour table."""
         if self.is_product:
             out = self.filters // 2 if self.geglu else self.filters
             table = 4 * self.taps * rows if self.kind == "convolution" else 0
@@ -82,11 +83,11 @@ class RowLayer:
     """One layer of a sparse step.
 
     Attributes:
-        path: of its module.
-        shape: what its time depends on.
+        path: the path of its module.
+        shape: what its time depends on besides the rows.
         size: the resolution of its output, whose rows it computes.
-        most: rows where all pixels are.
-        halo: the resolution of the halo rows that are fetched for it; None without any.
+        most: the number of its rows if every pixel is active.
+        halo: the resolution whose halo rows are fetched for it; None if it reads no halo.
     """
 
     path: str
@@ -97,7 +98,7 @@ class RowLayer:
 
 
 def row_layers(lowered: Lowered) -> list[RowLayer]:
-    """The convolutions, linear layers and attentions of a U-Net's rows, in the order in which they run.
+    """The convolutions, linear layers and attentions that a sparse step runs on rows, in the order in which they run.
 
     Norms, gathers and the resolutions at which every pixel is computed anyway (``config.is_whole``) are left out.
     """
