@@ -21,7 +21,7 @@ def attention_rows_triton(
     """Ragged attention by the kernel of ``attention_triton``, on one GPU; arguments as of the reference.
 
     torch's own ragged attention (``varlen_attn``, flash attention) took 1.2 to 2.5 times as long at the sizes of sparse
-    steps (H100, bf16, 5 to 20 heads of 64, 36 to 2800 queries a sample; ``docs/decisions.md``).
+    steps (H100, bf16, 5 to 20 heads of 64, 36 to 2800 queries a sample; ``docs/measurements/attention.md``).
 
     Returns:
         [M, heads, hd], contiguous; zeros for queries of a sample without keys.

@@ -1,7 +1,7 @@
 """Keys and values of a picture on the GPU: the base's, with fresh rows in their pixels' places, as new tensors.
 
 Attention that chooses each key by address takes longer than over keys that lie in order, and from a few hundred queries
-on one pass that brings them in order costs less than that: docs/decisions.md, 2026-11-26, has both times by size.
+on one pass that brings them in order costs less than that: docs/measurements/attention.md has both times by size.
 """
 
 from __future__ import annotations
