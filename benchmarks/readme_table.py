@@ -2,8 +2,8 @@
 
     python benchmarks/readme_table.py
 
-Prints the sentence at the top of the README and its table, in Markdown, to be pasted when a result has been measured anew; a
-test holds the README to them. All speed-ups are against the fastest compiled dense U-Net of the same run.
+Prints the figure at the top of the README and its table, in Markdown, to be pasted when a result has been measured
+anew; a test holds the README to them. All speed-ups are against the fastest compiled dense U-Net of the same run.
 """
 
 from __future__ import annotations

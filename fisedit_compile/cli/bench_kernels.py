@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
+
 from fisedit_compile.cli.edit_options import add_edit_sizes
 from fisedit_compile.cli.json_file import check_json_path, write_json
 from fisedit_compile.cli.runtime import add_runtime_options, describe, start
@@ -55,7 +57,6 @@ def run_kernels(args: argparse.Namespace) -> None:
     from fisedit_compile.bench.kernels.cases import all_cases, measure
     from fisedit_compile.bench.kernels.sweep import sweep
     from fisedit_compile.bench.kernels.timing import Roof
-    from fisedit_compile.utils.text_table import text_table
 
     # cuDNN tries its kernels before it is timed: the strongest dense counterpart
     with torch.no_grad(), torch.cuda.device(device), torch.backends.cudnn.flags(enabled=True, benchmark=True):
@@ -87,7 +88,7 @@ def run_kernels(args: argparse.Namespace) -> None:
                 for row in rows
             ]  # fmt: skip
     print(f"{conditions['device_name']}, {conditions['dtype']}, torch {conditions['versions']['torch']}")
-    print(text_table(shown, left=(0, 1)))
+    print(tabulate(shown, tablefmt="plain", stralign="right", colalign=("left", "left"), disable_numparse=True))
     write_json(args.json, {**conditions, "best" if args.sweep else "rows": rows})
 
 
