@@ -13,11 +13,11 @@ from collections.abc import Iterator
 
 import torch
 from diffusers import AutoencoderKL
+from tabulate import tabulate
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from fisedit_compile.macs.counter import MacCount, count_macs
-from fisedit_compile.utils.text_table import text_table
 
 #: The paper's figure, in MACs, and the size in pixels and the number of steps that it is for.
 PAPER_MACS = 1901e9
@@ -85,7 +85,7 @@ def main() -> int:
     rows = [["", "GMACs", "to 1,901"]]
     for name, macs in candidates(unet):
         rows.append([name, f"{macs / 1e9:,.1f}", f"{macs / PAPER_MACS - 1:+.2%}"])
-    print(text_table(rows))
+    print(tabulate(rows, tablefmt="plain", stralign="right", colalign=("left",), disable_numparse=True))
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
+from tabulate import tabulate
 from torch import Tensor
 from torch.fx import Node
 
@@ -16,7 +17,6 @@ from fisedit_compile.macs.report import NO_RESOLUTION, lineage
 from fisedit_compile.masks.sample_masks import square_mask
 from fisedit_compile.passes.pass_report import Change, Skip
 from fisedit_compile.planning.apsc import CostModel
-from fisedit_compile.utils.text_table import text_table
 
 #: What the report calls an ATen operation. "" leaves out those that only regroup a value; all others are "pointwise".
 _KINDS = {
@@ -114,7 +114,8 @@ class _Explanation:
         table.append(("total", *self._macs(self.dense.total, self.step.total), "", ""))
         share = float(self.plan.mask.double().mean())
         yield f"{self.unit} of a dense call and of a sparse step with {share:.1%} of the latents edited"
-        yield text_table(table, left={0, 4, 5})
+        alignment = ("left", *("right",) * 3, "left", "left")
+        yield tabulate(table, tablefmt="plain", colalign=alignment, disable_numparse=True, preserve_whitespace=True)
         prompt, timestep = (each.total / _UNITS[self.unit] for each in (self.prompt, self.timestep))
         yield (
             f"Of a dense call, {prompt:,.2f} {self.unit} are for the prompt alone, once an edit, and {timestep:,.2f} "
@@ -149,7 +150,7 @@ class _Explanation:
             macs = self._macs(dense, self.step.by_resolution.get(name, 0))
             table.append(("no pixels" if name == NO_RESOLUTION else name, *cells, *macs, *base))
         yield f"By resolution: rows of the edit, {self.unit}, and the tensors that the base keeps of each call"
-        yield text_table(table)
+        yield tabulate(table, tablefmt="plain", stralign="right", colalign=("left",), disable_numparse=True)
         kinds = Counter(entry.kind for entry in self.kept)
         yield (
             f"The base keeps {kinds['map']} maps, {kinds['scale']} group norms and {kinds['value']} values of the "
@@ -160,7 +161,7 @@ class _Explanation:
         table: list[Sequence[str]] = [("pass", "changed", "skipped", "ms")]
         for report in self.lowered.reports:
             table.append((report.name, str(report.changed), str(len(report.skipped)), f"{report.seconds * 1e3:.0f}"))
-        yield text_table(table)
+        yield tabulate(table, tablefmt="plain", stralign="right", colalign=("left",), disable_numparse=True)
         yield f"Exported and rewritten in {self.lowered.build_seconds:.1f} s."
 
     def _macs(self, dense: int, sparse: int) -> tuple[str, str, str]:

@@ -7,6 +7,8 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+from tabulate import tabulate
+
 from fisedit_compile.cli.edit_options import EDIT_SIZES, add_edit_sizes
 from fisedit_compile.cli.json_file import add_json_option, check_json_path, write_json
 from fisedit_compile.cli.runtime import add_runtime_options, describe, start
@@ -53,7 +55,6 @@ def run_kernels(args: argparse.Namespace) -> None:
     from fisedit_compile.bench.kernels.cases import all_cases, measure
     from fisedit_compile.bench.kernels.sweep import sweep
     from fisedit_compile.bench.kernels.timing import Roof
-    from fisedit_compile.utils.text_table import text_table
 
     # with benchmark=True cuDNN picks its fastest kernel, so that the dense counterpart is as strong as it can be
     with torch.no_grad(), torch.cuda.device(device), torch.backends.cudnn.flags(enabled=True, benchmark=True):
@@ -85,7 +86,7 @@ def run_kernels(args: argparse.Namespace) -> None:
                 for row in rows
             ]  # fmt: skip
     print(f"{conditions['device_name']}, {conditions['dtype']}, torch {conditions['versions']['torch']}")
-    print(text_table(shown, left=(0, 1)))
+    print(tabulate(shown, tablefmt="plain", stralign="right", colalign=("left", "left"), disable_numparse=True))
     write_json(args.json, {**conditions, "best" if args.sweep else "rows": rows})
 
 

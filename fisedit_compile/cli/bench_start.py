@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
+
 from fisedit_compile.bench.progress import say
 from fisedit_compile.cli.edit_options import add_attention
 from fisedit_compile.cli.json_file import add_json_option, check_json_path, write_json
@@ -52,7 +54,6 @@ def run_start(args: argparse.Namespace) -> None:
     device, dtype = start(args)
 
     from fisedit_compile.architectures import latent_size
-    from fisedit_compile.utils.text_table import text_table
 
     settings = {
         "arch": args.arch,
@@ -76,7 +77,7 @@ def run_start(args: argparse.Namespace) -> None:
     )
     rows = [["", "empty caches", "filled caches"]]
     rows += [[stage, *(f"{seconds[name][stage]:.2f}" for name in seconds)] for stage in seconds["first"]]
-    print(text_table(rows))
+    print(tabulate(rows, tablefmt="plain", stralign="right", colalign=("left",), disable_numparse=True))
     write_json(args.json, {**conditions, "seconds": seconds})
 
 

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from tabulate import tabulate
+
 from fisedit_compile.cli.edit_options import add_edit_options, add_image_options
 from fisedit_compile.cli.json_file import add_json_option, check_json_path, write_json
 from fisedit_compile.cli.runtime import add_runtime_options, describe, start, whole_number
@@ -110,7 +112,6 @@ def _table(rows: Sequence[Comparison]) -> str:
     """A table of every choice at every resolution for each set of masks, and of the sums over the resolutions."""
     from fisedit_compile.cost_model.block_comparison import CHOICES
     from fisedit_compile.ir.layout import size_text
-    from fisedit_compile.utils.text_table import text_table
 
     shown = [["masks", "size", "choice", "block", "rows", "predicted us", "measured us", "error"]]
     for source in dict.fromkeys(row.source for row in rows):
@@ -123,4 +124,4 @@ def _table(rows: Sequence[Comparison]) -> str:
         for choice in CHOICES:
             sums = [sum(row.mean(of) for row in own if row.choice == choice) for of in ("predicted", "measured")]
             shown.append([source, "all", choice, "", "", *(f"{each:.1f}" for each in sums), ""])
-    return text_table(shown, left=(0, 1, 2, 3))
+    return tabulate(shown, tablefmt="plain", stralign="right", colalign=("left",) * 4, disable_numparse=True)

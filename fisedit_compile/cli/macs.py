@@ -10,6 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from tabulate import tabulate
+
 from fisedit_compile.cli.edit_options import add_edit_options, add_image_options
 from fisedit_compile.cli.json_file import add_json_option, check_json_path, write_json
 from fisedit_compile.cli.runtime import describe
@@ -131,7 +133,6 @@ def _remark(file: Path, counts: MaskCounts) -> str:
 def _table(columns: list[tuple[str, MacReport]], by: str) -> str:
     """A table for people with a column for the dense call and one for each edit, in G (1e9) MACs."""
     from fisedit_compile.macs.report import lineage
-    from fisedit_compile.utils.text_table import text_table
 
     heads, reports = zip(*columns, strict=True)
     dense: MacCount = reports[0].dense
@@ -151,4 +152,4 @@ def _table(columns: list[tuple[str, MacReport]], by: str) -> str:
     else:
         for key in getattr(dense, f"by_{by}"):
             rows.append(line(key, lambda count, key=key: getattr(count, f"by_{by}").get(key, 0)))  # type: ignore[misc]
-    return text_table(rows)
+    return tabulate(rows, tablefmt="plain", stralign="right", colalign=("left",), disable_numparse=True)

@@ -21,7 +21,7 @@ def attention_rows_triton(
     """``attention_rows`` on one GPU; its reference describes the arguments.
 
     torch's own ragged attention (``varlen_attn``, flash attention) takes 1.2 to 2.5 times as long at the sizes of
-    sparse steps (H100, bf16, 5 to 20 heads of 64, 36 to 2800 queries a sample; ``docs/decisions.md``).
+    sparse steps (H100, bf16, 5 to 20 heads of 64, 36 to 2800 queries a sample; ``docs/measurements/attention.md``).
 
     Args:
         tile: of the kernel; None chooses one by size.

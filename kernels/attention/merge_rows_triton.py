@@ -1,7 +1,7 @@
 """Copies a base's keys and values on the GPU, with fresh rows in the places of their pixels.
 
 Attention that chooses each key by its address is slower than attention over keys that lie in order. From a few hundred
-queries on, this copy takes less time than it saves: ``docs/decisions.md`` has both times by size.
+queries on, this copy takes less time than it saves: ``docs/measurements/attention.md`` has both times by size.
 """
 
 from __future__ import annotations

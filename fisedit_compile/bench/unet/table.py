@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fisedit_compile.utils.text_table import text_table
+from tabulate import tabulate
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -32,7 +32,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             cells += [f"{row['tflops']['sparse']:.0f}", "?" if launches is None else str(launches)]
             cells += [f"{row['prep_ms']:.1f}", f"{row['recording_peak_mb']:.0f}"]
         lines.append(cells)
-    return text_table(lines, left=())
+    return tabulate(lines, tablefmt="plain", stralign="right", disable_numparse=True)
 
 
 def summary(result: dict[str, Any]) -> str:
