@@ -19,7 +19,7 @@ from fisedit_compile.kernels.implicit_gemm.row_product_finish_triton import fini
 from fisedit_compile.kernels.implicit_gemm.row_product_layer_norm_triton import finish_layer_norm_kernel
 from fisedit_compile.kernels.implicit_gemm.row_product_tiles import Library, Tile, choose_tile
 from fisedit_compile.kernels.implicit_gemm.row_product_triton import row_product_kernel
-from fisedit_compile.kernels.launch.semaphores import semaphores
+from fisedit_compile.kernels.launch.semaphores import semaphores, zero_row
 from fisedit_compile.kernels.launch.triton_launch import aligned, check_dtypes, input_precision, launch
 
 # Tiles of rows that are computed for all filters before the next tiles of rows begin. What they read, a few MB, stays
@@ -86,6 +86,8 @@ def launch_row_product(
             f"{op}: weight [{filters}, {weight.shape[1]}] does not fit rows of {channels} channels and {taps} taps; "
             f"give [Cout, {taps * channels}], and a halo with the channels of the rows"
         )
+    if weight.numel() >= 2**31:
+        raise ValueError(f"{op}: a weight of {weight.numel()} values, which has to have fewer than {2**31}")
     check_shortcut(op, shortcut, shortcut_weight, outputs=padded, filters=filters)
     shortcut_channels = 0
     if shortcut is not None and shortcut_weight is not None:
@@ -134,6 +136,7 @@ def launch_row_product(
         rows,
         halo,
         shortcut,
+        None if table is None else zero_row(rows, channels),
         weight,
         shortcut_weight,
         table,

@@ -11,7 +11,7 @@ import triton.language as tl
 
 
 @triton.jit
-def places(rows, table, m, inside, real, row_stride, begin, TAPS: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+def places(rows, table, m, row_stride, begin, TAPS: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
     """Addresses and first entries of rows m [BM], each [BM].
 
     With a table, the address of each row's entries in it, and the entry of the tap that the loop begins with. Without
@@ -19,10 +19,9 @@ def places(rows, table, m, inside, real, row_stride, begin, TAPS: tl.constexpr, 
     """
     if table is not None:
         at = table + m.to(tl.int64) * TAPS
-        entry = tl.load(at + begin % TAPS, mask=inside, other=-1)
+        entry = tl.load(at + begin % TAPS)
     else:
-        # Rows past the last read a real one, and their products are not stored.
-        at = rows + tl.minimum(m, real - 1).to(tl.int64) * row_stride
+        at = rows + m.to(tl.int64) * row_stride
         entry = m
         if ALIGNED:
             at = tl.multiple_of(at, [16])
@@ -31,7 +30,7 @@ def places(rows, table, m, inside, real, row_stride, begin, TAPS: tl.constexpr, 
 
 @triton.jit
 def row_values(  # type: ignore[no-untyped-def]
-    rows, halo, shortcut, at, entry, m, inside, in_shortcut, active, row_stride, channels, shortcut_channels, first,
+    rows, halo, shortcut, zeros, at, entry, m, in_shortcut, active, row_stride, channels, shortcut_channels, first,
     last, step, TABLE: tl.constexpr, ALIGNED: tl.constexpr, WHOLE: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
     """Channels ``first + step`` [BK] of the rows that a step reads: [BM, BK], across [BK, BM].
@@ -41,24 +40,19 @@ def row_values(  # type: ignore[no-untyped-def]
     """
     channel = first + step
     if TABLE:
-        source = rows + entry.to(tl.int64) * row_stride
-        present = entry >= 0
+        at = rows + entry.to(tl.int64) * row_stride
         if halo is not None:
-            source = tl.where(entry < active, source, halo + (entry - active).to(tl.int64) * channels)
+            at = tl.where(entry < active, at, halo + (entry - active).to(tl.int64) * channels)
+        # Absent neighbours read a row of zeros. A mask instead would go from the thread that has the entry to those that
+        # copy its row, through shared memory and behind a barrier, in every step of the loop.
+        at = tl.where(entry >= 0, at, zeros)
         if shortcut is not None:
-            source = tl.where(in_shortcut, shortcut + m.to(tl.int64) * shortcut_channels, source)
-            present = tl.where(in_shortcut, inside, present)
-        if (
-            ALIGNED
-        ):  # the choice between pointers hides it from the compiler, whose loads would be narrow, not pipelined
-            source = tl.multiple_of(source, [16])
-        present = down(present, ACROSS)
-        if not WHOLE:
-            present = present & along(channel < last, ACROSS)
-        values = tl.load(down(source, ACROSS) + along(channel, ACROSS), mask=present, other=0.0)
-    else:
-        values = _load(down(at, ACROSS) + along(channel, ACROSS), along(channel < last, ACROSS), WHOLE)
-    return values
+            at = tl.where(in_shortcut, shortcut + m.to(tl.int64) * shortcut_channels, at)
+        # The choice between pointers hides their alignment from the compiler, whose loads would be narrow then and not
+        # pipelined.
+        if ALIGNED:
+            at = tl.multiple_of(at, [16])
+    return _load(down(at, ACROSS) + along(channel, ACROSS), along(channel < last, ACROSS), WHOLE)
 
 
 @triton.jit
@@ -71,6 +65,7 @@ def filter_values(  # type: ignore[no-untyped-def]
     In a step of the shortcut (``in_shortcut``) they are those of ``shortcut_weight``. From ``last`` on they are zero.
     """
     channel = first + step
+    # Offsets in 32 bits, for which the launcher holds weights to 2^31 values.
     start, stride, depth = weight, TAPS * channels, tap * channels + channel
     if shortcut_weight is not None:
         start = tl.where(in_shortcut, shortcut_weight, weight)

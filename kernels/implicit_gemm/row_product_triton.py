@@ -44,6 +44,7 @@ def row_product_kernel(
     rows: tl.tensor,  # [active, channels]
     halo: tl.tensor,  # [Hh, channels] or None
     shortcut: tl.tensor,  # [padded, shortcut_channels] or None; None for a linear layer
+    zeros: tl.tensor,  # [channels] zeros, the values of a neighbour outside the picture; None without a table
     weight: tl.tensor,  # [filters, TAPS * channels]; for geglu the filters of the values, then those of the gates
     shortcut_weight: tl.tensor,  # [filters, shortcut_channels] or None; for geglu in the same order
     table: tl.tensor,  # int32 [padded, TAPS]; None: one tap, the row itself
@@ -95,9 +96,9 @@ def row_product_kernel(
     inside = m < real
 
     step = tl.arange(0, BK)
-    # A tile's filters past the last one read weights of others, and their products are never stored. So the loop needs
-    # no mask for them.
-    read = (n % width).to(tl.int64)  # [BN]
+    # A tile's rows and filters past the last ones read values of others, and their products are never stored. So the
+    # loop needs no mask for them.
+    row, column = m % real, n % width  # [BM], [BN]
     conv_steps = TAPS * tl.cdiv(channels, BK)
     begin = tl.program_id(1) * span
     end = tl.minimum(begin + span, conv_steps + tl.cdiv(shortcut_channels, BK))
@@ -106,12 +107,13 @@ def row_product_kernel(
     # ``at`` is where the table has the entries of each row, and ``entry`` the entry of the tap that comes next; without
     # a table ``at`` is the row itself. Entries are read a step ahead. A load of rows that waits for entries of its own
     # step would need stages of the software pipeline for both, and half as many rows would be in flight.
-    at, entry = places(rows, table, m, inside, real, row_stride, begin, TAPS, ALIGNED)
+    at, entry = places(rows, table, row, row_stride, begin, TAPS, ALIGNED)
     if MORE > 0:
         more_m = first_row + BM + tl.arange(0, MORE)  # [MORE]
         more_inside = more_m < real
         more_total = tl.zeros((BN, MORE) if ACROSS else (MORE, BN), dtype=tl.float32)
-        more_at, more_entry = places(rows, table, more_m, more_inside, real, row_stride, begin, TAPS, ALIGNED)
+        more_row = more_m % real
+        more_at, more_entry = places(rows, table, more_row, row_stride, begin, TAPS, ALIGNED)
     for i in range(begin, end):
         # All taps of some channels come before the next channels: neighbouring rows read the same values, which are in
         # the L2 cache then.
@@ -121,29 +123,30 @@ def row_product_kernel(
             in_shortcut = i >= conv_steps
             first = tl.where(in_shortcut, (i - conv_steps) * BK, first)
             last = tl.where(in_shortcut, shortcut_channels, last)
+        # Filters come first: their copies do not wait for the addresses of rows, which go from thread to thread.
+        b = filter_values(
+            weight, shortcut_weight, column, in_shortcut, tap, channels, shortcut_channels, first, last, step, TAPS,
+            ALIGNED, WHOLE, ACROSS,
+        )  # fmt: skip
         a = row_values(
-            rows, halo, shortcut, at, entry, m, inside, in_shortcut, active, row_stride, channels, shortcut_channels,
+            rows, halo, shortcut, zeros, at, entry, row, in_shortcut, active, row_stride, channels, shortcut_channels,
             first, last, step, table is not None, ALIGNED, WHOLE, ACROSS,
         )  # fmt: skip
         if MORE > 0:
             more = row_values(
-                rows, halo, shortcut, more_at, more_entry, more_m, more_inside, in_shortcut, active, row_stride,
+                rows, halo, shortcut, zeros, more_at, more_entry, more_row, in_shortcut, active, row_stride,
                 channels, shortcut_channels, first, last, step, table is not None, ALIGNED, WHOLE, ACROSS,
             )  # fmt: skip
         if table is not None:
-            entry = tl.load(at + (i + 1) % TAPS, mask=inside, other=-1)
+            entry = tl.load(at + (i + 1) % TAPS)
             if MORE > 0:
-                more_entry = tl.load(more_at + (i + 1) % TAPS, mask=more_inside, other=-1)
-        b = filter_values(
-            weight, shortcut_weight, read, in_shortcut, tap, channels, shortcut_channels, first, last, step, TAPS,
-            ALIGNED, WHOLE, ACROSS,
-        )  # fmt: skip
+                more_entry = tl.load(more_at + (i + 1) % TAPS)
         total = _multiplied(a, b, total, ACROSS, PRECISION)
         if MORE > 0:
             more_total = _multiplied(more, b, more_total, ACROSS, PRECISION)
         if GEGLU:
             g = filter_values(
-                weight, shortcut_weight, read + width, in_shortcut, tap, channels, shortcut_channels, first, last, step,
+                weight, shortcut_weight, column + width, in_shortcut, tap, channels, shortcut_channels, first, last, step,
                 TAPS, ALIGNED, WHOLE, ACROSS,
             )  # fmt: skip
             gate = _multiplied(a, g, gate, ACROSS, PRECISION)

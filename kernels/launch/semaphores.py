@@ -1,4 +1,4 @@
-"""Counters on the device by which the programs of a launch find out which of them comes last.
+"""Counters on the device by which the programs of a launch find out which of them comes last, and zeros behind them.
 
 A launch finds the counters zero and leaves them zero. Launches on one stream run one after the other, so they can share
 their counters. A CUDA graph may be replayed on any stream and needs counters of its own: those of ``use_semaphores``,
@@ -15,6 +15,9 @@ import torch
 
 #: Counters in a buffer, one for each output tile of a launch. A launch of more tiles fills the GPU and is not split.
 _COUNT = 16384
+
+#: Zeros behind the counters of a buffer, in 32-bit words: a row of 8192 channels in fp32, or of 16384 in half precision.
+_ZEROS = 8192
 
 _buffers: dict[tuple[torch.device, int], torch.Tensor] = {}
 _own = threading.local()
@@ -40,9 +43,15 @@ def semaphores(device: torch.device, count: int) -> torch.Tensor:
     return _buffers[key]
 
 
+def zero_row(rows: torch.Tensor, channels: int) -> torch.Tensor:
+    """At least ``channels`` zeros of the dtype of ``rows``, on its device, to which no launch ever writes."""
+    zeros = semaphores(rows.device, 0)[_COUNT:].view(rows.dtype)
+    return zeros if len(zeros) >= channels else rows.new_zeros(channels)
+
+
 def new_semaphores(device: torch.device) -> torch.Tensor:
-    """A buffer of counters, int32, all zero."""
-    return torch.zeros(_COUNT, dtype=torch.int32, device=device)
+    """A buffer of counters with zeros behind them, int32, all zero."""
+    return torch.zeros(_COUNT + _ZEROS, dtype=torch.int32, device=device)
 
 
 @contextlib.contextmanager
