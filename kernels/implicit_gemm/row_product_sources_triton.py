@@ -43,8 +43,8 @@ def row_values(  # type: ignore[no-untyped-def]
         at = rows + entry.to(tl.int64) * row_stride
         if halo is not None:
             at = tl.where(entry < active, at, halo + (entry - active).to(tl.int64) * channels)
-        # Absent neighbours read a row of zeros. A mask instead would go from the thread that has the entry to those that
-        # copy its row, through shared memory and behind a barrier, in every step of the loop.
+        # Absent neighbours read a row of zeros. A mask instead would go from the thread that has the entry to those
+        # that copy its row, through shared memory and behind a barrier, in every step of the loop.
         at = tl.where(entry >= 0, at, zeros)
         if shortcut is not None:
             at = tl.where(in_shortcut, shortcut + m.to(tl.int64) * shortcut_channels, at)

@@ -146,8 +146,8 @@ def row_product_kernel(
             more_total = _multiplied(more, b, more_total, ACROSS, PRECISION)
         if GEGLU:
             g = filter_values(
-                weight, shortcut_weight, column + width, in_shortcut, tap, channels, shortcut_channels, first, last, step,
-                TAPS, ALIGNED, WHOLE, ACROSS,
+                weight, shortcut_weight, column + width, in_shortcut, tap, channels, shortcut_channels, first, last,
+                step, TAPS, ALIGNED, WHOLE, ACROSS,
             )  # fmt: skip
             gate = _multiplied(a, g, gate, ACROSS, PRECISION)
     if ACROSS:

@@ -16,7 +16,7 @@ import torch
 #: Counters in a buffer, one for each output tile of a launch. A launch of more tiles fills the GPU and is not split.
 _COUNT = 16384
 
-#: Zeros behind the counters of a buffer, in 32-bit words: a row of 8192 channels in fp32, or of 16384 in half precision.
+#: Zeros behind the counters of a buffer, in 32-bit words: a row of 8192 channels in fp32, of 16384 in half precision.
 _ZEROS = 8192
 
 _buffers: dict[tuple[torch.device, int], torch.Tensor] = {}
