@@ -57,4 +57,4 @@ class CompiledTextToImage(TextToImage):
             self.run(2)  # compiles; on CUDA a warm-up follows, which records graphs
 
     def close(self) -> None:
-        torch._dynamo.reset()  # forget the code, and with it the memory, of this U-Net
+        torch.compiler.reset()  # forget the code, and with it the memory, of this U-Net
