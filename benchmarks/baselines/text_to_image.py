@@ -52,4 +52,4 @@ class CompiledTextToImage(TextToImage):
             self.run(2)  # compiles; on CUDA the warm-up that follows captures the graphs
 
     def close(self) -> None:
-        torch._dynamo.reset()  # frees the code of this U-Net, and with it its memory
+        torch.compiler.reset()  # frees the code of this U-Net, and with it its memory
