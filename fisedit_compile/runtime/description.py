@@ -128,7 +128,7 @@ class Description:
         elif isinstance(value, FunctionType):
             self._function(value, path)
         elif isinstance(value, MethodType):
-            self._function(value.__func__, path)
+            self._value(value.__func__, path)
             self._value(value.__self__, f"{path}.__self__")
         elif isinstance(value, functools.partial):
             self.values[path] = "partial"
@@ -201,8 +201,8 @@ class Description:
         if is_library(function.__module__):
             return
         self.values[f"{path}:code"] = code_digest(function.__code__)
-        for name, default in enumerate(function.__defaults__ or ()):
-            self._value(default, f"{path}:default[{name}]")
+        self._value(function.__defaults__, f"{path}:defaults")
+        self._value(function.__kwdefaults__, f"{path}:keyword_defaults")
         for name in dict.fromkeys(global_names(function.__code__)):
             if name in function.__globals__:
                 self._lookup(function.__globals__, name, path)
