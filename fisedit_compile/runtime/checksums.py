@@ -36,7 +36,7 @@ def checksums(tensors: Sequence[Tensor]) -> list[str]:
 def _block_sums(tensor: Tensor) -> Tensor:
     """int64 ``[blocks]``: the sum over each block of its words times their keys, modulo 2^64."""
     if tensor.is_meta:
-        return torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, dtype=torch.int64, device="cpu")
     flat = tensor.detach().contiguous().flatten()
     if flat.is_complex():
         flat = torch.view_as_real(flat).flatten()
@@ -59,5 +59,5 @@ def _words(data: Tensor) -> Tensor:
 
 @lru_cache(maxsize=16)  # devices
 def _keys(device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(0x5EED)
-    return torch.randint(-(2**63), 2**63 - 1, (_BLOCK,), generator=generator).to(device)
+    generator = torch.Generator("cpu").manual_seed(0x5EED)
+    return torch.randint(-(2**63), 2**63 - 1, (_BLOCK,), generator=generator, device="cpu").to(device)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import enum
 import functools
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import chain
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -66,6 +68,11 @@ class Description:
         self._lookup(vars(nn.functional), "scaled_dot_product_attention", "torch.nn.functional")
         self._containers.remember()
 
+    @cached_property
+    def digest(self) -> str:
+        """A hexadecimal digest of the values and of the names of the tensors, the same in every process."""
+        return hashlib.sha256(repr((sorted(self.values.items()), list(self.tensors))).encode()).hexdigest()[:32]
+
     def is_current(self) -> bool:
         """Whether nothing has to be described again; values of tensors aside."""
         return self._containers.are_unchanged()
@@ -122,6 +129,8 @@ class Description:
             self.values[path] = tuple(sorted(map(str, map(_canonical, value))))
             if isinstance(value, set):
                 self._containers.add_set(value)
+        elif isinstance(value, BuiltinFunctionType):
+            self.values[path] = qualified_name(value)
         elif isinstance(value, type):
             self.values[path] = qualified_name(value)
             self._class_code(value)
@@ -183,9 +192,10 @@ class Description:
             path = f"{qualified_name(owner)}.{name}"
             functions = list(functions_of(member))
             for function in functions:
-                self._function(function, path)
+                if qualified_name(function) != path or not is_library(owner.__module__):
+                    self._function(function, f"class {path}")
             if not functions and not is_library(owner.__module__):
-                self._value(member, path)
+                self._value(member, f"class {path}")
 
     def _function(self, function: FunctionType, path: str) -> None:
         self.values[path] = qualified_name(function)
@@ -247,21 +257,17 @@ def _says_nothing(module: nn.Module, name: str) -> bool:
     """Whether an attribute is as good as missing.
 
     FreeU leaves None where it was on. Hooks that were taken off leave the class's own ``forward`` as an attribute; the
-    hook of model offload, which brings weights to a device first, and the route of an editor lead to it.
+    hook of model offload brings weights to a device first, and calls it.
     """
     if name != "forward":
         return name in _FREEU and vars(module)[name] is None
     forward = vars(module)["forward"]
     plain = isinstance(forward, MethodType) and forward.__self__ is module
-    return (
-        (plain and forward.__func__ is type(module).forward)
-        or "_hf_hook" in vars(module)
-        or getattr(forward, "__fisedit_route__", False)
-    )
+    return (plain and forward.__func__ is type(module).forward) or "_hf_hook" in vars(module)
 
 
 def _is_opaque(value: Any) -> bool:
     module = type(value).__module__
-    if isinstance(value, (BuiltinFunctionType, ModuleType)) or module.startswith(_OPAQUE_MODULES):
+    if isinstance(value, ModuleType) or module.startswith(_OPAQUE_MODULES):
         return True
     return is_library(module) and module.partition(".")[0] not in _LOOKED_INTO

@@ -10,7 +10,6 @@ import hashlib
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from fisedit_compile.errors import BaseMismatchError
@@ -44,18 +43,14 @@ class ModelState:
 
     Attributes:
         values: path -> plain value; see :class:`~fisedit_compile.runtime.description.Description`.
+        behaviour: a hexadecimal digest of the values and names, the same in every process.
         names: path of each parameter, buffer or other tensor.
         live: see :class:`Live`; None for one that was pickled.
     """
 
-    def __init__(self, values: Mapping[str, Any], names: tuple[str, ...], live: Live | None) -> None:
-        self.values, self.names, self.live = values, names, live
+    def __init__(self, values: Mapping[str, Any], behaviour: str, names: tuple[str, ...], live: Live | None) -> None:
+        self.values, self.behaviour, self.names, self.live = values, behaviour, names, live
         self._checksums: tuple[str, ...] | None = None
-
-    @cached_property
-    def behaviour(self) -> str:
-        """A hexadecimal digest of all but the values of tensors."""
-        return hashlib.sha256(repr((sorted(self.values.items()), self.names)).encode()).hexdigest()[:32]
 
     def checksums(self) -> tuple[str, ...]:
         """A checksum of each tensor; read from the model once, while it is in this state, and kept.
@@ -83,7 +78,9 @@ class ModelState:
         """What distinguishes the other state, as a clause ``"FreeU: off -> on; ..."``; empty when nothing does."""
         if self is other:
             return ""
-        clauses = differing_values(self.values, other.values) if self.behaviour != other.behaviour else []
+        clauses = []
+        if self.behaviour != other.behaviour:
+            clauses = differing_values(self.values, other.values) or ["what its modules hold"]
         weights = self._differing_weights(other)
         if clauses:  # weights that came or went with an adapter or a layer are said with it
             weights = [name for name in weights if name in self.names and name in other.names]
@@ -115,4 +112,5 @@ class ModelState:
         return self  # it never changes
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"values": dict(self.values), "names": self.names, "live": None, "_checksums": self.checksums()}
+        checksums = self.checksums()
+        return {**vars(self), "values": dict(self.values), "live": None, "_checksums": checksums}

@@ -24,6 +24,9 @@ class ModelWatch:
 
     Args:
         module: any model; another one is another watch.
+
+    Attributes:
+        descriptions: how often something had changed, so that what modules hold was described again.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -32,6 +35,7 @@ class ModelWatch:
         self._description: Description | None = None
         self._weights = WatchedTensors({})
         self._state: ModelState | None = None
+        self.descriptions = 0
 
     def look(self, *, values: bool = True) -> ModelState:
         """The model's state now: the same object as at the last look, while nothing has changed.
@@ -50,11 +54,12 @@ class ModelWatch:
 
     def _describe(self) -> None:
         before, self._description = self._description, Description(self.module)
+        self.descriptions += 1
         tensors = self._description.tensors
         if not _same_tensors(self._weights.tensors, tensors):
             self._weights = self._weights.succeeded_by(tensors)
             self._state = None
-        if before is not None and before.values != self._description.values:
+        if before is not None and before.digest != self._description.digest:
             self._state = None
 
     def _take_state(self) -> ModelState:
@@ -66,7 +71,7 @@ class ModelWatch:
             addresses=tuple(weights.addresses),
             stamps=weights.stamps(),
         )
-        return ModelState(self._description.values, tuple(weights.tensors), live)
+        return ModelState(self._description.values, self._description.digest, tuple(weights.tensors), live)
 
     def read_checksums(self, state: ModelState) -> tuple[str, ...]:
         """A checksum of each tensor, while the model is in ``state``.

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from fisedit_compile.runtime.described_code import is_library
+
 #: Clauses that a message holds at most; the rest is counted.
 _MOST = 4
 
@@ -21,7 +23,7 @@ def differing_values(before: Values, after: Values) -> list[str]:
     """A clause for each change, such as ``"LoRA adapter 'snow': weight 0.5 -> 1.0"``."""
     paths = differing_names(before, after)
     clauses: dict[str, None] = {}
-    for explain in (_freeu, _lora, _hooks, _processors, _classes, _settings):
+    for explain in (_freeu, _lora, _hooks, _processors, _code, _classes, _settings):
         explained = explain(paths, before, after)
         clauses.update(dict.fromkeys(clause for clause in explained.values() if clause))
         paths = [path for path in paths if path not in explained]
@@ -124,6 +126,17 @@ def _processors(paths: list[str], before: Values, after: Values) -> Explained:
     for path, change in explained.items():
         if change in changes:
             explained[path] = f"attention processor of {_places(changes[change])}: {change}"
+    return explained
+
+
+def _code(paths: list[str], before: Values, after: Values) -> Explained:
+    """Methods of classes: exchanged in a library's class, or defined anew in a user's."""
+    explained: Explained = {}
+    for path in paths:
+        if path.startswith("class "):
+            name = path.removeprefix("class ").partition(":")[0]
+            both = path in before and path in after
+            explained[path] = f"code of {name}: changed" if both or is_library(name) else ""
     return explained
 
 
