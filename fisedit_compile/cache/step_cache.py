@@ -22,6 +22,7 @@ class Recorded(dict[CacheEntry, Tensor]):
     Attributes:
         signature: of the call.
         timesteps: the timesteps of the call that the host knows without waiting for a device, None for others.
+        model: the state of the U-Net, a :class:`~fisedit_compile.runtime.model_state.ModelState`.
         checked: the description of the graphs that it was found to fit.
         addresses: of its tensors, on the device, by the static step that reads them; see ``static_step``.
     """
@@ -32,6 +33,7 @@ class Recorded(dict[CacheEntry, Tensor]):
         super().__init__(kept)
         self.signature = signature
         self.timesteps = timesteps
+        self.model: Any = None
         self.checked: object = None
         self.addresses: tuple[object, Any] | None = None
 

@@ -16,6 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
+from fisedit_compile.compiler.export_errors import describe_failure
 from fisedit_compile.compiler.functionalize import functionalize
 from fisedit_compile.errors import CaptureError
 from fisedit_compile.ir.call import Call
@@ -29,18 +30,17 @@ def export(unet: torch.nn.Module, call: Call) -> GraphModule:
     Every node of an operation carries ``meta["val"]`` (a fake tensor) and ``meta["module_path"]``.
 
     Raises:
-        CaptureError: the model does not trace as one graph; the message carries torch.export's own reason.
+        CaptureError: the model does not trace as one graph; the message says where, and what can be done.
     """
-    takes_return_dict = "return_dict" in inspect.signature(unet.forward).parameters
-    kwargs = {**call.kwargs, "return_dict": False} if takes_return_dict else call.kwargs
+    args, kwargs = call.split()
+    if "return_dict" in inspect.signature(unet.forward).parameters:
+        kwargs["return_dict"] = False
     try:
         with torch.no_grad():
-            exported = torch.export.export(unet, (), kwargs, strict=False)
+            exported = torch.export.export(unet, args, kwargs, strict=False)
     except Exception as error:
-        raise CaptureError(
-            f"{type(unet).__name__} could not be exported as one graph: {error}\n"
-            "Reset custom attention processors and hooks (unet.set_default_attn_processor()), and try again."
-        ) from error
+        reason = describe_failure(unet, error)
+        raise CaptureError(f"{type(unet).__name__} could not be exported as one graph: {reason}") from error
     graph, attributes = _unlift(exported)
     _simplify(graph)
     graph_module = GraphModule(attributes, graph)

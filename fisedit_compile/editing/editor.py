@@ -20,7 +20,6 @@ from fisedit_compile.editing.prompt_to_prompt import changed_words
 from fisedit_compile.editing.result import Edit, EditReport, summarise_times
 from fisedit_compile.errors import BaseMismatchError, CaptureError
 from fisedit_compile.masks.user_mask import MaskLike, as_mask
-from fisedit_compile.runtime.fingerprint import fingerprint
 from fisedit_compile.sparse_unet import SparseUNet, sparsify
 
 Combine = Literal["replace", "and", "or"]
@@ -51,12 +50,22 @@ class Editor:
         self.pipe = pipe
         self._parameters = parameters
         self.config = SparsityConfig.of(config)
-        unet = pipe.unet
-        self.unet: SparseUNet = unet if isinstance(unet, SparseUNet) else sparsify(unet, self.config)
-        if self.unet.sparsity != self.config:
-            if config is not None:
-                raise ValueError("pipe.unet was sparsified with another config: give that one, or none")
-            self.config = self.unet.sparsity
+        if config is None and isinstance(pipe.unet, SparseUNet):
+            self.config = pipe.unet.sparsity
+        self._unet: SparseUNet | None = None
+        self._unet = self.unet
+
+    @property
+    def unet(self) -> SparseUNet:
+        """The pipeline's U-Net as it is now, mask-aware."""
+        unet = self.pipe.unet
+        if not isinstance(unet, SparseUNet):
+            if self._unet is None or self._unet.unet is not unet:
+                self._unet = sparsify(unet, self.config)
+            return self._unet
+        if unet.sparsity != self.config:
+            raise ValueError("pipe.unet was sparsified with another config: give that one, or none")
+        return unet
 
     def generate(
         self,
@@ -97,7 +106,9 @@ class Editor:
         kept = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **arguments}
         run = RecordRun(self.unet, self.pipe, self.config)
         start = time.perf_counter()
-        images = self._call_pipeline(run, prompt, generators, kept)
+        with self.unet.looked_at() as model:
+            images = self._call_pipeline(run, prompt, generators, kept)
+        model.digest()  # while it can be read
         return Base(
             images=images,
             prompts=prompts,
@@ -106,7 +117,7 @@ class Editor:
             arguments=kept,
             generators=states,
             calls=tuple(run.calls),
-            unet_fingerprint=fingerprint(self.unet.unet),
+            model=model,
             scheduler=self._scheduler(),
             config=self.config,
             seconds=time.perf_counter() - start,
@@ -151,7 +162,8 @@ class Editor:
         if callback_on_step_end is not None:
             arguments["callback_on_step_end"] = callback_on_step_end
         start = time.perf_counter()
-        images = self._call_pipeline(run, prompt, base.rewound_generators(), arguments)
+        with self.unet.looked_at():
+            images = self._call_pipeline(run, prompt, base.rewound_generators(), arguments)
         seconds = time.perf_counter() - start
         final, edited = run.latents[-1], run.mask[:, None].expand_as(base.latents)
         times = run.timer.milliseconds()
@@ -183,12 +195,10 @@ class Editor:
         arguments = dict(arguments)
         run.user_callback = arguments.pop("callback_on_step_end", None)
         tensors = list(dict.fromkeys(["latents", *arguments.pop("callback_on_step_end_tensor_inputs", [])]))
-        unet = self.pipe.unet
-        object.__setattr__(
-            self.pipe, "unet", self.unet
-        )  # not pipe.unet = ...: that would rewrite the pipeline's config
+        unet, sparse = self.pipe.unet, self.unet
+        object.__setattr__(self.pipe, "unet", sparse)  # not pipe.unet = ...: that would rewrite the pipeline's config
         try:
-            with self.unet.handled_by(run.unet_call):
+            with sparse.handled_by(run.unet_call):
                 output = self.pipe(
                     prompt=prompt if isinstance(prompt, str) else list(prompt),
                     generator=generators[0] if len(generators) == 1 else generators,
@@ -216,7 +226,7 @@ class Editor:
             raise ValueError(
                 f"all {base.num_inference_steps} steps would run dense: lower dense_steps or take more steps"
             )
-        base.check(fingerprint(self.unet.unet), self._scheduler(), self.config)
+        base.check(self.unet.look(), self._scheduler(), self.config)
         device = next(self.unet.unet.parameters()).device
         if base.latents.device.type != device.type:
             raise BaseMismatchError(f"the base lies on {base.latents.device}, the U-Net on {device}: move the pipeline")

@@ -149,7 +149,7 @@ class EditRun(PipelineRun):
         if recorded.cache:
             controlled = self.unet.controlled
             return self.timer.time("dense", device, lambda: controlled(call, recorded.cache, self._mapper, self._keep))
-        return self.timer.time("dense", device, lambda: self.unet.unet(**call.kwargs, return_dict=False)[0])
+        return self.timer.time("dense", device, lambda: self.unet.dense(call))
 
     def finish_step(self, latents: Tensor) -> Tensor:
         step, dense = self.step, self._base.dense_steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,12 +46,18 @@ class Call:
     signature: Signature
     _leaves: tuple[Any, ...]
     _tree: pytree.TreeSpec
+    _positional: tuple[str, ...] = ()
 
     @property
     def kwargs(self) -> dict[str, Any]:
         """The arguments by name, with new lists on each access: a U-Net empties the list that a T2I-Adapter gives."""
         named: dict[str, Any] = pytree.tree_unflatten(self._leaves, self._tree)
         return named
+
+    def split(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments that were given by position, as hooks of the U-Net are given them, and the others by name."""
+        named = self.kwargs
+        return tuple(named.pop(name) for name in self._positional), named
 
 
 def bind(unet: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
@@ -63,6 +70,7 @@ def bind(unet: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
         TypeError: the arguments do not fit ``unet.forward``.
     """
     bound = inspect.signature(unet.forward).bind(*args, **kwargs).arguments
+    positional = list(bound)[: len(args)]
     bound.update(bound.pop("kwargs", {}))
     named = {name: value for name, value in bound.items() if value is not None and name != "return_dict"}
     sample = named.get("sample")
@@ -77,4 +85,5 @@ def bind(unet: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
         (tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves
     )
     tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
-    return Call(tensors, Signature(str(tree), key), tuple(leaves), tree)
+    before_none = itertools.takewhile(named.__contains__, positional)  # a None is left out, so what follows has a name
+    return Call(tensors, Signature(str(tree), key), tuple(leaves), tree, tuple(before_none))

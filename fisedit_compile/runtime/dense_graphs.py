@@ -41,6 +41,12 @@ class DenseGraphs:
         result: Tensor = self._stage("control", self._lowered.controlled)({**inputs, **cache, **control})
         return result
 
+    def forget(self) -> None:
+        """Capture CUDA graphs anew: the weights have moved."""
+        for stage in self._stages.values():
+            if isinstance(stage, StaticStage):
+                stage.forget()
+
     def _stage(self, key: object, build: Callable[[], StageGraph]) -> Stage | StaticStage:
         if key not in self._stages:
             stage = Stage(build(), compiled=self._lowered.config.compile)
