@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.editing.base import Base, RecordedCall
-from fisedit_compile.editing.prompt_to_prompt import align_batch
+from fisedit_compile.editing.prompt_alignment import align_batch
 from fisedit_compile.errors import BaseMismatchError, CaptureError, MaskError
 from fisedit_compile.ir.call import Call
 from fisedit_compile.masks.difference_mask import difference_mask
