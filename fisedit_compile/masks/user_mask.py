@@ -130,7 +130,7 @@ def _grey_or_alpha(image: Image.Image) -> np.ndarray:
     if image.mode in ("F", "I", "I;16", "I;16B", "I;16L"):  # a conversion to 8 bits would clip: their own values count
         return np.asarray(image)
     try:
-        if not image.has_transparency_data:
+        if not image.has_transparency_data or 0 in image.size:
             return np.asarray(image.convert("L"))
         pixels = np.asarray(image.convert("RGBA"))
         colours, alpha = pixels[..., :3], pixels[..., 3]
@@ -142,8 +142,8 @@ def _grey_or_alpha(image: Image.Image) -> np.ndarray:
         return alpha
     raise MaskError(
         f"the mask image ({image.mode}) has an alpha channel that marks another region than its colours do, so it is "
-        "unclear what to edit; give mask.getchannel('A') to edit what is opaque, its PIL.ImageOps.invert to edit what is "
-        "transparent, or mask.convert('RGB') to edit what is white"
+        "unclear what to edit; give mask.convert('RGBA').getchannel('A') to edit what is opaque, PIL.ImageOps.invert "
+        "of that to edit what is transparent, or mask.convert('RGB') to edit what is white"
     )
 
 

@@ -130,6 +130,7 @@ class TestUserMask:
             (torch.eye(4).to(torch.float8_e5m2), r"float8_e5m2 was given"),
             (np.ma.masked_array(np.eye(4), mask=np.eye(4) == 0), r"filled\(0\)"),
             (Image.new("LAB", (4, 4)), "mode LAB"),
+            (Image.new("RGBA", (0, 4)), r"shape \(4, 0\)"),
         ],
         ids=lambda value: None if isinstance(value, str) else type(value).__name__,
     )
@@ -214,7 +215,7 @@ class TestAlpha:
         ],
     )
     def test_colours_and_opacity_that_mark_different_regions_are_refused(self, mask: Image.Image) -> None:
-        with pytest.raises(MaskError, match=r"alpha.*getchannel\('A'\)"):
+        with pytest.raises(MaskError, match=r"alpha channel.*getchannel\('A'\)"):
             as_mask(mask, samples=1, size=(8, 8))
 
     def test_a_layer_without_a_stroke_marks_nothing(self) -> None:
