@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
+from diffusers.loaders import TextualInversionLoaderMixin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.small_tokenizers import LENGTH, WORDS, SlowTokenizer, byte_pairs, word_level
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from fisedit_compile.editing.prompt_alignment import align, align_batch, changed_words
+from fisedit_compile.editing.prompt_alignment import align, align_batch, align_prompts, changed_words
+from fisedit_compile.editing.prompt_tokens import tokenize
+from fisedit_compile.errors import MaskError
 
 
 def pairs(tokenizer: PreTrainedTokenizerBase, base: str, edit: str) -> dict[int, dict[int, float]]:
@@ -219,3 +225,127 @@ class TestAlignBatch:
 )
 def test_changed_words(base: str, edit: str, removed: list[str], added: list[str]) -> None:
     assert changed_words(base, edit) == (removed, added)
+
+
+class Pipe(TextualInversionLoaderMixin):
+    """What ``align_prompts`` reads of a pipeline: its tokenizers, and how it expands textual inversions."""
+
+    def __init__(self, *tokenizers: Any) -> None:
+        self.tokenizer, self.tokenizer_2 = (*tokenizers, None)[:2]
+
+
+def with_vectors(count: int, tokenizer: PreTrainedTokenizerFast | None = None) -> PreTrainedTokenizerFast:
+    """A tokenizer that knows ``<toy>``, a textual inversion of several vectors, named as diffusers names them."""
+    tokenizer = tokenizer or word_level()
+    tokenizer.add_tokens(["<toy>", *(f"<toy>_{number}" for number in range(1, count))])
+    return tokenizer
+
+
+def moved(pipe: Any, base: str, edit: str, **arguments: Any) -> dict[int, set[int]]:
+    """Edited position -> base positions, where they are not the same, among the tokens of the edit."""
+    mapper, _ = align_prompts(pipe, [base], [edit], arguments=arguments)
+    sources = {new: set(mapper[0, :, new].nonzero().flatten().tolist()) for new in range(LENGTH)}
+    return {new: old for new, old in sources.items() if old != {new}}
+
+
+class TestTextualInversions:
+    def test_the_words_behind_one_are_where_its_vectors_put_them(self) -> None:
+        pipe = Pipe(with_vectors(4))
+        # bos a <toy> <toy>_1 <toy>_2 <toy>_3 on the left eos, with "red" before "left" in the edit
+        found = moved(pipe, "a <toy> on the left", "a <toy> on the red left")
+        assert found == {8: set(), 9: {8}, 10: {9}}
+
+    def test_its_vectors_are_one_word(self) -> None:
+        pipe = Pipe(with_vectors(3))
+        assert moved(pipe, "a cat on the left", "a <toy> on the left") == {
+            **{new: {2} for new in (3, 4)},
+            **{new: {new - 2} for new in (5, 6, 7, 8)},
+        }
+        mapper, _ = align_prompts(pipe, ["a <toy> on the left"], ["a cat on the left"], arguments={})
+        torch.testing.assert_close(mapper[0, 2:5, 2], torch.full((3,), 1 / 3))
+
+    def test_two_beside_each_other_are_two_words(self) -> None:
+        tokenizer = with_vectors(2)
+        units = tokenize(tokenizer, "a <toy> <toy>_1 <toy> <toy>_1 cat").units
+        assert [unit.positions for unit in units] == [(0,), (1,), (2, 3), (4, 5), (6,), (7,)]
+
+    def test_the_same_with_a_slow_tokenizer(self) -> None:
+        tokenizer = SlowTokenizer()
+        tokenizer.add_tokens(["<toy>", "<toy>_1", "<toy>_2"])
+        found = moved(Pipe(tokenizer), "a <toy> on", "a red <toy> on")
+        assert {new: old for new, old in found.items() if new < 9} == {
+            2: set(),
+            3: set(),
+            **{new: {new - 2} for new in range(4, 9)},
+        }
+
+
+class TestTwoTextEncoders:
+    def test_those_of_sdxl_differ_in_padding_alone_and_align_alike(self) -> None:
+        second = word_level()
+        second.pad_token = "<unk>"
+        base, edit = ["a cat on the left"], ["a red cat on the left"]
+        both = align_prompts(Pipe(word_level(), second), base, edit, arguments={})
+        for found, alone in zip(both, align_batch(word_level(), base, edit), strict=True):
+            assert torch.equal(found, alone)
+
+    def test_a_textual_inversion_of_other_lengths_is_refused(self) -> None:
+        pipe = Pipe(with_vectors(2), with_vectors(3))
+        with pytest.raises(ValueError, match="as many vectors in tokenizer as in tokenizer_2"):
+            align_prompts(pipe, ["a cat and a <toy>"], ["a dog and a red <toy>"], arguments={})
+
+    def test_prompt_2_stays_and_has_to_align_alike(self) -> None:
+        pipe = Pipe(word_level(), word_level())
+        second = {"prompt_2": "a blue crown"}
+        assert moved(pipe, "a red cat", "a red dog", **second) == {}
+        with pytest.raises(ValueError, match="prompt_2 stays as it is"):
+            align_prompts(pipe, ["a red cat"], ["a red cat on the left"], arguments=second)
+        with pytest.raises(ValueError, match=r"1 prompt\(s\) in prompt_2 for 2"):
+            align_prompts(pipe, ["a cat", "a dog"], ["a lion", "a lion"], arguments=second)
+
+    def test_a_pipeline_with_the_second_tokenizer_alone(self) -> None:
+        pipe = Pipe(None, word_level())
+        assert moved(pipe, "a cat", "a red cat") == {2: set(), 3: {2}, 4: {3}}
+
+    def test_a_pipeline_without_tokenizers(self) -> None:
+        with pytest.raises(ValueError, match="SimpleNamespace has no tokenizer"):
+            align_prompts(SimpleNamespace(), ["a cat"], ["a dog"], arguments={})
+
+
+class TestNothingChanged:
+    long = "a cat and a dog and a lion on the left and a red apple on the right"  # 17 words, room for 14
+
+    @pytest.mark.parametrize("pipe", [Pipe(word_level()), Pipe(byte_pairs()), Pipe(word_level(), byte_pairs())])
+    @pytest.mark.parametrize("edit", ["A Cat on the left", "a cat on the left ", "a cat  on the\nleft"])
+    def test_letter_case_and_spaces_are_refused(self, pipe: Any, edit: str) -> None:
+        with pytest.raises(
+            MaskError, match=r"nothing changed for sample 0.*letter case or spaces.*change at least one"
+        ):
+            align_prompts(pipe, ["a cat on the left"], [edit], arguments={})
+
+    def test_a_tokenizer_that_keeps_letter_case_sees_a_change(self) -> None:
+        assert moved(Pipe(SlowTokenizer()), "a cat", "a Cat") == {}
+
+    def test_the_same_prompt_is_refused(self) -> None:
+        with pytest.raises(MaskError, match="the base's own prompt"):
+            align_prompts(Pipe(word_level()), ["a cat"], ["a cat"], arguments={})
+
+    @pytest.mark.parametrize(("make", "last"), [(word_level, "right"), (SlowTokenizer, "ri gh t")])
+    def test_words_beyond_the_encoders_length_are_refused_and_named(self, make: type, last: str) -> None:
+        edit = self.long.replace("right", "lion")
+        with pytest.raises(MaskError, match=rf"beyond the {LENGTH} tokens.*cut off: '.*{last}' there, '.*on' here"):
+            align_prompts(Pipe(make()), [self.long], [edit], arguments={})
+
+    def test_words_added_beyond_a_prompt_that_just_fits(self) -> None:
+        full = " ".join(["cat"] * (LENGTH - 2))
+        with pytest.raises(MaskError, match=r"cut off: 'nothing' there, 'red dog' here"):
+            align_prompts(Pipe(word_level()), [full], [f"{full} red dog"], arguments={})
+        assert tokenize(word_level(), full).cut_off == ""
+
+    def test_one_encoder_that_sees_a_change_is_enough(self) -> None:
+        pipe = Pipe(word_level(), SlowTokenizer())
+        assert moved(pipe, "a cat", "a Cat") == {}
+
+    def test_each_sample_by_itself(self) -> None:
+        with pytest.raises(MaskError, match=r"nothing changed for sample 1: 'A dog'"):
+            align_prompts(Pipe(word_level()), ["a cat", "a dog"], ["a lion", "A dog"], arguments={})
