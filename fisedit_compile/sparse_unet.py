@@ -169,7 +169,7 @@ class SparseUNet(torch.nn.Module):
     def controlled(self, call: Call, cache: StepCache, mapper: Tensor, keep: Tensor) -> Tensor:
         """Run the dense U-Net with the cross-attention maps of unchanged words taken from ``cache``.
 
-        ``mapper`` and ``keep`` are those of :func:`~fisedit_compile.editing.prompt_to_prompt.align_batch`.
+        ``mapper`` and ``keep`` are those of :func:`~fisedit_compile.editing.prompt_alignment.align_batch`.
 
         Raises:
             BaseMismatchError: the cache was recorded by another model.

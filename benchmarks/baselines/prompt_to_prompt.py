@@ -19,7 +19,7 @@ from torch import Tensor
 from baselines.attention import attend
 from baselines.method import Method
 from baselines.models import GUIDANCE, SOURCE, TARGET, Kit
-from fisedit_compile.editing.prompt_to_prompt import align_batch
+from fisedit_compile.editing.prompt_alignment import align_batch
 from fisedit_compile.kernels.attention.controlled_attention import attention_probabilities, controlled_attention
 
 #: Shares of the steps in which cross- and self-attention are taken over.

@@ -16,7 +16,7 @@ import torch
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.editing.base import Base
 from fisedit_compile.editing.pipeline_runs import EditRun, PipelineRun, RecordRun
-from fisedit_compile.editing.prompt_to_prompt import changed_words
+from fisedit_compile.editing.prompt_alignment import changed_words
 from fisedit_compile.editing.result import Edit, EditReport, summarise_times
 from fisedit_compile.errors import BaseMismatchError, CaptureError
 from fisedit_compile.masks.user_mask import MaskLike, as_mask

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.editing.base import Base, RecordedCall
-from fisedit_compile.editing.prompt_to_prompt import align_batch
+from fisedit_compile.editing.prompt_alignment import align_prompts
 from fisedit_compile.errors import BaseMismatchError, CaptureError, MaskError
 from fisedit_compile.ir.call import Call
 from fisedit_compile.masks.difference_mask import difference_mask
@@ -124,7 +124,7 @@ class EditRun(PipelineRun):
         self._prepared: Prepared | None = None
         self._first_call: Call | None = None
         self.plan_ms = 0.0
-        mapper, keep = align_batch(pipe.tokenizer, base.prompts, prompts, device=base.latents.device)
+        mapper, keep = align_prompts(pipe, base.prompts, prompts, arguments=base.arguments, device=base.latents.device)
         copies = len(base.latents) // len(prompts)  # num_images_per_prompt: the pipeline repeats each prompt
         self._mapper, self._keep = mapper.repeat_interleave(copies, 0), keep.repeat_interleave(copies, 0)
         if base.dense_steps == 0:

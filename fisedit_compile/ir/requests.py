@@ -38,7 +38,7 @@ class CacheEntry:
 
 @dataclass(frozen=True)
 class ControlTensor:
-    """One tensor of the token alignments of the samples' prompts, see ``prompt_to_prompt.align_batch``."""
+    """One tensor of the token alignments of the samples' prompts, see ``prompt_alignment.align_batch``."""
 
     kind: Literal["mapper", "keep"]
 

@@ -7,12 +7,14 @@ light clean-up. A mask that the user draws is read by ``user_mask.py``.
 
 from __future__ import annotations
 
-import warnings
+import logging
 
 import torch
 import torch.nn.functional as F
 
 from fisedit_compile.errors import MaskError
+
+logger = logging.getLogger(__name__)
 
 #: Bins of the histogram under Otsu's threshold.
 _BINS = 256
@@ -172,9 +174,10 @@ def difference_mask(base: torch.Tensor, edit: torch.Tensor) -> torch.Tensor:
     area = mask.float().mean(dim=(1, 2))
     for sample, share in enumerate(area.tolist()):
         if share >= _WHOLE_PICTURE:
-            warnings.warn(
-                f"the edit changes {share:.0%} of sample {sample}: the whole picture is computed again and "
-                "little is saved; to keep a part of it, pass a mask of your own",
-                stacklevel=2,
+            logger.warning(
+                "the edit changes %.0f%% of sample %d: the whole picture is computed again and little is saved; to "
+                "keep a part of it, pass a mask of your own",
+                100 * share,
+                sample,
             )
     return mask
