@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from weakref import WeakSet
 
@@ -55,11 +54,6 @@ class CacheDescription:
     def __init__(self, shapes: Mapping[CacheEntry, tuple[torch.Size, torch.dtype]]) -> None:
         self.shapes = shapes
         self._fitting: WeakSet[Recorded] = WeakSet()  # caches that were found to fit
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the entries of one call."""
-        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.shapes.values())
 
     def check(self, cache: StepCache, signature: Signature, timesteps: tuple[Tensor | None, ...]) -> None:
         """Hold the cache of a call to what the sparse graph reads; one that was found to fit is not looked at again.

@@ -139,6 +139,17 @@ class Lowered:
             specs[entry] = (shape, dtype)
         return specs
 
+    def record_nbytes(self, *, samples: int, activations: bool, attention: bool) -> int:
+        """Memory of what a base keeps of one call, in bytes; arguments as of ``Program.record``."""
+        kept = 0
+        if activations:
+            kept += sum(shape.numel() * dtype.itemsize for shape, dtype in self.cache_specs.values())
+        if attention:
+            for node in cross_attentions(self.dense):
+                query, key = (each.meta["val"] for each in node.args[:2])  # type: ignore[union-attr]
+                kept += samples * math.prod(query.shape[1:-1]) * key.shape[-2] * query.dtype.itemsize
+        return kept
+
     @cached_property
     def fetches(self) -> dict[Hoisted, tuple[CacheEntry, PlanTensor]]:
         """Of each value of the stage ``fetch``, the base's entry that it is read from and the plan's rows of it."""
