@@ -1,4 +1,4 @@
-"""Whether there is room for what a base will keep; asked before its first step, as an allocator would fail in the last."""
+"""Whether there is room for what a base will keep, asked before its first step."""
 
 from __future__ import annotations
 

@@ -116,7 +116,9 @@ def check_generators(generator: Any) -> list[torch.Generator]:
 
 def owned(value: Any) -> Any:
     """A copy that shares nothing that could be changed: of tensors, arrays, pictures, and containers of them."""
-    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else copy.deepcopy(leaf), value)
+    return pytree.tree_map(
+        lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else copy.deepcopy(leaf), value
+    )
 
 
 def _are_words(value: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisedit_compile.cache.step_cache import StepCache
+from fisedit_compile.cache.step_cache import Recorded
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.editing.pipeline_state import PipelineState
 from fisedit_compile.editing.schedule import Schedule
@@ -21,7 +21,7 @@ class RecordedCall:
     """One U-Net call of the base: the denoising step it belongs to, and what it keeps for edits."""
 
     step: int
-    cache: StepCache
+    cache: Recorded
 
     @property
     def nbytes(self) -> int:

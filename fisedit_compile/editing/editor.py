@@ -23,6 +23,8 @@ from fisedit_compile.editing.arguments import (
     refuse_unknown,
 )
 from fisedit_compile.editing.base import Base
+from fisedit_compile.editing.own_tokenizers import OwnTokenizers
+from fisedit_compile.editing.pipeline_call import in_turn
 from fisedit_compile.editing.pipeline_runs import EditRun, PipelineRun, RecordRun
 from fisedit_compile.editing.pipeline_state import PipelineWatch
 from fisedit_compile.editing.prompt_to_prompt import changed_words
@@ -40,9 +42,9 @@ Combine = Literal["replace", "and", "or"]
 class Editor:
     """Edits pictures that it generated itself, with any pipeline of the StableDiffusionPipeline family.
 
-    The pipeline is used as it is at each call, so models and scheduler may be exchanged in between, and is never changed:
-    what it says of its last call (``pipe.num_timesteps``) is of a call of its own. Threads that share an editor take
-    turns. ``pipe._interrupt = True``, from a callback or another thread, stops a generation or an edit.
+    The pipeline is used as it is at each call, so its models and scheduler may be exchanged in between. It is never
+    changed: what it says of its last call (``pipe.num_timesteps``) is of a call of its own. Threads that share an
+    editor take turns. ``pipe._interrupt = True``, from a callback or another thread, stops a generation or an edit.
 
     Args:
         pipe: a diffusers pipeline whose U-Net is a ``UNet2DConditionModel`` and whose call takes
@@ -67,7 +69,7 @@ class Editor:
         if config is None and isinstance(pipe.unet, SparseUNet):
             self.config = pipe.unet.sparsity
         self._turn = threading.RLock()
-        self._watch = PipelineWatch()
+        self._watch, self._tokenizers = PipelineWatch(), OwnTokenizers()
         self._unet: SparseUNet | None = None
         self._unet = self.unet
 
@@ -130,10 +132,10 @@ class Editor:
         callback = self._callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         kept = owned(kept)
         states = tuple((each.get_state(), each.device) for each in generators)
-        with self._turn:
+        with self._turn, in_turn(self.pipe):
             self._unet = self.unet
-            state = self._watch.look(self.pipe, self._unet, prompts)
-            run = RecordRun(self._unet, self.pipe, callback, self.config)
+            run = RecordRun(self._unet, self.pipe, self._tokenizers, callback, self.config)
+            state = self._watch.look(run.pipe, self._unet.look(), prompts)
             start = time.perf_counter()
             images, nsfw = _pictures(run, prompt, generators, kept)
             return Base(
@@ -198,17 +200,16 @@ class Editor:
         given = None
         if mask is not None:
             given = as_mask(mask, samples=samples, size=(size[0], size[1]), device=base.latents.device)
-        with self._turn:
+        with self._turn, in_turn(self.pipe):
             self._unet = self.unet
-            base.check(
-                self._watch.look(self.pipe, self._unet, base.prompts), Schedule.of(self.pipe.scheduler), self.config
-            )
+            run = EditRun(self._unet, self.pipe, self._tokenizers, callback, base, prompts, given, combine)
+            state = self._watch.look(run.pipe, self._unet.look(), base.prompts)
+            base.check(state, Schedule.of(self.pipe.scheduler), self.config)
             device = next(self._unet.unet.parameters()).device
             if base.latents.device.type != device.type:
                 raise BaseMismatchError(
                     f"the base lies on {base.latents.device}, the U-Net on {device}: move the pipeline"
                 )
-            run = EditRun(self._unet, self.pipe, callback, base, prompts, given, combine)
             start = time.perf_counter()
             images, nsfw = _pictures(run, prompt, base.rewound_generators(), owned(dict(base.arguments)))
             seconds = time.perf_counter() - start

@@ -11,6 +11,7 @@ from torch import Tensor
 from fisedit_compile.cache.memory import require_room
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.editing.base import Base, RecordedCall
+from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.editing.pipeline_call import PipelineCall
 from fisedit_compile.editing.prompt_to_prompt import align_batch
 from fisedit_compile.editing.schedule import Schedule, refuse_noise_of_its_own
@@ -33,6 +34,7 @@ class PipelineRun:
     Args:
         unet: the U-Net of the pipeline.
         pipe: the pipeline, which is left alone.
+        tokenizers: of the editor.
         callback: the user's own, to be run before ours; None without one.
 
     Attributes:
@@ -42,9 +44,9 @@ class PipelineRun:
 
     schedule: Schedule
 
-    def __init__(self, unet: SparseUNet, pipe: Any, callback: StepCallback | None) -> None:
+    def __init__(self, unet: SparseUNet, pipe: Any, tokenizers: OwnTokenizers, callback: StepCallback | None) -> None:
         self.unet, self.callback = unet, callback
-        self.call = PipelineCall(pipe, self._unet_call)
+        self.call = PipelineCall(pipe, self._unet_call, tokenizers)
         self.timer = UNetTimer()
         self.latents: list[Tensor] = []
         self.calls_made = 0
@@ -125,8 +127,15 @@ class PipelineRun:
 class RecordRun(PipelineRun):
     """Generates a base: every call dense, with what edits read kept from it."""
 
-    def __init__(self, unet: SparseUNet, pipe: Any, callback: StepCallback | None, config: SparsityConfig) -> None:
-        super().__init__(unet, pipe, callback)
+    def __init__(
+        self,
+        unet: SparseUNet,
+        pipe: Any,
+        tokenizers: OwnTokenizers,
+        callback: StepCallback | None,
+        config: SparsityConfig,
+    ) -> None:
+        super().__init__(unet, pipe, tokenizers, callback)
         self.calls: list[RecordedCall] = []
         self._config = config
         self._steps = self._dense_steps = self._controlled_steps = 0
@@ -141,18 +150,13 @@ class RecordRun(PipelineRun):
 
     def predict(self, call: Call) -> Tensor:
         sparse, controlled = self.step >= self._dense_steps, self.step < self._controlled_steps
-        kept: dict[Any, Tensor] = {}
 
         def record() -> Tensor:
-            nonlocal kept
-            out, kept = self.unet.record(  # type: ignore[assignment]
-                call, samples=self.samples(call), activations=sparse, attention=controlled
-            )
+            out, kept = self.unet.record(call, samples=self.samples(call), activations=sparse, attention=controlled)
+            self.calls.append(RecordedCall(self.step, kept))
             return out
 
-        out = self.timer.time("record", call.tensors[0].device, record)
-        self.calls.append(RecordedCall(self.step, kept))
-        return out
+        return self.timer.time("record", call.tensors[0].device, record)
 
     def finish_step(self, latents: Tensor) -> Tensor:
         return latents
@@ -199,17 +203,18 @@ class EditRun(PipelineRun):
         self,
         unet: SparseUNet,
         pipe: Any,
+        tokenizers: OwnTokenizers,
         callback: StepCallback | None,
         base: Base,
         prompts: tuple[str, ...],
         given: Tensor | None,
         combine: str,
     ) -> None:
-        super().__init__(unet, pipe, callback)
+        super().__init__(unet, pipe, tokenizers, callback)
         self._base, self._given, self._combine = base, given, combine
         self._prepared: dict[Signature, Prepared] = {}  # a callback may take a part of the batch away in the loop
         self.plan_ms = 0.0
-        mapper, keep = align_batch(pipe.tokenizer, base.prompts, prompts, device=base.latents.device)
+        mapper, keep = align_batch(self.pipe.tokenizer, base.prompts, prompts, device=base.latents.device)
         copies = len(base.latents) // len(prompts)  # num_images_per_prompt: the pipeline repeats each prompt
         self._mapper, self._keep = mapper.repeat_interleave(copies, 0), keep.repeat_interleave(copies, 0)
         if base.dense_steps == 0:

@@ -46,7 +46,7 @@ class PipelineState:
 
 
 class PipelineWatch:
-    """Looks at the parts of a pipeline other than its U-Net, which its :class:`~fisedit_compile.SparseUNet` looks at."""
+    """Looks at the parts of a pipeline beside its U-Net, at which its :class:`~fisedit_compile.SparseUNet` looks."""
 
     def __init__(self) -> None:
         self._watches: dict[str, ModelWatch] = {}

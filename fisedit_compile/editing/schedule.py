@@ -33,7 +33,9 @@ class Schedule:
     @classmethod
     def of(cls, scheduler: Any) -> Schedule:
         config = {name: value for name, value in dict(scheduler.config).items() if not name.startswith("_")}
-        tables = {name: torch.as_tensor(value).cpu().clone() for name, value in vars(scheduler).items() if _is_table(value)}
+        tables = {
+            name: torch.as_tensor(value).cpu().clone() for name, value in vars(scheduler).items() if _is_table(value)
+        }
         return cls(type(scheduler).__name__, FrozenMapping(config), FrozenMapping(tables))
 
     @property
@@ -69,7 +71,9 @@ def refuse_noise_of_its_own(scheduler: Any) -> None:
     def first_step(*args: Any, **kwargs: Any) -> Any:
         del scheduler.step  # the class's own again
         twin = copy.deepcopy(scheduler)
-        again = twin.step(*args, **{**kwargs, "generator": _copied(kwargs["generator"])} if "generator" in kwargs else kwargs)
+        again = twin.step(
+            *args, **{**kwargs, "generator": _copied(kwargs["generator"])} if "generator" in kwargs else kwargs
+        )
         out = step(*args, **kwargs)
         if not torch.allclose(_latents(out), _latents(again), rtol=0, atol=0, equal_nan=True):
             option = "noise_sampler_seed"

@@ -34,7 +34,9 @@ class StepCallback:
 
         self.name = _name(callback)
         if not callable(callback):
-            raise ValueError(f"callback_on_step_end is a {type(callback).__name__}: give a function or a callback object")
+            raise ValueError(
+                f"callback_on_step_end is a {type(callback).__name__}: give a function or a callback object"
+            )
         parts = callback.callbacks if isinstance(callback, MultiPipelineCallbacks) else [callback]
         if any(isinstance(part, IPAdapterScaleCutoffCallback) for part in parts):
             raise ValueError(
@@ -59,8 +61,8 @@ class StepCallback:
         returned = self._callback(call.pipe, index, timestep, given) or {}
         if written := _differing(original, call.original_state()):
             raise ValueError(
-                f"{self.name} changed {', '.join(sorted(written))} of the pipeline itself: change it on the pipeline that "
-                "the callback is given as its first argument (or another thread called the pipeline meanwhile)"
+                f"{self.name} changed {', '.join(sorted(written))} of the pipeline itself: change the pipeline that "
+                "is its first argument (or another thread called the pipeline meanwhile)"
             )
         now = {**given, **returned}
         self.changed |= {name for name, each in before.items() if not _same(each, now[name])}

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fisedit_compile.errors import FiseditError
 from fisedit_compile.compiler.lowered import Lowered
+from fisedit_compile.cost_model.row_costs import RowCosts
+from fisedit_compile.errors import FiseditError
 
 
 class StepMacs:
@@ -43,9 +44,10 @@ class StepMacs:
                 )
             from fisedit_compile.macs.counter import MacCounter  # takes fvcore, which an edit has no use for
 
+            costs = RowCosts.of(lowered) if lowered.config.blocks == "measured" else None
             counter = MacCounter(lowered, check=False)
             dense = counter.dense.total
-            sparse = dense if self._dense else counter.step(lowered.plan(self._mask)).total
+            sparse = dense if self._dense else counter.step(lowered.plan(self._mask, costs=costs)).total
             self.counted = {"dense_step": dense, "sparse_step": sparse, "ratio": dense / max(sparse, 1)}
         return self.counted
 

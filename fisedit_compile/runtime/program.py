@@ -71,7 +71,7 @@ class Program:
         """How many CUDA graphs were recorded: one for each bucket that a mask has met."""
         return self._shared.captures
 
-    def record(self, call: Call, *, samples: int, activations: bool, attention: bool) -> tuple[Tensor, StepCache]:
+    def record(self, call: Call, *, samples: int, activations: bool, attention: bool) -> tuple[Tensor, Recorded]:
         """The dense U-Net's output, and what a base keeps of the call.
 
         Args:
