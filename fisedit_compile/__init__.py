@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fisedit_compile.config import SparsityConfig
     from fisedit_compile.editing.editor import Base, Edit, Editor
-    from fisedit_compile.errors import BaseMismatchError, CaptureError, FiseditError, MaskError, SparsifyError
+    from fisedit_compile.errors import (
+        BaseMemoryError,
+        BaseMismatchError,
+        CaptureError,
+        FiseditError,
+        MaskError,
+        PipelineInterruptedError,
+        SparsifyError,
+    )
     from fisedit_compile.macs.counter import count_macs
     from fisedit_compile.sparse_unet import SparseUNet, sparsify
 
@@ -20,10 +28,12 @@ _PUBLIC = {
     "Base": "editing.editor",
     "Edit": "editing.editor",
     "Editor": "editing.editor",
+    "BaseMemoryError": "errors",
     "BaseMismatchError": "errors",
     "CaptureError": "errors",
     "FiseditError": "errors",
     "MaskError": "errors",
+    "PipelineInterruptedError": "errors",
     "SparsifyError": "errors",
     "count_macs": "macs.counter",
     "SparseUNet": "sparse_unet",
@@ -32,12 +42,14 @@ _PUBLIC = {
 
 __all__ = [
     "Base",
+    "BaseMemoryError",
     "BaseMismatchError",
     "CaptureError",
     "Edit",
     "Editor",
     "FiseditError",
     "MaskError",
+    "PipelineInterruptedError",
     "SparseUNet",
     "SparsifyError",
     "SparsityConfig",

@@ -24,3 +24,11 @@ class BaseMismatchError(FiseditError):
 
 class MaskError(FiseditError, ValueError):
     """A mask that is empty, not finite, of the wrong shape or for another number of samples."""
+
+
+class BaseMemoryError(FiseditError, MemoryError):
+    """A base would take more memory than is free; raised before its first step."""
+
+
+class PipelineInterruptedError(FiseditError):
+    """A generation or an edit was stopped by ``pipe._interrupt``; nothing was kept of it, and it can be made again."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisedit_compile.cache.step_cache import StepCache
+from fisedit_compile.cache.step_cache import Recorded, StepCache
 from fisedit_compile.compiler.lowered import lower
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.errors import BaseMismatchError, CaptureError
@@ -149,7 +149,7 @@ class SparseUNet(torch.nn.Module):
 
     def record(
         self, call: Call, *, samples: int | None = None, activations: bool = True, attention: bool = False
-    ) -> tuple[Tensor, StepCache]:
+    ) -> tuple[Tensor, Recorded]:
         """Run the dense U-Net and keep what sparse steps (``activations``) or controlled steps (``attention``) read.
 
         Returns:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -16,26 +17,34 @@ from fisedit_compile.ir.requests import CacheEntry
 StepCache = Mapping[CacheEntry, Tensor]
 
 
-class Recorded(dict[CacheEntry, Tensor]):
-    """The cache of one recorded call: read only, as everything of a base.
+class Recorded(StepCache):
+    """The cache of one recorded call: read only, as everything of a base. Two are equal if they are the same object.
 
     Attributes:
         signature: of the call.
         timesteps: the timesteps of the call that the host knows without waiting for a device, None for others.
         model: the state of the U-Net, a :class:`~fisedit_compile.runtime.model_state.ModelState`.
-        checked: the description of the graphs that it was found to fit.
-        addresses: of its tensors, on the device, by the static step that reads them; see ``static_step``.
     """
 
     def __init__(
         self, signature: Signature, timesteps: tuple[Tensor | None, ...], kept: Mapping[CacheEntry, Tensor]
     ) -> None:
-        super().__init__(kept)
         self.signature = signature
         self.timesteps = timesteps
         self.model: Any = None
-        self.checked: object = None
-        self.addresses: tuple[object, Any] | None = None
+        self._kept = dict(kept)
+
+    def __getitem__(self, entry: CacheEntry) -> Tensor:
+        return self._kept[entry]
+
+    def __iter__(self) -> Iterator[CacheEntry]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
 
 class CacheDescription:
@@ -47,6 +56,7 @@ class CacheDescription:
 
     def __init__(self, shapes: Mapping[CacheEntry, tuple[torch.Size, torch.dtype]]) -> None:
         self.shapes = shapes
+        self._fitting: WeakSet[Recorded] = WeakSet()  # caches that were found to fit
 
     def check(self, cache: StepCache, signature: Signature, timesteps: tuple[Tensor | None, ...]) -> None:
         """Hold the cache of a call to what the sparse graph reads; one that was found to fit is not looked at again.
@@ -56,7 +66,7 @@ class CacheDescription:
         """
         if isinstance(cache, Recorded):
             _check_timesteps(cache.timesteps, timesteps)
-            if cache.checked is self:
+            if cache in self._fitting:
                 return
             if cache.signature.sample_shape != signature.sample_shape:
                 raise BaseMismatchError(
@@ -76,13 +86,13 @@ class CacheDescription:
                     f"{dtype}: record the base with inputs of this batch, size and dtype"
                 )
         if isinstance(cache, Recorded):
-            cache.checked = self
+            self._fitting.add(cache)
 
 
 def _check_timesteps(recorded: tuple[Tensor | None, ...], now: tuple[Tensor | None, ...]) -> None:
     for old, new in zip(recorded, now, strict=False):
         if old is not None and new is not None and not torch.equal(old, new):
             raise BaseMismatchError(
-                f"the cache is of timestep {old.tolist()}, this call is of {new.tolist()}: a sparse step repeats the "
-                "timestep that its base was recorded at"
+                f"this call is at timestep {new.tolist()}, the recorded one was at {old.tolist()}: a sparse step "
+                "repeats the timestep of the recorded call"
             )

@@ -7,6 +7,7 @@ one.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -132,6 +133,17 @@ class Lowered:
             if isinstance(node.meta.get("request"), CacheEntry):
                 specs[node.meta["request"]] = (node.meta["val"].shape, node.meta["val"].dtype)
         return specs
+
+    def record_nbytes(self, *, samples: int, activations: bool, attention: bool) -> int:
+        """Memory of what a base keeps of one call, in bytes; arguments as of ``Program.record``."""
+        kept = 0
+        if activations:
+            kept += sum(shape.numel() * dtype.itemsize for shape, dtype in self.cache_specs.values())
+        if attention:
+            for node in cross_attentions(self.dense):
+                query, key = (each.meta["val"] for each in node.args[:2])  # type: ignore[union-attr]
+                kept += samples * math.prod(query.shape[1:-1]) * key.shape[-2] * query.dtype.itemsize
+        return kept
 
     @cached_property
     def fetches(self) -> dict[Hoisted, tuple[CacheEntry, PlanTensor]]:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fisedit_compile.cache.memory import require_room
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.editing.base import Base, RecordedCall
+from fisedit_compile.editing.own_tokenizers import OwnTokenizers
+from fisedit_compile.editing.pipeline_call import PipelineCall
 from fisedit_compile.editing.prompt_alignment import align_prompts
+from fisedit_compile.editing.schedule import Schedule, refuse_noise_of_its_own
+from fisedit_compile.editing.step_callback import StepCallback
+from fisedit_compile.editing.step_macs import StepMacs
 from fisedit_compile.errors import BaseMismatchError, CaptureError, MaskError
-from fisedit_compile.ir.call import Call
+from fisedit_compile.ir.call import Call, Signature
 from fisedit_compile.masks.difference_mask import difference_mask
 from fisedit_compile.runtime.prepared import Prepared
 from fisedit_compile.runtime.timer import UNetTimer
@@ -24,23 +29,85 @@ DIFFERENCE_STEPS = (1, 10)
 
 
 class PipelineRun:
-    """The part that recording and editing share: it counts steps and U-Net calls and keeps the latents."""
+    """The part that recording and editing share: it counts steps and U-Net calls and keeps the latents.
 
-    def __init__(self, unet: SparseUNet, pipe: Any) -> None:
-        self.unet, self.pipe = unet, pipe
+    Args:
+        unet: the U-Net of the pipeline.
+        pipe: the pipeline, which is left alone.
+        tokenizers: of the editor.
+        callback: the user's own, to be run before ours; None without one.
+
+    Attributes:
+        schedule: the scheduler, its timesteps set; known at the first U-Net call.
+        latents: after each step so far.
+    """
+
+    schedule: Schedule
+
+    def __init__(self, unet: SparseUNet, pipe: Any, tokenizers: OwnTokenizers, callback: StepCallback | None) -> None:
+        self.unet, self.callback = unet, callback
+        self.call = PipelineCall(pipe, self._unet_call, tokenizers)
         self.timer = UNetTimer()
         self.latents: list[Tensor] = []
-        self.user_callback: Callable[..., dict[str, Any]] | None = None
         self.calls_made = 0
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline that runs."""
+        return self.call.pipe
 
     @property
     def step(self) -> int:
         """The denoising step that is being computed."""
         return len(self.latents)
 
-    def unet_call(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, **arguments: Any) -> Any:
+        """What the pipeline returns for ``arguments``.
+
+        Raises:
+            PipelineInterruptedError: ``_interrupt`` was set before the last step had ended.
+        """
+        names = ["latents", *(self.callback.tensor_inputs if self.callback else ())]
+        output = self.call(
+            **arguments,
+            callback_on_step_end=self._step_end,
+            callback_on_step_end_tensor_inputs=list(dict.fromkeys(names)),
+        )
+        self.finish()
+        return output
+
+    def begin(self, call: Call) -> None:
+        """Called at the first U-Net call, before anything is computed for it."""
+        raise NotImplementedError
+
+    def predict(self, call: Call) -> Tensor:
+        """The noise prediction of a U-Net call."""
+        raise NotImplementedError
+
+    def finish_step(self, latents: Tensor) -> Tensor:
+        """The latents that the next step starts from."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Called when the pipeline has returned."""
+        raise NotImplementedError
+
+    def samples(self, call: Call) -> int:
+        """Pictures in the batch, of which classifier-free guidance makes several parts."""
+        batch = call.signature.sample_shape[0]
+        parts = 2 if getattr(self.pipe, "do_classifier_free_guidance", False) else 1
+        if batch % parts:
+            raise CaptureError(f"{type(self.pipe).__name__} calls its U-Net with a batch of {batch}: no even number")
+        return batch // parts
+
+    def _unet_call(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the U-Net's ``forward``."""
-        out = self.predict(self.unet.call(*args, **kwargs))
+        self.call.raise_if_interrupted()
+        call = self.unet.call(*args, **kwargs)
+        if not self.calls_made:
+            self.schedule = Schedule.of(self.pipe.scheduler)
+            self.begin(call)
+        out = self.predict(call)
         self.calls_made += 1
         if kwargs.get("return_dict", True):
             from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
@@ -48,57 +115,48 @@ class PipelineRun:
             return UNet2DConditionOutput(sample=out)
         return (out,)
 
-    def step_end(self, pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+    def _step_end(self, pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         """The pipeline's ``callback_on_step_end``: the user's own first, then ours."""
-        changed = (self.user_callback(pipe, index, timestep, values) if self.user_callback else None) or {}
+        changed = self.callback(self.call, index, timestep, values) if self.callback else {}
+        self.call.raise_if_interrupted()
         latents = self.finish_step(changed.get("latents", values["latents"]))
         self.latents.append(latents.clone())
         return {**changed, "latents": latents}
-
-    def predict(self, call: Call) -> Tensor:
-        raise NotImplementedError
-
-    def finish_step(self, latents: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def finish(self) -> None:
-        """Called when the pipeline has returned."""
-
-    def samples(self, call: Call) -> int:
-        """Pictures in the batch: half of the U-Net's under classifier-free guidance."""
-        batch = call.signature.sample_shape[0]
-        return batch // 2 if self.pipe.do_classifier_free_guidance else batch
 
 
 class RecordRun(PipelineRun):
     """Generates a base: every call dense, with what edits read kept from it."""
 
-    def __init__(self, unet: SparseUNet, pipe: Any, config: SparsityConfig) -> None:
-        super().__init__(unet, pipe)
+    def __init__(
+        self,
+        unet: SparseUNet,
+        pipe: Any,
+        tokenizers: OwnTokenizers,
+        callback: StepCallback | None,
+        config: SparsityConfig,
+    ) -> None:
+        super().__init__(unet, pipe, tokenizers, callback)
         self.calls: list[RecordedCall] = []
         self._config = config
         self._steps = self._dense_steps = self._controlled_steps = 0
-        self.timesteps = torch.empty(0)
+
+    def begin(self, call: Call) -> None:
+        # Of the loop itself: Heun's scheduler makes two steps of one, a picture to start from saves some.
+        self._steps = getattr(self.pipe, "num_timesteps", None) or len(self.schedule.timesteps)
+        self._dense_steps = self._config.count_dense_steps(self._steps)
+        self._controlled_steps = min(self._dense_steps, round(self._config.cross_replace * self._steps))
+        self._require_room(call)
+        refuse_noise_of_its_own(self.pipe.scheduler)
 
     def predict(self, call: Call) -> Tensor:
-        if not self.calls:
-            # Of the loop itself: Heun's scheduler makes two steps of one, a picture to start from saves some.
-            self._steps = getattr(self.pipe, "num_timesteps", None) or len(self.pipe.scheduler.timesteps)
-            self._dense_steps = self._config.count_dense_steps(self._steps)
-            self._controlled_steps = min(self._dense_steps, round(self._config.cross_replace * self._steps))
         sparse, controlled = self.step >= self._dense_steps, self.step < self._controlled_steps
-        kept: dict[Any, Tensor] = {}
 
         def record() -> Tensor:
-            nonlocal kept
-            out, kept = self.unet.record(  # type: ignore[assignment]
-                call, samples=self.samples(call), activations=sparse, attention=controlled
-            )
+            out, kept = self.unet.record(call, samples=self.samples(call), activations=sparse, attention=controlled)
+            self.calls.append(RecordedCall(self.step, kept))
             return out
 
-        out = self.timer.time("record", call.tensors[0].device, record)
-        self.calls.append(RecordedCall(self.step, kept))
-        return out
+        return self.timer.time("record", call.tensors[0].device, record)
 
     def finish_step(self, latents: Tensor) -> Tensor:
         return latents
@@ -108,7 +166,32 @@ class RecordRun(PipelineRun):
             raise CaptureError(
                 f"{type(self.pipe).__name__} made {len(self.latents)} of {self._steps} steps: a base needs all of them"
             )
-        self.timesteps = self.pipe.scheduler.timesteps.clone()
+
+    @property
+    def callback_changes(self) -> str:
+        """The name of the user's callback and what it changed; empty if nothing."""
+        if self.callback is None or not self.callback.changed:
+            return ""
+        return f"{self.callback.name}, which changed {', '.join(sorted(self.callback.changed))}"
+
+    def _require_room(self, call: Call) -> None:
+        """Hold the memory of the base to what is free."""
+        lowered, samples = self.unet.program(call).lowered, self.samples(call)
+        activations = lowered.record_nbytes(samples=samples, activations=True, attention=False)
+        maps = lowered.record_nbytes(samples=samples, activations=False, attention=True)
+        latents = call.tensors[0].nbytes * samples // call.signature.sample_shape[0]
+        sparse_steps = self._steps - self._dense_steps
+        options = [f"fewer than {self._steps} steps", "a smaller height and width"]
+        options += [f"fewer than {samples} pictures at a time"] if samples > 1 else []
+        options += ["half precision (torch_dtype)"] if call.tensors[0].dtype.itemsize > 2 else []
+        options += ["Editor(pipe, {'attention': 'masked'})"] if self._config.attention == "full" else []
+        options += ["a lower cross_replace"] if self._controlled_steps else []
+        require_room(
+            sparse_steps * activations + self._controlled_steps * maps + self._steps * latents,
+            call.tensors[0].device,
+            f"A base of {self._steps} steps",
+            options,
+        )
 
 
 class EditRun(PipelineRun):
@@ -117,34 +200,37 @@ class EditRun(PipelineRun):
     mask: Tensor  # bool [n, h, w], known after the dense steps
 
     def __init__(
-        self, unet: SparseUNet, pipe: Any, base: Base, prompts: tuple[str, ...], given: Tensor | None, combine: str
+        self,
+        unet: SparseUNet,
+        pipe: Any,
+        tokenizers: OwnTokenizers,
+        callback: StepCallback | None,
+        base: Base,
+        prompts: tuple[str, ...],
+        given: Tensor | None,
+        combine: str,
     ) -> None:
-        super().__init__(unet, pipe)
+        super().__init__(unet, pipe, tokenizers, callback)
         self._base, self._given, self._combine = base, given, combine
-        self._prepared: Prepared | None = None
-        self._first_call: Call | None = None
+        self._prepared: dict[Signature, Prepared] = {}  # a callback may take a part of the batch away in the loop
         self.plan_ms = 0.0
-        mapper, keep = align_prompts(pipe, base.prompts, prompts, arguments=base.arguments, device=base.latents.device)
+        mapper, keep = align_prompts(
+            self.pipe, base.prompts, prompts, arguments=base.arguments, device=base.latents.device
+        )
         copies = len(base.latents) // len(prompts)  # num_images_per_prompt: the pipeline repeats each prompt
         self._mapper, self._keep = mapper.repeat_interleave(copies, 0), keep.repeat_interleave(copies, 0)
         if base.dense_steps == 0:
             assert given is not None
             self.mask = given
 
+    def begin(self, call: Call) -> None:
+        self._base.check_schedule(self.schedule)
+
     def predict(self, call: Call) -> Tensor:
-        if self._first_call is None:
-            self._check_schedule()
-            self._first_call = call
-        if self.calls_made >= len(self._base.calls):
-            raise BaseMismatchError("the pipeline calls its U-Net more often than for the base: use the same arguments")
-        recorded = self._base.calls[self.calls_made]
+        recorded = self._recorded_call(call)
         device = call.tensors[0].device
         if self.step >= self._base.dense_steps:
-            if self._prepared is None:
-                start = time.perf_counter()
-                self._prepared = self.unet.plan(call, self.mask)
-                self.plan_ms = (time.perf_counter() - start) * 1e3
-            prepared = self._prepared
+            prepared = self._prepare(call)
             return self.timer.time("sparse", device, lambda: self.unet.step(call, recorded.cache, prepared))
         if recorded.cache:
             controlled = self.unet.controlled
@@ -160,21 +246,52 @@ class EditRun(PipelineRun):
         # Outside the mask the picture is the base's, bit for bit, whatever the scheduler remembers of other steps.
         return torch.where(self.mask[:, None], latents, self._base.step_latents[step])
 
+    def finish(self) -> None:
+        if len(self.latents) != self._base.num_inference_steps:
+            raise BaseMismatchError(
+                f"the pipeline made {len(self.latents)} of the base's {self._base.num_inference_steps} steps: "
+                "an edit repeats all of them"
+            )
+
     @property
     def ran_dense(self) -> bool:
         """Whether the mask was so large that the steps behind it ran dense."""
-        return self._prepared is not None and self._prepared.dense
+        return self._first_prepared.dense
 
-    def macs(self) -> dict[str, float]:
-        """Multiply-accumulates of a dense and a sparse call of this edit, and their ratio."""
-        assert self._first_call is not None
-        assert self._prepared is not None
-        from fisedit_compile.macs.counter import MacCounter  # takes fvcore and diffusers, which an edit has no use for
+    def step_macs(self) -> StepMacs:
+        """What counts the multiply-accumulates of this edit's steps."""
+        return StepMacs(self._first_prepared.lowered, self.mask, dense=self.ran_dense)
 
-        counter = MacCounter(self.unet.program(self._first_call).lowered, check=False)
-        dense = counter.dense.total
-        sparse = dense if self.ran_dense else counter.step(self._prepared.plan).total
-        return {"dense_step": dense, "sparse_step": sparse, "ratio": dense / max(sparse, 1)}
+    @property
+    def _first_prepared(self) -> Prepared:
+        return next(iter(self._prepared.values()))
+
+    def _recorded_call(self, call: Call) -> RecordedCall:
+        """The base's call that this one repeats.
+
+        Raises:
+            BaseMismatchError: the pipeline's loop runs otherwise than for the base.
+        """
+        calls = self._base.calls
+        if self.calls_made >= len(calls):
+            raise BaseMismatchError("the pipeline calls its U-Net more often than for the base: use the same arguments")
+        recorded = calls[self.calls_made]
+        then, now = recorded.cache.signature.sample_shape, call.signature.sample_shape
+        if then != now:
+            who = [f"the edit has the callback {self.callback.name}"] if self.callback else []
+            who += [f"the base had {self._base.callback}"] if self._base.callback else []
+            raise BaseMismatchError(
+                f"at step {self.step} the U-Net is called with latents {list(now)}, and was with {list(then)} for the "
+                f"base: give both the same callback_on_step_end ({'; '.join(who) or 'neither has one that changed it'})"
+            )
+        return recorded
+
+    def _prepare(self, call: Call) -> Prepared:
+        if call.signature not in self._prepared:
+            start = time.perf_counter()
+            self._prepared[call.signature] = self.unet.plan(call, self.mask)
+            self.plan_ms += (time.perf_counter() - start) * 1e3
+        return self._prepared[call.signature]
 
     def _decide_mask(self, latents: list[Tensor]) -> Tensor:
         if self._given is not None and self._combine == "replace":
@@ -188,11 +305,3 @@ class EditRun(PipelineRun):
         if not mask.flatten(1).any(dim=1).all():
             raise MaskError("the mask that was found and the one given do not meet: give a larger one, or combine='or'")
         return mask
-
-    def _check_schedule(self) -> None:
-        timesteps = self.pipe.scheduler.timesteps
-        if timesteps.shape != self._base.timesteps.shape or not torch.equal(timesteps, self._base.timesteps):
-            raise BaseMismatchError(
-                f"the scheduler's {len(timesteps)} timesteps are not the base's {len(self._base.timesteps)}: "
-                "generate the base again with this scheduler"
-            )

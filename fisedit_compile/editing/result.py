@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from functools import cached_property
 from statistics import median
 from typing import Any
 
 from torch import Tensor
 
+from fisedit_compile.editing.step_macs import StepMacs
+
 
 @dataclass(frozen=True)
 class EditReport:
-    """How an edit was made and what it saved.
+    """How an edit was made and what it saved: numbers and words, which keep no cache alive and pickle.
 
     Attributes:
         mask_area: share of the latents that was recomputed, of all samples.
@@ -38,43 +38,52 @@ class EditReport:
     seconds: float
     ran_dense: bool
     background_identical: bool
-    count_macs: Callable[[], dict[str, float]] = field(repr=False, compare=False)
+    step_macs: StepMacs = field(repr=False, compare=False)
 
-    @cached_property
+    @property
     def macs(self) -> dict[str, float]:
-        """Multiply-accumulates of one dense and one sparse U-Net call, and their ratio; counted on first use."""
-        return self.count_macs()
+        """Multiply-accumulates of one dense and one sparse U-Net call, and their ratio; counted on first use.
+
+        Raises:
+            FiseditError: the editor is gone, or the report was pickled, before they were counted.
+        """
+        return self.step_macs.count()
 
     def to_dict(self) -> dict[str, Any]:
-        """A dict that ``json.dump`` takes."""
-        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "count_macs"}
+        """A dict that ``json.dump`` takes, with the multiply-accumulates."""
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "step_macs"}
         return {**values, "macs": self.macs}
 
     def __str__(self) -> str:
+        """One line; with the multiply-accumulates if they were counted before."""
         speedup = self.unet_ms["speedup"]
+        counted = self.step_macs.counted
+        savings = [f"1/{counted['ratio']:.1f} of the MACs"] if counted else []
+        savings += [f"1/{speedup:.1f} of the time"] if speedup else []
         return (
             f"mask {self.mask_area:.1%} of the picture ({self.mask_source}), "
-            f"{self.dense_steps} dense and {self.sparse_steps} sparse steps; a sparse step takes "
-            f"1/{self.macs['ratio']:.1f} of the MACs"
-            + (f" and 1/{speedup:.1f} of the time" if speedup else "")
+            f"{self.dense_steps} dense and {self.sparse_steps} sparse steps"
+            + (f"; a sparse step takes {' and '.join(savings)}" if savings else "")
             + (" (the mask is so large that they ran the dense U-Net)" if self.ran_dense else "")
             + f"; {self.seconds:.1f} s; background "
             + ("identical" if self.background_identical else "CHANGED")
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Edit:
     """An edited picture. Made by :meth:`fisedit_compile.Editor.edit`.
 
     Attributes:
         images: what the pipeline returned, one picture a sample.
+        nsfw: of each picture, whether the safety checker blackened it; None without a checker.
         mask: what was recomputed, bool ``[n, h, w]`` at latent resolution.
         latents: the final latents ``[n, c, h, w]``; outside the mask they are the base's, bit for bit.
         report: how it was made.
     """
 
     images: Any
+    nsfw: tuple[bool, ...] | None
     mask: Tensor
     latents: Tensor
     report: EditReport

@@ -7,6 +7,7 @@ same shapes and addresses. So what a graph reads is copied to where it was recor
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -19,6 +20,9 @@ from fisedit_compile.kernels.launch.triton_launch import compiling_alone
 from fisedit_compile.runtime.stage import Stage
 
 _Out = TypeVar("_Out")
+
+#: One thread captures at a time: a capture begins by emptying the allocator's cache, which all of them share.
+_capturing = threading.Lock()
 
 
 class GraphRecorder:
@@ -34,6 +38,7 @@ class GraphRecorder:
         self.device = device
         self.captures = 0
         self._cuda = device.type == "cuda"
+        self._turn = threading.RLock()
         self._done: torch.cuda.Event | None = None
         self._done_on: torch.cuda.Stream | None = None
         if self._cuda:
@@ -43,11 +48,12 @@ class GraphRecorder:
 
     @contextlib.contextmanager
     def in_turn(self) -> Iterator[None]:
-        """One run after the other, also where they are on different streams; on the current stream of the device.
+        """One run after the other, whatever threads and streams they are on; on the current stream of the device.
 
-        Buffers that are made inside outlive the caller's inference mode, in which they could not be written to later.
+        Where a run fails, the next one waits for what it had launched, and finds its buffers to itself as ever. Buffers
+        that are made inside outlive the caller's inference mode, in which they could not be written to later.
         """
-        with torch.inference_mode(False), torch.no_grad():
+        with self._turn, torch.inference_mode(False), torch.no_grad():
             if not self._cuda:
                 yield
                 return
@@ -55,10 +61,12 @@ class GraphRecorder:
                 stream = torch.cuda.current_stream()
                 if self._done is not None and self._done_on != stream:
                     stream.wait_event(self._done)
-                yield
-                self._done = self._done or torch.cuda.Event()
-                self._done.record(stream)
-                self._done_on = stream
+                try:
+                    yield
+                finally:
+                    self._done = self._done or torch.cuda.Event()
+                    self._done.record(stream)
+                    self._done_on = stream
 
     def record(self, run: Callable[[], _Out]) -> Callable[[], _Out]:
         """``run`` as one launch, to be called :meth:`in_turn`, too; what it returns is overwritten by the next.
@@ -74,7 +82,9 @@ class GraphRecorder:
             run()
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with use_semaphores(self._semaphores), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # "thread_local": what other threads do meanwhile, such as allocating memory, does not disturb the capture.
+        capture = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+        with _capturing, use_semaphores(self._semaphores), capture:
             out = run()
         self.captures += 1
 

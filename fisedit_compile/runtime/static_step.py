@@ -7,10 +7,12 @@ embeddings. Another mask is another plan to copy, never another graph.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -24,8 +26,9 @@ from fisedit_compile.planning.buckets import Bucket, pad_plan
 from fisedit_compile.planning.edit_plan import EditPlan
 from fisedit_compile.runtime.cuda_graph import GraphRecorder
 from fisedit_compile.runtime.stage import Stage
-from fisedit_compile.utils.announce import announce
 from fisedit_compile.utils.single_thread import single_thread
+
+logger = logging.getLogger(__name__)
 
 _ALIGNMENT = 256  # bytes, as torch's own allocator aligns
 
@@ -58,6 +61,7 @@ class Shared(GraphRecorder):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self.prompt: dict[Any, Tensor] = {}
+        self.addresses: WeakKeyDictionary[Recorded, Any] = WeakKeyDictionary()  # of its tensors, on the device
         self._prompt_of: object = None
         self._fetched: Tensor | None = None
 
@@ -178,13 +182,14 @@ class StaticStep:
         return out
 
     def _addresses(self, cache: StepCache) -> Any:
-        """Where the base's tensors lie, on the device; kept with the cache of a recorded call."""
-        if isinstance(cache, Recorded) and cache.addresses is not None and cache.addresses[0] is self._shared:
-            return cache.addresses[1]
+        """Where the base's tensors lie, on the device; found once for the cache of a recorded call."""
+        known = self._shared.addresses
+        if isinstance(cache, Recorded) and cache in known:
+            return known[cache]
         assert self._copies is not None
         addresses = self._copies.addresses([cache[entry] for entry in self._sources.values()])
         if isinstance(cache, Recorded):
-            cache.addresses = (self._shared, addresses)
+            known[cache] = addresses
         return addresses
 
     def _record(self) -> Callable[[], Tensor]:
@@ -192,8 +197,9 @@ class StaticStep:
         start, shared = time.perf_counter(), self._shared
         on_gpu = shared.device.type == "cuda"
         if on_gpu and not shared.captures:
-            announce("first sparse step: compiling kernels (their cache serves later processes) ...")
+            logger.info("first sparse step: compiling kernels (their cache serves later processes) ...")
         replay = shared.record(self.launch)
         if on_gpu:
-            announce(f"recorded the step for masks of {self.bucket.name} in {time.perf_counter() - start:.1f} s")
+            seconds = time.perf_counter() - start
+            logger.info("recorded the step for masks of %s in %.1f s", self.bucket.name, seconds)
         return replay

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -32,14 +34,32 @@ def test_what_is_described_is_what_is_recorded(made: tuple[Any, Any, Recorded]) 
     assert {entry.kind for entry in cache} == {"map", "scale", "shift", "value"}
 
 
-def test_a_recorded_cache_is_looked_at_once_and_its_timestep_each_time(made: tuple[Any, Any, Recorded]) -> None:
+def test_a_recorded_cache_is_held_to_its_timestep_each_time(made: tuple[Any, Any, Recorded]) -> None:
     program, call, cache = made
-    assert cache.checked is None
-    program.cache.check(cache, call.signature, (torch.tensor(500),))
-    assert cache.checked is program.cache
-    with pytest.raises(BaseMismatchError, match=r"of timestep 500, this call is of 480: a sparse step repeats"):
-        program.cache.check(cache, call.signature, (torch.tensor(480),))
+    for _ in range(2):
+        program.cache.check(cache, call.signature, (torch.tensor(500),))
+        with pytest.raises(BaseMismatchError, match=r"at timestep 480, the recorded one was at 500: a sparse step"):
+            program.cache.check(cache, call.signature, (torch.tensor(480),))
     program.cache.check(cache, call.signature, (None,))  # on a device: reading it would wait
+
+
+def test_a_recorded_cache_cannot_be_written_to_and_survives_copies(made: tuple[Any, Any, Recorded]) -> None:
+    program, call, cache = made
+    entry = next(iter(cache))
+    with pytest.raises(TypeError):
+        cache[entry] = torch.zeros(1)  # type: ignore[index]
+    program.cache.check(cache, call.signature, ())
+    for twin in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        assert twin.signature == cache.signature
+        assert list(twin) == list(cache)
+        assert all(torch.equal(twin[entry], cache[entry]) for entry in cache)
+        program.cache.check(twin, call.signature, ())
+
+
+def test_the_memory_of_a_call_is_known_before_it_is_recorded(made: tuple[Any, Any, Recorded]) -> None:
+    program, _, cache = made
+    nbytes = program.lowered.record_nbytes(samples=1, activations=True, attention=False)
+    assert nbytes == sum(kept.nbytes for kept in cache.values())
 
 
 @pytest.mark.parametrize("kind", ["map", "scale", "shift", "value"])

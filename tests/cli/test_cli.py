@@ -17,71 +17,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from skimage.metrics import structural_similarity
-from support.unets import UNets
+from support.pipelines import EDIT, PROMPT, tiny_pipeline
 
 from fisedit_compile.cli import main
 from fisedit_compile.editing.overview import DIFFERENCE_GAIN, PANEL_SIDE, draw_overview, mask_picture
 from fisedit_compile.editing.plain_pipeline import load_pipeline
 from fisedit_compile.quality.ssim import ssim
 
-PROMPT, EDIT = "a cat on the left", "a dog on the left"
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline folder: pictures of 32 x 32 from latents of 16 x 16, random weights, a few words."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from tokenizers.processors import TemplateProcessing
-    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
-    special = ["<bos>", "<eos>", "<pad>", "<unk>"]
-    words = {word: i for i, word in enumerate([*special, "a", "an", "cat", "dog", "on", "the", "left", "apple"])}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.post_processor = TemplateProcessing(
-        single="<bos> $A <eos>", special_tokens=[(token, words[token]) for token in special[:2]]
-    )
-    text = CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
-    pipe = StableDiffusionPipeline(
-        unet=UNets.fresh("micro", torch.float32),
-        vae=AutoencoderKL(
-            block_out_channels=(8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=32,
-        ),
-        text_encoder=CLIPTextModel(text),
-        tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            model_max_length=8,
-            bos_token="<bos>",
-            eos_token="<eos>",
-            pad_token="<pad>",
-            unk_token="<unk>",
-        ),
-        scheduler=DDIMScheduler(clip_sample=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    """The folder of a small pipeline."""
     folder = tmp_path_factory.mktemp("model")
-    pipe.save_pretrained(folder)
+    tiny_pipeline().save_pretrained(folder)
     return folder
 
 

@@ -223,7 +223,7 @@ def test_a_prompt_written_to_in_place_is_seen(fp64: Steps) -> None:
 def test_a_call_at_another_timestep_is_refused(fp64: Steps) -> None:
     sample, _, text = fp64.edits[0].tensors
     call = fp64.fixed.call(sample, torch.tensor(499), text)
-    with pytest.raises(BaseMismatchError, match=r"timestep 500, this call is of 499: a sparse step repeats"):
+    with pytest.raises(BaseMismatchError, match=r"at timestep 499, the recorded one was at 500: a sparse step"):
         fp64.fixed.step(call, fp64.base.cache, fp64.fixed.plan(call, square(0.2)))
 
 

@@ -1,0 +1,112 @@
+"""One call of a diffusers pipeline whose U-Net's calls go elsewhere; the pipeline itself is not changed.
+
+A pipeline keeps the state of its loop on itself (guidance scale, interruption) and in its scheduler, so two calls of
+one pipeline at a time would mix. Here each call has a copy: the same modules, but a scheduler of its own and a stand-in
+for the U-Net. Calls in other threads, of the pipeline itself or of other editors, see nothing of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from fisedit_compile.editing.own_tokenizers import OwnTokenizers
+from fisedit_compile.errors import PipelineInterruptedError
+
+_turns: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary()
+_turns_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def in_turn(pipe: Any) -> Iterator[None]:
+    """Within the context, no other thread is within it with a pipeline that shares a model with this one.
+
+    Pipelines write to their models while they run: they scale a text encoder's LoRA, and cast the VAE of SDXL.
+    """
+    models = sorted({part for part in pipe.components.values() if isinstance(part, torch.nn.Module)}, key=id)
+    with _turns_lock:
+        turns = [_turns.setdefault(model, threading.RLock()) for model in models]
+    with contextlib.ExitStack() as stack:
+        for turn in turns:  # in one order for all, so that no two threads wait for each other
+            stack.enter_context(turn)
+        yield
+
+
+class UNetRoute(torch.nn.Module):
+    """Stands for the U-Net in one call of a pipeline: has its attributes, and sends calls to ``handler``."""
+
+    def __init__(self, unet: torch.nn.Module, handler: Callable[..., Any]) -> None:
+        super().__init__()
+        self.unet = unet
+        self.training = unet.training
+        self._handler = handler
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("unet"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the handler returns; hooks of the U-Net are the handler's matter."""
+        return self._handler(*args, **kwargs)
+
+
+class PipelineCall:
+    """A call of ``pipe`` that is to be made once, :func:`in_turn`.
+
+    Args:
+        pipe: the pipeline.
+        unet_handler: what the calls of its U-Net go to.
+        tokenizers: of the editor.
+
+    Attributes:
+        pipe: the copy that runs; what callbacks are given as their pipeline.
+    """
+
+    def __init__(self, pipe: Any, unet_handler: Callable[..., Any], tokenizers: OwnTokenizers) -> None:
+        self._original = pipe
+        if getattr(pipe, "_interrupt", False):
+            pipe._interrupt = False  # as every call of a pipeline begins: it was meant for the one before
+        self.pipe = copy.copy(pipe)
+        # Not by setattr, which would write the modules' new classes into the pipeline's config.
+        state = vars(self.pipe)
+        state["unet"] = UNetRoute(pipe.unet, unet_handler)
+        state["scheduler"] = copy.deepcopy(pipe.scheduler)
+        state.update({name: tokenizers.of(name, part) for name, part in state.items() if name.startswith("tokenizer")})
+        # Offloading hooks belong to the pipeline itself, which sets them up anew at the end of each call.
+        state["maybe_free_model_hooks"] = pipe.maybe_free_model_hooks
+
+    def __call__(self, **arguments: Any) -> Any:
+        """What the pipeline returns.
+
+        Raises:
+            PipelineInterruptedError: see :meth:`raise_if_interrupted`, which the handlers of the call have to ask.
+        """
+        try:
+            return self.pipe(**arguments)
+        except PipelineInterruptedError:
+            self._original.maybe_free_model_hooks()  # the pipeline's loop was left before it could
+            raise
+
+    def raise_if_interrupted(self) -> None:
+        """Leave the loop if ``_interrupt`` was set, on the copy by a callback or on the pipeline by anyone.
+
+        Raises:
+            PipelineInterruptedError: it was.
+        """
+        if getattr(self.pipe, "_interrupt", False) or getattr(self._original, "_interrupt", False):
+            raise PipelineInterruptedError(
+                "stopped by pipe._interrupt: nothing was kept of this call, and it can be made again"
+            )
+
+    def original_state(self) -> dict[str, Any]:
+        """What the pipeline itself holds of its own loop, without the interruption: to see whether it is written to."""
+        state = vars(self._original)
+        return {name: state[name] for name in state if name.startswith("_") and name != "_interrupt"}

@@ -1,0 +1,72 @@
+"""What a base depends on beside the scheduler: the models of its pipeline, and how its words became tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fisedit_compile.runtime.model_state import ModelState
+from fisedit_compile.runtime.model_watch import ModelWatch
+from fisedit_compile.utils.frozen_mapping import FrozenMapping
+
+#: Parts of a pipeline that change no latents: the checker blackens pictures behind the decoder.
+_WITHOUT_EFFECT = ("safety_checker",)
+
+_TOKENIZERS = ("tokenizer", "tokenizer_2")
+
+
+@dataclass(frozen=True)
+class PipelineState:
+    """The models and tokenizers of a pipeline at one time; plain data, without any of them.
+
+    Attributes:
+        models: name of a part of the pipeline, ``"unet"`` or ``"text_encoder"`` for example, -> its state.
+        tokens: name of a tokenizer -> the token ids that it makes of the base's prompts.
+    """
+
+    models: Mapping[str, ModelState]
+    tokens: Mapping[str, tuple[tuple[int, ...], ...]]
+
+    def difference(self, now: PipelineState) -> str:
+        """What has changed up to ``now``, in words that fit behind "the base was generated with another"; or empty."""
+        for name in {**self.models, **now.models}:
+            title = "U-Net" if name == "unet" else name
+            before, after = self.models.get(name), now.models.get(name)
+            if before is None or after is None:
+                return f"{title} (there {'is one now' if before is None else 'was one'})"
+            if difference := before.difference(after):
+                return f"{title} ({difference})"
+        for name in {**self.tokens, **now.tokens}:
+            if self.tokens.get(name) != now.tokens.get(name):
+                return f"{name} (it makes other tokens of the base's prompts)"
+        return ""
+
+
+class PipelineWatch:
+    """Looks at the parts of a pipeline beside its U-Net, at which its :class:`~fisedit_compile.SparseUNet` looks."""
+
+    def __init__(self) -> None:
+        self._watches: dict[str, ModelWatch] = {}
+
+    def look(self, pipe: Any, unet: ModelState, prompts: Sequence[str]) -> PipelineState:
+        """The state now; ``unet`` is that of the U-Net, ``prompts`` are the base's."""
+        models = {"unet": unet}
+        for name, part in pipe.components.items():
+            if isinstance(part, torch.nn.Module) and name != "unet" and name not in _WITHOUT_EFFECT:
+                if name not in self._watches or self._watches[name].module is not part:
+                    self._watches[name] = ModelWatch(part)
+                models[name] = self._watches[name].look()
+        return PipelineState(FrozenMapping(models), FrozenMapping(_tokens(pipe, prompts)))
+
+
+def _tokens(pipe: Any, prompts: Sequence[str]) -> dict[str, tuple[tuple[int, ...], ...]]:
+    expand = getattr(pipe, "maybe_convert_prompt", lambda prompt, _: prompt)  # textual inversions, to a token a vector
+    tokens = {}
+    for name in _TOKENIZERS:
+        if (tokenizer := getattr(pipe, name, None)) is not None:
+            texts = [expand(prompt, tokenizer) for prompt in prompts]
+            tokens[name] = tuple(tuple(ids) for ids in tokenizer(texts)["input_ids"])
+    return tokens

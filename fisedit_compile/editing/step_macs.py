@@ -1,0 +1,55 @@
+"""Multiply-accumulates of an edit's steps, counted when somebody asks."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import Tensor
+
+from fisedit_compile.compiler.lowered import Lowered
+from fisedit_compile.cost_model.row_costs import RowCosts
+from fisedit_compile.errors import FiseditError
+
+
+class StepMacs:
+    """What is needed to count the steps of one edit. It keeps no graph, weight or cache alive, and pickles its result.
+
+    Args:
+        lowered: the graphs that the edit ran.
+        mask: what was recomputed, bool ``[n, h, w]``.
+        dense: the steps behind the mask ran the dense U-Net.
+
+    Attributes:
+        counted: the result of :meth:`count`; None before.
+    """
+
+    def __init__(self, lowered: Lowered, mask: Tensor, *, dense: bool) -> None:
+        self.counted: dict[str, float] | None = None
+        self._lowered: weakref.ref[Lowered] | None = weakref.ref(lowered)
+        self._mask, self._dense = mask.cpu(), dense
+
+    def count(self) -> dict[str, float]:
+        """Of a dense and a sparse call (``"dense_step"``, ``"sparse_step"``), and their ratio.
+
+        Raises:
+            FiseditError: the graphs are gone.
+        """
+        if self.counted is None:
+            lowered = self._lowered() if self._lowered else None
+            if lowered is None:
+                raise FiseditError(
+                    "the multiply-accumulates of this edit were not counted while its editor was there: read "
+                    "report.macs before the editor goes, and before the report is pickled"
+                )
+            from fisedit_compile.macs.counter import MacCounter  # takes fvcore, which an edit has no use for
+
+            costs = RowCosts.of(lowered) if lowered.config.blocks == "measured" else None
+            counter = MacCounter(lowered, check=False)
+            dense = counter.dense.total
+            sparse = dense if self._dense else counter.step(lowered.plan(self._mask, costs=costs)).total
+            self.counted = {"dense_step": dense, "sparse_step": sparse, "ratio": dense / max(sparse, 1)}
+        return self.counted
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"counted": self.counted, "_lowered": None}
