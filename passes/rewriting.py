@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
@@ -32,6 +34,7 @@ def make_call(
     *,
     module_path: str,
     row_layout: Layout | None = None,
+    val: Any = None,
 ) -> Node:
     """A new operation at the graph's insertion point, with its ``meta``.
 
@@ -41,10 +44,13 @@ def make_call(
         args, kwargs: its arguments; nodes among them need ``meta["val"]``.
         module_path: the module that the operation belongs to in reports.
         row_layout: where the rows lie if the result is rows, see ``meta["row_layout"]``.
+        val: a tensor of the result's shape and dtype, where they are known; None works them out.
     """
     node = graph.call_function(target, tuple(args), dict(kwargs or {}))
-    given, named = map_arg((node.args, node.kwargs), lambda arg: on_meta(arg.meta["val"]))
-    node.meta.update(val=shape_of_call(target, given, named), module_path=module_path, added=True)
+    if val is None:
+        given, named = map_arg((node.args, node.kwargs), lambda arg: on_meta(arg.meta["val"]))
+        val = shape_of_call(target, given, named)
+    node.meta.update(val=val, module_path=module_path, added=True)
     if row_layout is not None:
         node.meta["row_layout"] = row_layout
     return node
@@ -54,8 +60,14 @@ def gather(graph: Graph, value: Node, index: Node) -> Node:
     """A gather of the active pixels of a dense spatial value, at the graph's insertion point."""
     layout: Layout = value.meta["layout"]
     args = (value, index, list(layout.order), layout.pixel_dims)
-    path = value.meta["module_path"]
-    return make_call(graph, targets.GATHER_ROWS, args, module_path=path, row_layout=layout)
+    place = {"module_path": value.meta["module_path"], "row_layout": layout}
+    return make_call(graph, targets.GATHER_ROWS, args, **place, val=rows_val(value))
+
+
+def rows_val(value: Node) -> Tensor:
+    """A tensor on the meta device for ``meta["val"]`` of the rows of a dense spatial value, every pixel among them."""
+    val = value.meta["val"]
+    return torch.empty(value.meta["layout"].pixel_major(val.shape), dtype=val.dtype, device="meta")
 
 
 class RowBuilder:
@@ -64,17 +76,23 @@ class RowBuilder:
     Args:
         graph: the graph under rewriting; operations are made at its insertion point.
         inputs: the placeholders of the graph.
-        module_path: the module of the operation that is replaced.
+        op: the operation that is replaced.
     """
 
-    def __init__(self, graph: Graph, inputs: Inputs, module_path: str) -> None:
+    def __init__(self, graph: Graph, inputs: Inputs, op: Node) -> None:
         self.graph = graph
         self.inputs = inputs
-        self._module_path = module_path
+        self._op = op
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
-        """An operation of the module that is rewritten, see :func:`make_call`."""
-        return make_call(self.graph, target, args, kwargs, module_path=self._module_path)
+        """An operation that the row form reads, see :func:`make_call`."""
+        return make_call(self.graph, target, args, kwargs, module_path=self._op.meta["module_path"])
+
+    def form(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        """The row form itself: its result is the rows of what the operation gives."""
+        op = self._op
+        place = {"module_path": op.meta["module_path"], "row_layout": op.meta["layout"]}
+        return make_call(self.graph, target, args, kwargs, **place, val=rows_val(op))
 
     def rows(self, value: Node) -> Node:
         """The active pixels of a spatial value. If a scatter made the value, the two cancel in a later pass."""
@@ -101,7 +119,7 @@ def move_gathers(
         if op.target not in of_targets or not op.meta.get("region"):
             continue
         with graph.inserting_before(node):
-            new = build(RowBuilder(graph, inputs, op.meta["module_path"]), op)
+            new = build(RowBuilder(graph, inputs, op), op)
         new.meta["row_layout"] = op.meta["layout"]
         node.replace_all_uses_with(new)
         graph.erase_node(node)

@@ -27,7 +27,7 @@ def control_cross_attention(graph_module: GraphModule, config: SparsityConfig) -
     inputs = Inputs(graph)
     for node in cross_attentions(graph_module):
         maps, mapper, keep = _control_inputs(inputs, node)
-        build = RowBuilder(graph, inputs, node.meta["module_path"])
+        build = RowBuilder(graph, inputs, node)
         with graph.inserting_before(node):
             controlled = build.call(
                 controlled_attention, *node.args[:3], maps, mapper, keep, scale=node.kwargs.get("scale")

@@ -39,7 +39,7 @@ def record_activations(graph_module: GraphModule, entries: Sequence[CacheEntry],
     recorded = []
     for entry in entries:
         node = by_name[entry.node]
-        build = RowBuilder(graph, inputs, node.meta["module_path"])
+        build = RowBuilder(graph, inputs, node)
         with graph.inserting_before(output):
             if entry.kind == "map":
                 # A copy even where the map lies in this form already: it may be a view of an input or of the output,

@@ -13,16 +13,16 @@ reads any more. What is left decides which maps the base has to keep.
 
 from __future__ import annotations
 
-import torch
 from torch.fx import GraphModule
 
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.layout import Layout
+from fisedit_compile.ir.meta_interpreter import on_meta
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry, Inputs
 from fisedit_compile.passes import targets
 from fisedit_compile.passes.pass_report import PassReport
-from fisedit_compile.passes.rewriting import gather, make_call
+from fisedit_compile.passes.rewriting import gather, make_call, rows_val
 
 
 def insert_gather_scatter(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
@@ -33,15 +33,14 @@ def insert_gather_scatter(graph_module: GraphModule, config: SparsityConfig) -> 
     for node in [node for node in graph.nodes if node.meta.get("region")]:
         layout: Layout = node.meta["layout"]
         index, count = (inputs(PlanTensor(kind, layout.size)) for kind in ("index", "count"))
-        val = node.meta["val"]
-        pixels = torch.empty(layout.pixel_major(val.shape), dtype=val.dtype, device="meta")
-        base = inputs(CacheEntry(node.name, "map"), pixels)
+        val, path = node.meta["val"], node.meta["module_path"]
+        base = inputs(CacheEntry(node.name, "map"), rows_val(node))
         users = list(node.users)
         with graph.inserting_after(node):
             rows = gather(graph, node, index)
         with graph.inserting_after(rows):
             args = (rows, base, index, list(val.shape), list(layout.order), layout.pixel_dims)
-            full = make_call(graph, targets.SCATTER_ROWS, args, {"count": count}, module_path=node.meta["module_path"])
+            full = make_call(graph, targets.SCATTER_ROWS, args, {"count": count}, module_path=path, val=on_meta(val))
         full.meta["layout"] = layout
         for user in users:
             user.replace_input_with(node, full)

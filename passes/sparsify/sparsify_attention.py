@@ -48,13 +48,13 @@ def _attention_rows(build: RowBuilder, attention: Node, *, config: SparsityConfi
     if "layout" not in key.meta:
         tokens, text = (_tokens(build, node) for node in (key, value))
         counts = _text_offsets(build, key)
-        return build.call(targets.ATTENTION_ROWS, build.rows(query), tokens, text, offsets, counts, scale)
+        return build.form(targets.ATTENTION_ROWS, build.rows(query), tokens, text, offsets, counts, scale)
     rows = [build.rows(node) for node in (query, key, value)]
     if config.attention == "masked" or config.is_whole(size):
-        return build.call(targets.ATTENTION_ROWS, *rows, offsets, offsets, scale)
+        return build.form(targets.ATTENTION_ROWS, *rows, offsets, offsets, scale)
     row_of = build.inputs(PlanTensor("row_of", size))
     base = [arguments_of(node)["base"] for node in (key, value)]
-    return build.call(targets.ATTENTION_CACHED, *rows, *base, row_of, offsets, scale)
+    return build.form(targets.ATTENTION_CACHED, *rows, *base, row_of, offsets, scale)
 
 
 def _tokens(build: RowBuilder, value: Node) -> Node:

@@ -51,7 +51,7 @@ def _conv_rows(build: RowBuilder, conv: Node, *, config: SparsityConfig) -> Node
     kernel = tuple(weight.meta["val"].shape[2:])
     if kernel == (1, 1) and geometry == {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)} and not upsampled:
         flat = build.call(aten.flatten.using_ints, weight, 1)
-        return build.call(targets.LINEAR, build.rows(source), flat, bias)
+        return build.form(targets.LINEAR, build.rows(source), flat, bias)
 
     packed = pack_weight(build, weight)
     sizes: dict[str, Any] = {"source": source.meta["layout"].size, "target": conv.meta["layout"].size}
@@ -59,12 +59,12 @@ def _conv_rows(build: RowBuilder, conv: Node, *, config: SparsityConfig) -> Node
     taps = Taps(**sizes, kernel=kernel, **geometry, upsampled=upsampled, dense=not in_region)
     table = build.inputs(PlanTensor("table", taps))
     if not in_region:
-        return build.call(targets.CONV2D_ROWS, build.pixels(source), None, packed, bias, table)
+        return build.form(targets.CONV2D_ROWS, build.pixels(source), None, packed, bias, table)
     if config.is_whole(taps.source):
-        return build.call(targets.CONV2D_ROWS, build.rows(source), None, packed, bias, table)
+        return build.form(targets.CONV2D_ROWS, build.rows(source), None, packed, bias, table)
     base = arguments_of(source)["base"]
     halo = build.call(aten.index_select.default, base, 0, build.inputs(PlanTensor("halo", taps)))
-    return build.call(targets.CONV2D_ROWS, build.rows(source), halo, packed, bias, table)
+    return build.form(targets.CONV2D_ROWS, build.rows(source), halo, packed, bias, table)
 
 
 def pack_weight(build: RowBuilder, weight: Node) -> Node:

@@ -36,10 +36,10 @@ def _group_norm(build: RowBuilder, norm: Node, *, config: SparsityConfig) -> Nod
     size = norm.meta["layout"].size
     if config.is_whole(size):
         samples = norm.meta["val"].shape[0]
-        return build.call(targets.GROUP_NORM_WHOLE, build.rows(value), samples, groups, weight, bias, eps)
+        return build.form(targets.GROUP_NORM_WHOLE, build.rows(value), samples, groups, weight, bias, eps)
     val = norm.meta["val"]
     vectors = torch.empty(val.shape[:2], dtype=torch.promote_types(val.dtype, torch.float32), device="meta")  # [B, C]
     scale, shift = (build.inputs(CacheEntry(norm.name, kind), vectors) for kind in ("scale", "shift"))
-    return build.call(
+    return build.form(
         targets.GROUP_NORM_ROWS, build.rows(value), build.inputs(PlanTensor("sample", size)), scale, shift
     )

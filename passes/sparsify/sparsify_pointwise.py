@@ -46,13 +46,13 @@ def sparsify_pointwise(graph_module: GraphModule, config: SparsityConfig) -> Pas
 
 
 def _first_operand(build: RowBuilder, op: Node) -> Node:
-    return build.call(op.target, build.rows(op.args[0]), *op.args[1:], **op.kwargs)  # type: ignore[arg-type]
+    return build.form(op.target, build.rows(op.args[0]), *op.args[1:], **op.kwargs)  # type: ignore[arg-type]
 
 
 def _binary(build: RowBuilder, op: Node) -> Node:
     layout: Layout = op.meta["layout"]
     operands = [_operand(build, arg, layout) if isinstance(arg, Node) else arg for arg in op.args[:2]]
-    return build.call(op.target, *operands, *op.args[2:], **op.kwargs)  # type: ignore[arg-type]
+    return build.form(op.target, *operands, *op.args[2:], **op.kwargs)  # type: ignore[arg-type]
 
 
 def _operand(build: RowBuilder, value: Node, layout: Layout) -> Node:
@@ -75,7 +75,7 @@ def _operand(build: RowBuilder, value: Node, layout: Layout) -> Node:
 
 def _cat(build: RowBuilder, op: Node) -> Node:
     dim = op.meta["layout"].row_dim(arguments_of(op)["dim"])
-    return build.call(op.target, [build.rows(part) for part in op.args[0]], dim)  # type: ignore[arg-type, union-attr]
+    return build.form(op.target, [build.rows(part) for part in op.args[0]], dim)  # type: ignore[arg-type, union-attr]
 
 
 def _piece(build: RowBuilder, op: Node, made: dict[Node, Node]) -> Node:
@@ -86,7 +86,7 @@ def _piece(build: RowBuilder, op: Node, made: dict[Node, Node]) -> Node:
         dim = chunk.meta["layout"].row_dim(arguments_of(chunk)["dim"])
         rows = build.rows(chunk.args[0])  # type: ignore[arg-type]
         made[chunk] = build.call(chunk.target, rows, chunk.args[1], dim)
-    return build.call(targets.GETITEM, made[chunk], number)
+    return build.form(targets.GETITEM, made[chunk], number)
 
 
 def _view(build: RowBuilder, op: Node) -> Node:
@@ -99,7 +99,7 @@ def _view(build: RowBuilder, op: Node) -> Node:
         return rows
     if len(old) > 1:  # not by a view to [-1, ...], which is ambiguous where a mask gives no row at all
         rows = build.call(aten.flatten.using_ints, rows, 1)
-    return build.call(aten.unflatten.int, rows, 1, list(new)) if len(new) > 1 else rows
+    return build.form(aten.unflatten.int, rows, 1, list(new)) if len(new) > 1 else rows
 
 
 def _permute(build: RowBuilder, op: Node) -> Node:
@@ -110,4 +110,4 @@ def _permute(build: RowBuilder, op: Node) -> Node:
     after = [dim for dim in permutation(op) if dim in before]
     if before == after:
         return rows
-    return build.call(aten.permute.default, rows, [0, *(1 + before.index(dim) for dim in after)])
+    return build.form(aten.permute.default, rows, [0, *(1 + before.index(dim) for dim in after)])
