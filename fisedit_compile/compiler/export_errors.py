@@ -53,7 +53,7 @@ def _advice(unet: torch.nn.Module, error: BaseException, frames: list[FrameType]
         if not type(processor).__module__.startswith("diffusers.") and _code(type(processor).__call__) in running:
             return (
                 f"It happened in the attention processor {type(processor).__name__} of "
-                f"{path.removesuffix('.processor')}: unet.set_default_attn_processor() puts diffusers' own there."
+                f"{path.removesuffix('.processor')}: unet.set_attn_processor(AttnProcessor2_0()) restores diffusers'."
             )
     for path, module in unet.named_modules():
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import enum
 import functools
 import hashlib
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -25,27 +23,18 @@ from fisedit_compile.runtime.described_code import (
     members,
     qualified_name,
 )
+from fisedit_compile.runtime.plain_values import NAMED, SCALARS, canonical, is_opaque
 
 _CONTAINERS = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 
 #: Attributes of every module that torch itself keeps, and those that say nothing about what a model computes.
 _BOOKKEEPING = frozenset(nn.Module().__dict__) - {"training"} | {
     "_compiled_call_impl",
-    "_diffusers_hook",
-    "_hf_hook",
-    "_old_forward",
-    "_tome_info",
+    *("_diffusers_hook", "_hf_hook", "_old_forward", "_tome_info"),
+    *("_hf_peft_config_loaded", "_safe_fusing", "lora_scale", "peft_config"),  # what counts of a LoRA is in its layers
 }
 
 _FREEU = frozenset({"s1", "s2", "b1", "b2"})
-
-_SCALARS = frozenset({bool, int, float, complex, str, bytes, type(None)})
-_NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, enum.Enum, range, slice)
-
-#: Objects that a processor may hold without depending on what happens inside them.
-_OPAQUE_MODULES = ("diffusers.pipelines", "diffusers.schedulers", "diffusers.image_processor", "torch._dynamo")
-
-_LOOKED_INTO = ("diffusers", "peft", "accelerate", "fisedit_compile")
 
 
 class Description:
@@ -59,7 +48,8 @@ class Description:
     def __init__(self, module: nn.Module) -> None:
         self.values: dict[str, Any] = {}
         self.tensors: dict[str, Tensor] = {}
-        self._first: dict[int, str] = {}  # id of what was met -> its path
+        self._first: dict[int, str] = {}  # id of a module or tensor that was met -> its path
+        self._open: dict[int, str] = {}  # id of what is being described -> its path
         self._kept_alive: list[Any] = []  # so that no id is given twice
         self._containers = Containers()
         self._classes: set[type] = set()
@@ -100,33 +90,43 @@ class Description:
         for name in names:
             if name == "_internal_dict":
                 self._config(attributes[name], path)
+            elif name == "scaling" and "_active_adapter" in attributes:
+                self._scaling(module, path)
             elif not _says_nothing(module, name):
                 self._value(attributes[name], _join(path, name))
         for name, child in module._modules.items():
             if child is not None:
                 self._module(child, _join(path, name))
 
+    def _scaling(self, layer: nn.Module, path: str) -> None:
+        """The scales of a LoRA layer's active adapters; those of others do nothing."""
+        scaling, active = vars(layer)["scaling"], vars(layer)["_active_adapter"]
+        self._containers.add_dict(scaling)
+        for name in [active] if isinstance(active, str) else active:
+            if name in scaling:
+                self._value(scaling[name], f"{path}.scaling[{name!r}]")
+
     def _config(self, config: Mapping[str, Any], path: str) -> None:
         """The arguments that a diffusers model was made with; names with an underscore say where it came from."""
         for name, value in config.items():
             if not name.startswith("_"):
-                self.values[_join(path, f"config.{name}")] = _canonical(value)
+                self.values[_join(path, f"config.{name}")] = canonical(value)
 
     def _value(self, value: Any, path: str) -> None:
-        if type(value) in _SCALARS:
-            self.values[path] = _canonical(value)
+        if type(value) in SCALARS:
+            self.values[path] = canonical(value)
         elif isinstance(value, Tensor):
             self._tensor(value, path)
         elif isinstance(value, nn.Module):
             self._module(value, path)
-        elif isinstance(value, (*_NAMED, int, float, str)):
+        elif isinstance(value, (*NAMED, int, float, str)):
             self.values[path] = str(value)
-        elif isinstance(value, (list, tuple)):
+        elif isinstance(value, tuple):
             self._sequence(value, path)
-        elif isinstance(value, dict):
-            self._dict(value, path)
+        elif isinstance(value, (list, dict, FunctionType)):
+            self._within(value, path, self._function if isinstance(value, FunctionType) else self._container)
         elif isinstance(value, (set, frozenset)):
-            self.values[path] = tuple(sorted(map(str, map(_canonical, value))))
+            self.values[path] = tuple(sorted(map(str, map(canonical, value))))
             if isinstance(value, set):
                 self._containers.add_set(value)
         elif isinstance(value, BuiltinFunctionType):
@@ -134,8 +134,6 @@ class Description:
         elif isinstance(value, type):
             self.values[path] = qualified_name(value)
             self._class_code(value)
-        elif isinstance(value, FunctionType):
-            self._function(value, path)
         elif isinstance(value, MethodType):
             self._value(value.__func__, path)
             self._value(value.__self__, f"{path}.__self__")
@@ -146,31 +144,42 @@ class Description:
         elif isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
             self._tensor(torch.from_numpy(value), path)
         else:
-            self._object(value, path)
+            self._within(value, path, self._object)
+
+    def _within(self, value: Any, path: str, describe: Callable[[Any, str], None]) -> None:
+        """Describe what may hold itself. What several processors share is described for each of them."""
+        if id(value) in self._open:
+            self.values[f"{path}:is"] = self._open[id(value)]
+            return
+        self._open[id(value)] = path
+        self._kept_alive.append(value)
+        describe(value, path)
+        del self._open[id(value)]
+
+    def _container(self, value: list[Any] | dict[Any, Any], path: str) -> None:
+        if isinstance(value, list):
+            self._containers.add_list(value)
+            self._sequence(value, path)
+        else:
+            self._containers.add_dict(value)
+            self._dict(value, path)
 
     def _sequence(self, value: Sequence[Any], path: str) -> None:
-        if isinstance(value, list):
-            if not self._is_new(value, path):
-                return
-            self._containers.add_list(value)
-        if all(type(each) in _SCALARS for each in value):
-            self.values[path] = tuple(map(_canonical, value))
+        if all(type(each) in SCALARS for each in value):
+            self.values[path] = tuple(map(canonical, value))
             return
         self.values[path] = f"{len(value)} values"
         for i, each in enumerate(value):
             self._value(each, f"{path}[{i}]")
 
     def _dict(self, value: dict[Any, Any], path: str) -> None:
-        if not self._is_new(value, path):
-            return
-        self._containers.add_dict(value)
         self.values[path] = f"{len(value)} values"
         for i, (key, each) in enumerate(value.items()):
-            self._value(each, f"{path}[{_canonical(key)!r}]" if type(key) in _SCALARS else f"{path}[{i}]")
+            self._value(each, f"{path}[{canonical(key)!r}]" if type(key) in SCALARS else f"{path}[{i}]")
 
     def _object(self, value: Any, path: str) -> None:
         self.values[path] = qualified_name(type(value))
-        if _is_opaque(value) or not self._is_new(value, path):
+        if is_opaque(value):
             return
         self._class(type(value), path)
         attributes = getattr(value, "__dict__", None)
@@ -193,14 +202,12 @@ class Description:
             functions = list(functions_of(member))
             for function in functions:
                 if qualified_name(function) != path or not is_library(owner.__module__):
-                    self._function(function, f"class {path}")
+                    self._within(function, f"class {path}", self._function)
             if not functions and not is_library(owner.__module__):
                 self._value(member, f"class {path}")
 
     def _function(self, function: FunctionType, path: str) -> None:
         self.values[path] = qualified_name(function)
-        if not self._is_new(function, path):
-            return
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             try:
                 content = cell.cell_contents
@@ -241,18 +248,6 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _canonical(value: Any) -> Any:
-    """A plain value that equals what behaves alike, and that can be pickled.
-
-    Floats have 12 digits: scaling a LoRA for one call and back may change the last ones.
-    """
-    if isinstance(value, float):
-        return float(f"{value:.12g}") if math.isfinite(value) else str(value)
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_canonical, value))
-    return value if type(value) in _SCALARS else str(value)
-
-
 def _says_nothing(module: nn.Module, name: str) -> bool:
     """Whether an attribute is as good as missing.
 
@@ -264,10 +259,3 @@ def _says_nothing(module: nn.Module, name: str) -> bool:
     forward = vars(module)["forward"]
     plain = isinstance(forward, MethodType) and forward.__self__ is module
     return (plain and forward.__func__ is type(module).forward) or "_hf_hook" in vars(module)
-
-
-def _is_opaque(value: Any) -> bool:
-    module = type(value).__module__
-    if isinstance(value, ModuleType) or module.startswith(_OPAQUE_MODULES):
-        return True
-    return is_library(module) and module.partition(".")[0] not in _LOOKED_INTO

@@ -188,7 +188,8 @@ class Program:
             self._constants = constants
         else:  # the CUDA graphs read the old ones' memory
             for request, old in self._constants.items():
-                old.copy_(constants[request])
+                if old.data_ptr() != constants[request].data_ptr():  # else it is the weight itself
+                    old.copy_(constants[request])
 
     @cached_property
     def _shared(self) -> Shared:

@@ -58,22 +58,20 @@ def _lora(paths: list[str], before: Values, after: Values) -> Explained:
     for path in paths:
         layer = next((each for each in _prefixes(path) if each in layers), None)
         if layer is None:
-            explained.update({path: ""} if path.startswith("peft_config") else {})
             continue
         rest = path[len(layer) :]
         explained[path] = ""
-        if match := re.fullmatch(r"\.scaling\[('.*')\]", rest):
-            name = match[1]
-            if path not in before or path not in after:
-                explained[path] = f"LoRA adapter {name}: {'added' if path in after else 'removed'}"
-            else:
-                old, new = (_lora_weight(each, layer, name) for each in (before, after))
-                explained[path] = f"LoRA adapter {name}: weight {old} -> {new}"
-        elif rest == "._disable_adapters" and path in before and path in after:
+        both = path in before and path in after
+        if not both and (match := re.fullmatch(r"\.lora_alpha\[('.*')\]", rest)):
+            explained[path] = f"LoRA adapter {match[1]}: {'added' if path in after else 'removed'}"
+        elif both and (match := re.fullmatch(r"\.scaling\[('.*')\]", rest)):
+            old, new = (_lora_weight(each, layer, match[1]) for each in (before, after))
+            explained[path] = f"LoRA adapter {match[1]}: weight {old} -> {new}"
+        elif rest == "._disable_adapters" and both:
             explained[path] = f"LoRA adapters: {_on(not before[path])} -> {_on(not after[path])}"
-        elif rest == "._active_adapter" and path in before and path in after:
+        elif rest == "._active_adapter" and both:
             explained[path] = f"active LoRA adapters: {_listed(before[path])} -> {_listed(after[path])}"
-        elif rest == ".merged_adapters" and path in before and path in after:
+        elif rest == ".merged_adapters" and both:
             for name in sorted({*before[path]} ^ {*after[path]}):
                 explained[path] = f"LoRA adapter {name!r}: {'fused' if name in after[path] else 'no longer fused'}"
     if explained and not any(explained.values()):
