@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -46,17 +46,18 @@ def decoder_reach(vae: Any) -> int:
     Raises:
         ValueError: an autoencoder that cannot be built and run so.
     """
+    kind: Any = type(vae)
     try:
-        return _reach_of(type(vae), vae.to_json_string())
+        return _reach_of(kind, vae.to_json_string())
     except Exception as error:
         raise ValueError(
-            f"the decoder of {type(vae).__name__} cannot be built from its config to see how far it spreads a change; "
+            f"the decoder of {kind.__name__} cannot be built from its config to see how far it spreads a change; "
             f"{_OTHERWISE}"
         ) from error
 
 
 @lru_cache(maxsize=8)
-def _reach_of(kind: Any, config: str) -> int:
+def _reach_of(kind: Callable[..., Any], config: str) -> int:
     known = inspect.signature(kind.__init__).parameters
     with torch.device("meta"):
         vae = kind(**{name: value for name, value in json.loads(config).items() if name in known}).eval()

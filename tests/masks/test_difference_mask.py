@@ -217,6 +217,21 @@ class TestDifferenceMask:
         with pytest.raises(MaskError, match="same latents"):
             difference_mask(base, edit)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    def test_roundings_all_over_the_picture_are_none_and_a_small_box_above_them_is_found(
+        self, dtype: torch.dtype
+    ) -> None:
+        generator = torch.Generator().manual_seed(4)
+        base = torch.randn(10, 1, 4, 64, 64, generator=generator)
+        off = 1 + torch.finfo(dtype).eps * torch.randn(base.shape, generator=generator)
+        base, edit = base.to(dtype), (base.to(dtype).float() * off).to(dtype)
+        with pytest.raises(MaskError, match="same latents"):
+            difference_mask(base, edit)
+        edit[..., 20:30, 20:30] = (base.float() * (1 + 8 * torch.finfo(dtype).eps)).to(dtype)[..., 20:30, 20:30]
+        found = difference_mask(base, edit)
+        assert found[:, 20:30, 20:30].all()
+        assert found.float().mean() < 0.1
+
     def test_a_change_of_the_whole_picture_is_returned_with_a_warning(self, caplog: pytest.LogCaptureFixture) -> None:
         found = difference_mask(*generations([(slice(1, 31), slice(1, 23)), (slice(4, 8), slice(4, 8))]))
         assert "changes 100% of sample 0" in caplog.text
