@@ -138,6 +138,8 @@ class Editor:
             state = self._watch.look(run.pipe, self._unet.look(), prompts)
             start = time.perf_counter()
             images, nsfw = _pictures(run, prompt, generators, kept)
+            seconds = time.perf_counter() - start
+            state.read_weights()
             return Base(
                 images=images,
                 nsfw=nsfw,
@@ -150,7 +152,7 @@ class Editor:
                 schedule=run.schedule,
                 callback=run.callback_changes,
                 config=self.config,
-                seconds=time.perf_counter() - start,
+                seconds=seconds,
                 unet_ms=tuple(run.timer.milliseconds()["record"]),
                 pictures=owned(images),
             )

@@ -30,6 +30,15 @@ class PipelineState:
     models: Mapping[str, ModelState]
     tokens: Mapping[str, tuple[tuple[int, ...], ...]]
 
+    def read_weights(self) -> None:
+        """Read the weights once, so that they can be told from those of other processes and of exchanged models.
+
+        Raises:
+            BaseMismatchError: a model has changed since the state was taken.
+        """
+        for state in self.models.values():
+            state.digest()
+
     def difference(self, now: PipelineState) -> str:
         """What has changed up to ``now``, in words that fit behind "the base was generated with another"; or empty."""
         for name in {**self.models, **now.models}:

@@ -94,9 +94,14 @@ def _names(tensor_inputs: Any, pipe: Any) -> list[str]:
 
 
 def _differing(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
-    """Names whose values are other objects than before, or are new or gone."""
-    missing = object()
-    return {name for name in {*before, *after} if before.get(name, missing) is not after.get(name, missing)}
+    """Names whose values are new, gone, or others than before; of what is no plain value, other objects."""
+    common = before.keys() & after.keys()
+    return (before.keys() ^ after.keys()) | {name for name in common if not _is_same(before[name], after[name])}
+
+
+def _is_same(before: Any, after: Any) -> bool:
+    plain = isinstance(before, (int, float, str)) and type(before) is type(after)
+    return before is after or (plain and before == after)
 
 
 def _same(before: Tensor, after: Any) -> bool:

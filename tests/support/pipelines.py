@@ -63,7 +63,7 @@ def tiny_pipeline(**parts: Any) -> Any:
             pad_token="<pad>",
             unk_token="<unk>",
         ),
-        "scheduler": DDIMScheduler(clip_sample=False),
+        "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1),
         "safety_checker": None,
         "feature_extractor": None,
         "requires_safety_checker": False,
