@@ -34,6 +34,14 @@ def uses(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     return lambda test: test
 
 
+@uses("_inductor")
+def test_the_options_and_modes_of_inductor_are_listed() -> None:
+    from torch._inductor import list_mode_options, list_options
+
+    assert "max_autotune" in list_options()
+    assert list_mode_options()["reduce-overhead"]["triton.cudagraphs"] is True
+
+
 @uses("_pytree")
 def test_nested_arguments_flatten_and_come_back() -> None:
     from torch.utils import _pytree as pytree

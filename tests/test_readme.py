@@ -80,7 +80,7 @@ class TestPython:
     def test_a_step_changes_what_the_mask_covers_alone(
         self, folder: Path, call: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        # What Inductor would make of the U-Net runs outside both contexts of the backend, where the snippet has no call.
+        # Inductor compiles what runs outside both contexts of the backend, and the snippet makes no such call.
         monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: lambda graph_module, inputs: graph_module)
         (code,) = [code for code in snippets("python") if call in code]
         names = run(code)

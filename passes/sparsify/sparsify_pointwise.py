@@ -15,6 +15,7 @@ Rows have no dimensions of space, so that transposes and views between maps, tok
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from torch.fx import GraphModule, Node
 
@@ -85,7 +86,8 @@ def _piece(build: RowBuilder, op: Node, made: dict[Node, Node]) -> Node:
     if chunk not in made:
         dim = chunk.meta["layout"].row_dim(arguments_of(chunk)["dim"])
         rows = build.rows(chunk.args[0])  # type: ignore[arg-type]
-        made[chunk] = build.call(chunk.target, rows, chunk.args[1], dim)
+        split: Any = chunk.target
+        made[chunk] = build.call(split, rows, chunk.args[1], dim)
     return build.form(targets.GETITEM, made[chunk], number)
 
 

@@ -90,7 +90,8 @@ def check_against_dense(
 
     resized = conv.resize(x.double())
     reach = [conv.dilation * (taps - 1) + 1 - 2 * conv.padding for taps in conv.kernel]
-    hypothesis.assume(all(side >= least for side, least in zip(resized.shape[2:], reach, strict=True)))
+    if any(side < least for side, least in zip(resized.shape[2:], reach, strict=True)):
+        hypothesis.reject()  # a map that is smaller than the kernel has no output
     dense = F.conv2d(
         resized, weight.double(), None if shift is None else shift.double(), conv.stride, conv.padding, conv.dilation
     )

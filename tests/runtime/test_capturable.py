@@ -1,4 +1,4 @@
-"""What a captured graph cannot stand for is refused by name, before anything is computed; hooks are captured or named."""
+"""What an exported graph cannot stand for is refused by name before anything is computed; hooks go in, or are named."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def test_an_error_of_the_capture_says_where_and_what_fits_its_cause(name: str, u
 def test_arguments_that_the_unet_itself_fails_on_are_said_to_be_at_fault(unet: Any, inputs: Any) -> None:
     sparse = sparsify(unet)
     sample, timestep, text = inputs
-    with pytest.raises(CaptureError, match="attn2(?s:.*)arguments, too, they are at fault") as error:
+    with pytest.raises(CaptureError, match=r"attn2(?s:.*)arguments, too, they are at fault") as error:
         sparse.record(sparse.call(sample, timestep, text[:, :, :3]))
     assert "processor" not in str(error.value).splitlines()[-1]
 
