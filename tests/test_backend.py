@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
+from support.unets import UNets
 
 from fisedit_compile.architectures import build_unet, unet_inputs
 from fisedit_compile.backend import editing, fisedit, recording
 from fisedit_compile.errors import BaseMismatchError, CaptureError, MaskError
 from fisedit_compile.testing import assert_close
+
+
+def eager(graph_module, inputs, **_):
+    """Stands for Inductor, whose C++ takes a minute for a whole U-Net; what the backend adds around it is the same."""
+    return graph_module
 
 
 @pytest.fixture(scope="module")
@@ -18,8 +26,7 @@ def unet():
 
 @pytest.fixture(scope="module")
 def compiled(unet, monkeypatch_module):
-    # Inductor's C++ takes a minute for a whole U-Net; what the backend adds around it is the same with eager code.
-    monkeypatch_module.setattr(torch._dynamo, "lookup_backend", lambda name: lambda graph_module, inputs: graph_module)
+    monkeypatch_module.setattr(torch._dynamo, "lookup_backend", lambda name: eager)
     return torch.compile(unet, backend=fisedit, options={"dense_below": 8})
 
 
@@ -90,6 +97,171 @@ def test_refuses_a_part_of_a_unet(monkeypatch_module, compiled):
         part(torch.zeros(2, 4))
 
 
-def test_refuses_an_unknown_option(compiled):
-    with pytest.raises(Exception, match="unknown config field"):
-        torch.compile(torch.nn.Linear(4, 4), backend=fisedit, options={"sparsity": 1})(torch.zeros(2, 4))
+@pytest.mark.parametrize("option", ["sparsity", "triton.cudagraph"])
+def test_refuses_an_unknown_option(compiled, option):
+    with pytest.raises(Exception, match=rf"unknown option.*{option}.*dense_below.*Inductor"):
+        torch.compile(torch.nn.Linear(4, 4), backend=fisedit, options={option: 1})(torch.zeros(2, 4))
+
+
+def test_mode_and_options_of_inductor_are_its_own(monkeypatch_module, compiled):
+    given = []
+
+    def noted(graph_module, inputs, **options):
+        given.append(options)
+        return graph_module
+
+    monkeypatch_module.setattr(torch._dynamo, "lookup_backend", lambda name: noted)
+    try:
+        for arguments in (
+            {"mode": "reduce-overhead"},
+            {"options": {"dense_below": 8, "triton.cudagraphs": True, "max-autotune": False}},
+            {"mode": "default"},
+        ):
+            torch._dynamo.reset()
+            torch.compile(torch.nn.Linear(4, 4), backend=fisedit, **arguments)(torch.zeros(2, 4))
+    finally:
+        monkeypatch_module.setattr(torch._dynamo, "lookup_backend", lambda name: eager)
+        torch._dynamo.reset()
+    assert given == [
+        {"config_patches": {"triton.cudagraphs": True}},
+        {"config_patches": {"triton.cudagraphs": True, "max_autotune": False}},
+        {},
+    ]
+
+
+@pytest.fixture
+def micro(compiled):
+    """A U-Net of one's own, compiled, and its inputs for latents of any size."""
+    torch._dynamo.reset()
+    unet = UNets.fresh("micro", torch.float32)
+
+    def inputs(batch, height, width):
+        generator = torch.Generator().manual_seed(height + width)
+        text = torch.randn(batch, 7, unet.config.cross_attention_dim, generator=generator)
+        return torch.randn(batch, 4, height, width, generator=generator), torch.tensor(500), text
+
+    yield unet, torch.compile(unet, backend=fisedit, options={"dense_below": 4}), inputs
+    torch._dynamo.reset()
+
+
+def box(size):
+    mask = torch.zeros(1, *size, dtype=torch.bool)
+    mask[:, 2:7, 3:9] = True
+    return mask
+
+
+@torch.no_grad()
+def test_each_size_and_batch_records(micro):
+    unet, compiled, inputs = micro
+    for batch, height, width in ((2, 16, 16), (2, 16, 24), (2, 16, 16), (1, 24, 24)):
+        args = inputs(batch, height, width)
+        plain = unet(*args).sample
+        with recording() as base:
+            assert_close(compiled(*args).sample, plain)
+        with editing(base, box((height, width))):
+            assert_close(compiled(*args).sample, plain)
+        with editing(base, box((height, width))):
+            changed = compiled(args[0] + 1, *args[1:]).sample
+        outside = ~box((height, width))[:, None].expand_as(plain)
+        assert_close(changed[outside], plain[outside])
+        assert not torch.allclose(changed[~outside], plain[~outside])
+
+
+def _scale(unet):
+    for parameter in unet.parameters():
+        parameter.mul_(0.9)
+
+
+def _scale_data(unet):
+    for parameter in unet.parameters():
+        parameter.data *= 0.9
+
+
+def _exchange(unet):
+    for module in unet.mid_block.modules():
+        for name, each in list(module._parameters.items()):
+            if each is not None:
+                setattr(module, name, torch.nn.Parameter(each * 0.5, requires_grad=False))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [_scale, _scale_data, _exchange])
+def test_changed_weights_are_followed_and_an_old_recording_is_refused(micro, change):
+    unet, compiled, inputs = micro
+    args = inputs(2, 16, 16)
+    with recording() as old:
+        compiled(*args)
+    with editing(old, box((16, 16))):
+        compiled(*args)
+    change(unet)
+    with editing(old, box((16, 16))), pytest.raises(BaseMismatchError, match="record the call again"):
+        compiled(*args)
+    plain = unet(*args).sample
+    with recording() as new:
+        assert_close(compiled(*args).sample, plain)
+    with editing(new, box((16, 16))):
+        assert_close(compiled(*args).sample, plain)
+
+
+@torch.no_grad()
+def test_weights_that_change_within_an_edit_are_refused(micro):
+    unet, compiled, inputs = micro
+    args = inputs(2, 16, 16)
+    with recording() as base:
+        compiled(*args)
+        compiled(*args)
+    with editing(base, box((16, 16))):
+        compiled(*args)
+        _scale(unet)
+        with pytest.raises(BaseMismatchError, match="record the call again"):
+            compiled(*args)
+
+
+@torch.no_grad()
+def test_the_scale_of_a_lora_is_followed_and_an_old_recording_is_refused(micro):
+    """Once it has changed, Dynamo keeps it open: a number of the model among the inputs of the compiled graph."""
+    peft = pytest.importorskip("peft")
+    unet, compiled, inputs = micro
+    unet.add_adapter(
+        peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False), adapter_name="snow"
+    )
+    args = inputs(2, 16, 16)
+    bases = []
+    for scale in (1.0, 0.4, 0.2):
+        unet.set_adapters(["snow"], [scale])
+        plain = unet(*args).sample
+        for base in bases:
+            with editing(base, box((16, 16))), pytest.raises(BaseMismatchError):
+                compiled(*args)
+        with recording() as base:
+            assert_close(compiled(*args).sample, plain)
+        with editing(base, box((16, 16))):
+            assert_close(compiled(*args).sample, plain)
+        bases.append(base)
+
+
+@torch.no_grad()
+def test_threads_take_turns(micro):
+    unet, compiled, inputs = micro
+    sizes = [(1, 16, 16), (2, 16, 16)]
+    bases, plain, edited = {}, {}, {}
+    for size in sizes:
+        plain[size] = unet(*inputs(*size)).sample
+        with recording() as bases[size]:
+            compiled(*inputs(*size))
+
+    @torch.no_grad()
+    def edit(size):
+        for _ in range(3):
+            with editing(bases[size], box(size[1:])):
+                edited.setdefault(size, []).append(compiled(*inputs(*size)).sample)
+
+    threads = [threading.Thread(target=edit, args=(size,)) for size in sizes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for size in sizes:
+        assert len(edited[size]) == 3
+        for each in edited[size]:
+            assert_close(each, plain[size])

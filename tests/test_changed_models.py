@@ -149,7 +149,7 @@ CHANGES = {
     "value of a processor": Change(
         lambda unet: unet.set_attn_processor(Weaker(0.3)),
         lambda unet: unet.set_attn_processor(Weaker(0.5)),
-        "attention processor of .*: share: 0.5 -> 0.3",
+        "attention processor of .* and 7 more: share: 0.5 -> 0.3",
         prepare=lambda unet: unet.set_attn_processor(Weaker(0.5)),
     ),
     "IP-Adapter scale": Change(

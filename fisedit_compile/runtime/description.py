@@ -220,15 +220,21 @@ class Description:
         self.values[f"{path}:code"] = code_digest(function.__code__)
         self._value(function.__defaults__, f"{path}:defaults")
         self._value(function.__kwdefaults__, f"{path}:keyword_defaults")
-        for name in dict.fromkeys(global_names(function.__code__)):
-            if name in function.__globals__:
-                self._lookup(function.__globals__, name, path)
+        names = dict.fromkeys(global_names(function.__code__))
+        for name in names:
+            found = function.__globals__.get(name, function)
+            if not isinstance(found, ModuleType):
+                if found is not function:
+                    self._lookup(function.__globals__, name, path)
+            elif not is_library(found.__name__):  # which of the names are looked up in it is not known
+                for each in names:
+                    if each in vars(found):
+                        self._lookup(vars(found), each, f"{path}.{name}")
 
     def _lookup(self, names: Mapping[str, Any], name: str, path: str) -> None:
         """A name that a function looks up in its module when it is called."""
         self._containers.add_name(names, name)
-        if not isinstance(names[name], ModuleType):
-            self._value(names[name], f"{path}.{name}")
+        self._value(names[name], f"{path}.{name}")
 
     def _tensor(self, tensor: Tensor, path: str) -> None:
         if self._is_new(tensor, path):

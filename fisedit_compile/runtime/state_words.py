@@ -103,6 +103,7 @@ def _hooks(paths: list[str], before: Values, after: Values) -> Explained:
 
 def _processors(paths: list[str], before: Values, after: Values) -> Explained:
     changes: dict[str, list[str]] = {}  # what changed -> the attention layers
+    seen: set[tuple[str, str]] = set()
     explained: Explained = {}
     for path in paths:
         match = re.match(r"(.*)\.processor(?=[.:\[]|$)", path)
@@ -116,7 +117,11 @@ def _processors(paths: list[str], before: Values, after: Values) -> Explained:
         elif "IPAdapter" in new and rest.startswith("scale"):
             explained[path] = f"IP-Adapter scale: {_shown(before, path)} -> {_shown(after, path)}"
             continue
-        else:
+        else:  # of what a value of the processor holds itself, the value's first difference says it all
+            attribute = re.split(r"[.:\[]", rest)[0]
+            if (where, attribute) in seen:
+                continue
+            seen.add((where, attribute))
             change = _change(rest, path, before, after)
         if match[1] not in changes.setdefault(change, []):
             changes[change].append(match[1])
@@ -134,7 +139,7 @@ def _code(paths: list[str], before: Values, after: Values) -> Explained:
         if path.startswith("class "):
             name = path.removeprefix("class ").partition(":")[0]
             both = path in before and path in after
-            explained[path] = f"code of {name}: changed" if both or is_library(name) else ""
+            explained[path] = f"{name}: changed" if both or is_library(name) else ""
     return explained
 
 

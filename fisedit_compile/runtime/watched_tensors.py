@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fisedit_compile.runtime.checksums import checksums
-from fisedit_compile.runtime.weight_samples import WeightSamples
+from fisedit_compile.runtime.weight_samples import SamplesOnGPU, SamplesOnHost, sample_weights
 
 _VERSION = operator.attrgetter("_version")
 
@@ -43,7 +43,7 @@ class WatchedTensors:
 
     def __post_init__(self) -> None:
         self._watched = [_Watched(each, next(self._stamps)) for each in self.tensors.values()]
-        self._samples: list[tuple[list[_Watched], WeightSamples]] = []
+        self._samples: list[tuple[list[_Watched], SamplesOnGPU | SamplesOnHost]] = []
 
     def succeeded_by(self, tensors: dict[str, Tensor]) -> WatchedTensors:
         """These tensors instead; what is known of those that are among both is kept."""
@@ -87,12 +87,12 @@ class WatchedTensors:
             watched.checksum = checksum
         return tuple(str(each.checksum) for each in self._watched)
 
-    def _sample(self) -> list[tuple[list[_Watched], WeightSamples]]:
+    def _sample(self) -> list[tuple[list[_Watched], SamplesOnGPU | SamplesOnHost]]:
         groups: dict[torch.device, list[_Watched]] = {}
         for watched in self._watched:
             if not watched.tensor.is_meta and watched.tensor.numel():
                 groups.setdefault(watched.tensor.device, []).append(watched)
-        return [(group, WeightSamples([each.tensor for each in group])) for group in groups.values()]
+        return [(group, sample_weights([each.tensor for each in group])) for group in groups.values()]
 
 
 def _versions(tensors: list[Tensor]) -> list[int]:

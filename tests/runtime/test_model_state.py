@@ -193,6 +193,14 @@ def _global_of_a_hook(unet: Any) -> Callable[[], object]:
     return lambda: FACTOR.update(value=2.0)
 
 
+def _global_of_another_module(unet: Any) -> Callable[[], object]:
+    namespace: dict[str, Any] = {"module": sys.modules[__name__]}
+    exec("def hook(module_, args, out): return out * module.FACTOR['value']", namespace)
+    FACTOR["value"] = 1.0
+    unet.conv_in.register_forward_hook(namespace["hook"])
+    return lambda: FACTOR.update(value=3.0)
+
+
 def _tensor_of_a_processor(unet: Any) -> Callable[[], object]:
     processor = Halved(torch.tensor(0.5))  # type: ignore[arg-type]
     unet.set_attn_processor(processor)
@@ -211,7 +219,7 @@ CHANGES: dict[str, tuple[Callable[[Any], Callable[[], object]], str]] = {
     ),
     "value of a processor": (
         lambda unet: unet.set_attn_processor(Halved()) or (lambda: unet.set_attn_processor(Halved(0.3))),
-        r"attention processor of .*attn1: share: 0.5 -> 0.3",
+        r"attention processor of .* and 7 more: share: 0.5 -> 0.3",
     ),
     "list of a processor": (_lists_of_a_processor, r"attention processor of .*: scale.*"),
     "tensor of a processor": (_tensor_of_a_processor, r"weights of .*processor"),
@@ -221,6 +229,7 @@ CHANGES: dict[str, tuple[Callable[[Any], Callable[[], object]], str]] = {
     ),
     "closure of a hook": (_closure_of_a_hook, r"hook .*lambda.* of conv_in: changed"),
     "global of a hook": (_global_of_a_hook, r"hook .*lambda.* of conv_in: changed"),
+    "global of another module": (_global_of_another_module, r"hook .*hook of conv_in: changed"),
     "attribute": (
         lambda unet: lambda: setattr(unet.mid_block.resnets[0], "output_scale_factor", 2.0),
         r"mid_block.resnets.0.output_scale_factor: 1 -> 2.0",
