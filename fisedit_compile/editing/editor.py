@@ -22,6 +22,7 @@ from fisedit_compile.editing.arguments import (
     owned,
     refuse_unknown,
 )
+from fisedit_compile.editing.background import PixelBackground
 from fisedit_compile.editing.base import Base
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.editing.pipeline_call import in_turn
@@ -37,6 +38,7 @@ from fisedit_compile.sparse_unet import SparseUNet, sparsify
 from fisedit_compile.utils.frozen_mapping import FrozenMapping
 
 Combine = Literal["replace", "and", "or"]
+Background = Literal["pixels", "latents"]
 
 
 class Editor:
@@ -164,6 +166,7 @@ class Editor:
         mask: MaskLike | None = None,
         *,
         combine: Combine = "replace",
+        background: Background = "pixels",
         callback_on_step_end: Callable[..., Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
         **arguments: Any,
@@ -177,22 +180,28 @@ class Editor:
                 one for all samples or one each.
             combine: with a mask given: ``"replace"`` uses it alone, ``"and"`` / ``"or"`` cut or join it with the one
                 that is found.
+            background: ``"pixels"``: away from the mask the picture is the base's, bit for bit
+                (:class:`~fisedit_compile.editing.background.PixelBackground`); ``"latents"``: the picture as the
+                pipeline decodes it, whose latents outside the mask are the base's.
             callback_on_step_end, callback_on_step_end_tensor_inputs: as the pipeline takes them; it sees the latents
                 before the background is restored.
             arguments: none; an edit repeats those of its base, and says so where one is given.
 
         Raises:
             BaseMismatchError: a base of another model, tokenizer, scheduler, config or callback.
-            MaskError: a mask of no pixels, not finite, or for another number of samples; or none can be found.
+            MaskError: a mask of no pixels, not finite, or for another number of samples; or none can be found; or the
+                words of a sample change nothing that its text encoder sees.
             PipelineInterruptedError: ``pipe._interrupt`` was set before the last step had ended.
             ValueError: a prompt that is the base's own, or another number of prompts than the base has; an argument
-                that an edit does not take.
+                that an edit does not take; or pictures whose background cannot be the base's in pixels.
         """
         if not isinstance(base, Base):
             raise ValueError(f"base is of type {type(base).__name__}: pass what editor.generate(...) returned")
         prompts = check_prompts(prompt)
         self._refuse_arguments(arguments)
         _check_edit(base, prompts, mask, combine)
+        if background not in get_args(Background):
+            raise ValueError(f"background={background!r}: choose 'pixels' or 'latents'")
         callback = self._callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         if base.callback and callback is None:
             raise BaseMismatchError(
@@ -212,8 +221,15 @@ class Editor:
                 raise BaseMismatchError(
                     f"the base lies on {base.latents.device}, the U-Net on {device}: move the pipeline"
                 )
+            keep = None
+            if background == "pixels":
+                keep = PixelBackground.of(run.pipe, base.pictures, base.latents, base.arguments)
             start = time.perf_counter()
             images, nsfw = _pictures(run, prompt, base.rewound_generators(), owned(dict(base.arguments)))
+            uncomposed: tuple[int, ...] = ()
+            if keep is not None:
+                flags = {"base_flags": base.nsfw, "edit_flags": nsfw}
+                images, uncomposed = keep.compose(base.pictures, images, run.mask, **flags)
             seconds = time.perf_counter() - start
             final, edited = run.latents[-1], run.mask[:, None].expand_as(base.latents)
             times = run.timer.milliseconds()
@@ -230,6 +246,8 @@ class Editor:
             seconds=seconds,
             ran_dense=run.ran_dense,
             background_identical=torch.equal(final[~edited], base.latents[~edited]),
+            background=background,
+            uncomposed=uncomposed,
             step_macs=run.step_macs(),
         )
         return Edit(images=images, nsfw=nsfw, mask=run.mask, latents=final, report=report)
@@ -243,7 +261,7 @@ class Editor:
         for name, value in arguments.items():
             if name in parameters:
                 raise ValueError(f"{name}: an edit repeats what its base was generated with; generate a base with it")
-            known = ("base", "prompt", "mask", "combine", "callback_on_step_end", *parameters)
+            known = ("base", "prompt", "mask", "combine", "background", "callback_on_step_end", *parameters)
             refuse_unknown(name, value, known, "edit(...) does not take it")
 
 

@@ -14,6 +14,7 @@ from fisedit_compile.editing.base import Base, RecordedCall
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.editing.pipeline_call import PipelineCall
 from fisedit_compile.editing.prompt_alignment import align_prompts
+from fisedit_compile.editing.prompt_tokens import check_text_length
 from fisedit_compile.editing.schedule import Schedule, refuse_noise_of_its_own
 from fisedit_compile.editing.step_callback import StepCallback
 from fisedit_compile.editing.step_macs import StepMacs
@@ -145,6 +146,8 @@ class RecordRun(PipelineRun):
         self._steps = getattr(self.pipe, "num_timesteps", None) or len(self.schedule.timesteps)
         self._dense_steps = self._config.count_dense_steps(self._steps)
         self._controlled_steps = min(self._dense_steps, round(self._config.cross_replace * self._steps))
+        if self._controlled_steps:
+            check_text_length(self.pipe, call.kwargs["encoder_hidden_states"].shape[1])
         self._require_room(call)
         refuse_noise_of_its_own(self.pipe.scheduler)
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from fisedit_compile.errors import CaptureError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -79,6 +81,25 @@ def pipeline_prompts(
         (tokenizer, [expand(prompt, tokenizer) if expand else prompt for prompt in texts])
         for tokenizer, texts in zip(given, (list(prompts), second), strict=False)
     ]
+
+
+def check_text_length(pipe: Any, tokens: int) -> None:
+    """Hold the tokenizers of a pipeline to the number of text tokens that its U-Net is given.
+
+    Args:
+        pipe: the diffusers pipeline.
+        tokens: T of ``encoder_hidden_states``, ``[B, T, width]``.
+
+    Raises:
+        CaptureError: another number than a tokenizer pads prompts to, so that no token could be said to be a word.
+    """
+    for tokenizer, _ in pipeline_prompts(pipe, [], {}):
+        if tokenizer.model_max_length != tokens:
+            raise CaptureError(
+                f"{type(pipe).__name__} gives its U-Net {tokens} text tokens where its {type(tokenizer).__name__} "
+                f"makes {tokenizer.model_max_length} of a prompt, so the words of two prompts cannot be aligned: set "
+                "cross_replace=0.0 in the editor's config, which turns Prompt-to-Prompt off"
+            )
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str) -> PromptTokens:

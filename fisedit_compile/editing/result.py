@@ -25,6 +25,10 @@ class EditReport:
         seconds: wall time of the whole edit.
         ran_dense: whether the mask was larger than ``dense_above``, so that the steps behind the mask ran dense, too.
         background_identical: whether the final latents outside the mask have the base's bits.
+        background: ``"pixels"``: away from the mask the pictures are the base's, bit for bit; ``"latents"``: they are
+            as the pipeline decoded them.
+        uncomposed: samples whose picture is as the pipeline returned it although ``background`` is ``"pixels"``: the
+            safety checker blackened it, or the base's.
     """
 
     mask_area: float
@@ -38,6 +42,8 @@ class EditReport:
     seconds: float
     ran_dense: bool
     background_identical: bool
+    background: str
+    uncomposed: tuple[int, ...]
     step_macs: StepMacs = field(repr=False, compare=False)
 
     @property
@@ -66,7 +72,8 @@ class EditReport:
             + (f"; a sparse step takes {' and '.join(savings)}" if savings else "")
             + (" (the mask is so large that they ran the dense U-Net)" if self.ran_dense else "")
             + f"; {self.seconds:.1f} s; background "
-            + ("identical" if self.background_identical else "CHANGED")
+            + (f"identical in {self.background}" if self.background_identical else "CHANGED")
+            + (f" (not in sample(s) {', '.join(map(str, self.uncomposed))}: blackened)" if self.uncomposed else "")
         )
 
 
@@ -75,7 +82,8 @@ class Edit:
     """An edited picture. Made by :meth:`fisedit_compile.Editor.edit`.
 
     Attributes:
-        images: what the pipeline returned, one picture a sample.
+        images: one picture a sample, of the kind that the pipeline returns; ``report.background`` says what is the
+            base's in them.
         nsfw: of each picture, whether the safety checker blackened it; None without a checker.
         mask: what was recomputed, bool ``[n, h, w]`` at latent resolution.
         latents: the final latents ``[n, c, h, w]``; outside the mask they are the base's, bit for bit.

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
 
+from fisedit_compile import Editor
 from fisedit_compile.editing.background import PixelBackground, decoder_reach
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -238,3 +241,69 @@ class TestOf:
         arguments = {"pipe": pipe(), "pictures": pictures("np", 2, 1), "arguments": {}, **given}
         with pytest.raises(ValueError, match=f"{message}.*background='latents'"):
             PixelBackground.of(arguments["pipe"], arguments["pictures"], self.latents, arguments["arguments"])
+
+
+CAT, DOG = "a cat on a green background", "a dog on a green background"
+
+
+@pytest.fixture(scope="module")
+def editor() -> Editor:
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(Path(__file__).parents[2] / "examples" / "demo_model")
+    pipe.set_progress_bar_config(disable=True)
+    return Editor(pipe, {"dense_below": 8, "dense_steps": 1})
+
+
+def generate(editor: Editor, output_type: str) -> Any:
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    size = {"height": 64, "width": 128}
+    return editor.generate(
+        [CAT, CAT], num_inference_steps=2, generator=generators, output_type=output_type, guidance_scale=5.0, **size
+    )
+
+
+class TestEditsOfAPipeline:
+    mask = torch.zeros(2, 16, 32, dtype=torch.bool)
+    mask[0, 2:6, 2:6] = mask[1, 9:14, 22:28] = True
+
+    @pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
+    def test_far_pixels_are_the_base_s_and_those_of_the_mask_the_decoder_s(
+        self, editor: Editor, output_type: str
+    ) -> None:
+        base = generate(editor, output_type)
+        edit = editor.edit(base, [DOG, DOG], self.mask)
+        raw = editor.edit(base, [DOG, DOG], self.mask, background="latents")
+        assert torch.equal(edit.latents, raw.latents)
+        old, new, decoded = (pixels_of(each.images) for each in (base, edit, raw))
+        pixels = self.mask.repeat_interleave(4, 1).repeat_interleave(4, 2).float()
+        reach = decoder_reach(editor.pipe.vae)
+        far = F.max_pool2d(pixels, 2 * reach + 1, stride=1, padding=reach).numpy() == 0
+        assert far.any()
+        assert np.array_equal(new[far], old[far])
+        assert not np.array_equal(decoded[far], old[far])  # what the decoder alone would do
+        inside = pixels.numpy() == 1
+        assert np.array_equal(new[inside], decoded[inside])
+        assert (edit.report.background, edit.report.uncomposed) == ("pixels", ())
+        assert "background identical in pixels" in str(edit.report)
+        assert "background identical in latents" in str(raw.report)
+
+    def test_a_blackened_picture_stays_black_and_is_reported(
+        self, editor: Editor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        base = generate(editor, "np")
+
+        def check(image: Tensor, *_: object) -> tuple[Tensor, list[bool]]:
+            image[1] = 0
+            return image, [False, True]
+
+        monkeypatch.setattr(editor.pipe, "run_safety_checker", check)
+        edit = editor.edit(base, [DOG, DOG], self.mask)
+        assert edit.report.uncomposed == (1,)
+        assert "not in sample(s) 1: blackened" in str(edit.report)
+        assert not edit.images[1].any()
+        assert np.array_equal(edit.images[0, :, 64:], base.images[0, :, 64:])
+
+    def test_another_word_for_the_background_is_refused(self, editor: Editor) -> None:
+        with pytest.raises(ValueError, match=r"background='picture': choose 'pixels' or 'latents'"):
+            editor.edit(generate(editor, "np"), [DOG, DOG], self.mask, background="picture")  # type: ignore[arg-type]

@@ -14,8 +14,8 @@ from support.small_tokenizers import LENGTH, WORDS, SlowTokenizer, byte_pairs, w
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fisedit_compile.editing.prompt_alignment import align, align_batch, align_prompts, changed_words
-from fisedit_compile.editing.prompt_tokens import tokenize
-from fisedit_compile.errors import MaskError
+from fisedit_compile.editing.prompt_tokens import check_text_length, tokenize
+from fisedit_compile.errors import CaptureError, MaskError
 
 
 def pairs(tokenizer: PreTrainedTokenizerBase, base: str, edit: str) -> dict[int, dict[int, float]]:
@@ -310,6 +310,11 @@ class TestTwoTextEncoders:
     def test_a_pipeline_without_tokenizers(self) -> None:
         with pytest.raises(ValueError, match="SimpleNamespace has no tokenizer"):
             align_prompts(SimpleNamespace(), ["a cat"], ["a dog"], arguments={})
+
+    def test_text_of_another_length_than_a_tokenizer_makes_is_refused(self) -> None:
+        check_text_length(Pipe(word_level(), word_level()), LENGTH)
+        with pytest.raises(CaptureError, match=rf"{2 * LENGTH} text tokens.*makes {LENGTH}.*cross_replace=0\.0"):
+            check_text_length(Pipe(word_level()), 2 * LENGTH)
 
 
 class TestNothingChanged:
