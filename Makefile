@@ -77,7 +77,7 @@ define set_up
 endef
 
 $(READY_TO_RUN):
-	$(call set_up,.)
+	$(call set_up,.[quality])
 	@touch $@
 
 $(READY_TO_TEST):

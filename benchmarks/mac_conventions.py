@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""What the FISEdit paper's 1,901 GMACs of Stable Diffusion 2.1 at 768x768 may count: candidates beside it.
+"""Compares the FISEdit paper's 1,901 GMACs for Stable Diffusion 2.1 at 768x768 with what they may have counted.
 
     python benchmarks/mac_conventions.py
 
-Source of the figure: Yu et al. 2023, appendix B.2. Everything is counted on the meta device, in seconds.
+Source of the figure: Yu et al. 2023, appendix B.2. Everything is counted on the meta device, which takes seconds.
 """
 
 from __future__ import annotations
@@ -13,27 +13,28 @@ from collections.abc import Iterator
 
 import torch
 from diffusers import AutoencoderKL
+from tabulate import tabulate
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from fisedit_compile.macs.counter import MacCount, count_macs
-from fisedit_compile.utils.text_table import text_table
 
-PAPER = 1901e9
+#: The paper's figure, in MACs, and the size in pixels and the number of steps that it is for.
+PAPER_MACS = 1901e9
 SIZE, STEPS = 768, 50
 
-#: U-Net calls of 50 steps under PNDM, whose second step is taken twice.
+#: How many U-Net calls 50 steps take under PNDM, which takes its second step twice.
 PNDM_CALLS = 51
 
-_VAE = {
+_VAE_CONFIG = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "block_out_channels": (128, 256, 512, 512),
     "layers_per_block": 2,
     "latent_channels": 4,
 }
-#: OpenCLIP ViT-H as Stable Diffusion 2 has it: without its last layer.
-_TEXT = {
+#: The text encoder of Stable Diffusion 2: OpenCLIP ViT-H without its last layer.
+_TEXT_ENCODER_CONFIG = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 23,
@@ -43,9 +44,9 @@ _TEXT = {
 
 
 def once_an_image() -> tuple[int, int]:
-    """MACs of the autoencoder's decoder, and of the text encoder for a prompt and the empty one."""
+    """MACs of the autoencoder's decoder, and of the text encoder for two prompts, one of them empty."""
     with torch.device("meta"), torch.no_grad():
-        vae, text = AutoencoderKL(**_VAE).eval(), CLIPTextModel(CLIPTextConfig(**_TEXT)).eval()
+        vae, text = AutoencoderKL(**_VAE_CONFIG).eval(), CLIPTextModel(CLIPTextConfig(**_TEXT_ENCODER_CONFIG)).eval()
         with FlopCounterMode(display=False) as decoder:
             vae.decode(torch.empty(1, 4, SIZE // 8, SIZE // 8))
         with FlopCounterMode(display=False) as encoder:
@@ -54,10 +55,10 @@ def once_an_image() -> tuple[int, int]:
 
 
 def candidates(unet: MacCount) -> Iterator[tuple[str, float]]:
-    """What may be counted, and its MACs a step.
+    """What the paper may have counted, as pairs of a description and its MACs for one step.
 
     Args:
-        unet: of one call with a batch of 2.
+        unet: the count of one call with a batch of 2.
     """
     products = unet.by_op["attention"]
     conventions = {
@@ -83,8 +84,8 @@ def main() -> int:
     unet = count_macs("sd2", height=SIZE, width=SIZE, batch=2).dense
     rows = [["", "GMACs", "to 1,901"]]
     for name, macs in candidates(unet):
-        rows.append([name, f"{macs / 1e9:,.1f}", f"{macs / PAPER - 1:+.2%}"])
-    print(text_table(rows))
+        rows.append([name, f"{macs / 1e9:,.1f}", f"{macs / PAPER_MACS - 1:+.2%}"])
+    print(tabulate(rows, tablefmt="plain", stralign="right", colalign=("left",), disable_numparse=True))
     return 0
 
 

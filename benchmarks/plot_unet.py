@@ -1,10 +1,11 @@
-"""Draw what ``fisedit-compile bench unet --json FILE`` measured: time of a sparse step over the active area.
+"""Plots the time of a sparse step over the active area, from files of ``fisedit-compile bench unet --json``.
 
     fisedit-compile bench unet --arch sd2 --size 768 --curve --masks MASKS.npz --device cuda --json out/sd2.json
     python benchmarks/plot_unet.py out/sd2.json --out out/sd2.svg        # needs matplotlib: pip install '.[plot]'
 
-One panel a file: a curve for each attention mode, the dense U-Net, eager and compiled (the fastest mode that was
-measured), as horizontal lines, a ring where dense overtakes, and a star for the mean of real masks.
+Each file gets a panel. It has a curve for each attention mode; horizontal lines for the dense U-Net, eager and compiled
+(the fastest mode that was measured); a ring where the dense U-Net becomes faster; and a star for the mean of real
+masks.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from fisedit_compile.bench.unet.curve import points
 
 _MODES = {"full": "#0b5fa5", "masked": "#d1495b"}
 _TITLES = {"tiny": "tiny", "sd15": "SD 1.5", "sd2": "SD 2.1", "sdxl": "SDXL"}
-_DOTS_PER_INCH = 200  # twice what screens have
-_MOST_HEADROOM = 2.5  # an eager call that takes as many times what all else does is named, not drawn
+_DOTS_PER_INCH = 200  # twice the resolution of usual screens
+_MOST_HEADROOM = 2.5  # an eager call slower than all else by more than this factor is named instead of drawn
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options."""
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(description="Plot the time of a sparse step over the active area.")
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE.json", help="of fisedit-compile bench unet --json")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the picture: .svg, .png or .pdf")
@@ -48,10 +49,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """The file of a benchmark.
+    """The contents of a file that ``bench unet --json`` wrote.
 
     Raises:
-        ValueError: a file of something else, or without a row.
+        ValueError: the file is something else, or has no row.
     """
     try:
         result = json.loads(path.read_text())
@@ -63,7 +64,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def title(result: dict[str, Any]) -> str:
-    """The conditions of a result in two lines."""
+    """Two lines with the conditions of a result."""
     return (
         f"{_TITLES.get(result['arch'], result['arch'])}, {result['size']}x{result['size']}, batch {result['batch']}, "
         f"{result['dtype']}\n{result['device_name']}, torch {result['versions']['torch']}"
@@ -71,10 +72,10 @@ def title(result: dict[str, Any]) -> str:
 
 
 def draw(results: list[dict[str, Any]], out: Path) -> None:
-    """Write the picture; its kind is that of the file's name.
+    """Write the picture, in the format that the ending of the file's name says.
 
     Raises:
-        ValueError: a kind that matplotlib does not write.
+        ValueError: matplotlib cannot write this format.
     """
     import matplotlib
 
@@ -89,7 +90,7 @@ def draw(results: list[dict[str, Any]], out: Path) -> None:
 
 
 def draw_panel(axis: Any, result: dict[str, Any]) -> None:
-    """One file's panel."""
+    """Draw the panel of one file."""
     rows = result["rows"]
     top = max(
         ms for row in rows for name, ms in {**row["dense_ms"], "sparse": row["sparse_ms"]}.items() if name != "eager"
@@ -98,7 +99,7 @@ def draw_panel(axis: Any, result: dict[str, Any]) -> None:
         ms = fmean(row["dense_ms"][name] for row in rows)
         label = {"eager": "eager", "compile": "compiled"}.get(name, f"compiled ({name.removesuffix('-no-cudagraphs')})")
         text = f"dense, {label}: {ms:.1f} ms"
-        if ms > _MOST_HEADROOM * top:  # it would press all the others against the bottom
+        if ms > _MOST_HEADROOM * top:  # drawing it would press all other lines against the bottom
             axis.annotate(f"{text}, above", (0.01, 0.96), xycoords="axes fraction", fontsize=8, color=colour)
             continue
         axis.axhline(ms, color=colour, linestyle=style, linewidth=1.2)
@@ -116,7 +117,7 @@ def draw_panel(axis: Any, result: dict[str, Any]) -> None:
 
 
 def dense_lines(rows: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """The dense calls to draw, with colour and style: eager, and of the compiled ones the fastest."""
+    """The dense calls to draw, each with colour and line style: the eager one and the fastest compiled one."""
     compiled = [name for name in rows[0]["dense_ms"] if name != "eager"]
     lines = [("eager", "#777777", ":")] if "eager" in rows[0]["dense_ms"] else []
     if compiled:
@@ -126,7 +127,7 @@ def dense_lines(rows: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
 
 
 def draw_mode(axis: Any, result: dict[str, Any], attention: str) -> None:
-    """The curve, the crossover and the real masks of one attention mode."""
+    """Draw the curve, the crossover and the real masks of one attention mode."""
     colour = _MODES.get(attention, "#2a9d8f")
     rows = [row for row in result["rows"] if row["attention"] == attention]
     curve = points(rows, attention)

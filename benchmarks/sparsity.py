@@ -1,10 +1,10 @@
-"""How sparse edits are: the active share by resolution and tile size, and the multiply-accumulates that follow.
+"""Shows how sparse edits are: the active share by resolution and tile size, and the multiply-accumulates that follow.
 
     python benchmarks/sparsity.py --masks FILE.npz --out out/sparsity
 
-The analysis behind section 3.1 of the FISEdit paper (Yu et al. 2023), which computes high resolutions sparsely and low
-ones densely: the larger a tile that is computed whole, and the lower the resolution, the less a ragged mask saves.
-Writes ``sparsity.png`` and ``sparsity.json``.
+This is the analysis behind section 3.1 of the FISEdit paper (Yu et al. 2023), which computes high resolutions sparsely
+and low ones densely: the larger the tiles that are computed whole, and the lower the resolution, the less a ragged mask
+saves. It writes ``sparsity.png`` and ``sparsity.json``.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from fisedit_compile.macs.report import NO_RESOLUTION
 from fisedit_compile.masks.sample_masks import read_masks
 from fisedit_compile.planning.apsc import expand_to_tiles
 
-#: Sides of the square tiles that are compared. 1 is pixel-exact, 2 what the paper's objective (A.1) chooses.
-TILES = (1, 2, 4, 8, 16, 32)
+#: The sides of the square tiles that are compared: 1 is pixel-exact, and 2 is what the paper's objective (A.1) chooses.
+TILE_SIDES = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True)
 class Share:
-    """Active share of the pixels of a resolution, of all masks: mean, 5th and 95th percentile."""
+    """The share of a resolution's pixels that are active: mean, 5th and 95th percentile over all masks."""
 
     mean: float
     p5: float
@@ -42,42 +42,43 @@ class Share:
 
     @classmethod
     def of(cls, active: Tensor) -> Share:
-        """Of bool ``[n, h, w]``."""
+        """The share for ``active``, bool ``[n, h, w]``, with one entry for each mask."""
         shares = active.flatten(1).double().mean(1)
         p5, p95 = shares.quantile(torch.tensor([0.05, 0.95], dtype=torch.double)).tolist()
         return cls(float(shares.mean()), p5, p95)
 
 
 def active_shares(masks: Tensor, resolutions: list[str]) -> dict[str, dict[int, Share]]:
-    """The share by resolution (``"HxW"``) and side of the tile, up to the resolution's own.
+    """The active share by resolution (``"HxW"``) and side of the tile, for tiles that fit into the resolution.
 
     Args:
-        masks: bool ``[n, h, w]``; lower resolutions are any-pooled.
+        masks: bool ``[n, h, w]``; they are any-pooled to each resolution.
+        resolutions: the resolutions, as ``"HxW"``.
     """
     shares = {}
     for resolution in resolutions:
         height, width = map(int, resolution.split("x"))
         pooled = F.adaptive_max_pool2d(masks[:, None].float(), (height, width))[:, 0] > 0
-        tiles = [tile for tile in TILES if tile <= min(height, width)]
+        tiles = [tile for tile in TILE_SIDES if tile <= min(height, width)]
         shares[resolution] = {tile: Share.of(expand_to_tiles(pooled, (tile, tile))) for tile in tiles}
     return shares
 
 
 def macs_by_tile(counter: MacCounter, shares: dict[str, dict[int, Share]]) -> dict[str, dict[str, float]]:
-    """Mean multiply-accumulates of a sparse step by tile size, each by resolution; ``"dense"`` is a dense call.
+    """The mean multiply-accumulates of a sparse step by side of the tile and resolution; ``"dense"`` is a dense call.
 
-    In full attention all work of a sparse resolution is proportional to its active pixels, so a step with every pixel
-    active, counted once, gives any other. Where a tile is larger than a resolution, the whole resolution is computed.
+    With full attention all work at a sparse resolution is proportional to its active pixels. So a step with every pixel
+    active is counted once and scaled. A resolution that is smaller than a tile is computed whole.
     """
     everything = torch.ones(1, *counter.latents, dtype=torch.bool)
     pixel = torch.zeros_like(everything)
     pixel[:, 0, 0] = True
     full = counter.step(counter.plan(everything)).by_resolution
     few, all_of_them = counter.plan(pixel).counts, counter.plan(everything).counts
-    # Below the config's dense_below all pixels are computed, whatever the mask.
+    # A resolution below dense_below has the same rows for every mask, and is not sparse.
     sparse = {"{}x{}".format(*size) for size, count in all_of_them.items() if few[size] < count}
     steps: dict[str, dict[str, float]] = {"dense": dict(counter.dense.by_resolution)}
-    for tile in TILES:
+    for tile in TILE_SIDES:
         steps[str(tile)] = {
             resolution: macs * (shares[resolution][tile].mean if tile in shares[resolution] else 1.0)
             if resolution in sparse
@@ -88,7 +89,7 @@ def macs_by_tile(counter: MacCounter, shares: dict[str, dict[int, Share]]) -> di
 
 
 def plot(shares: dict[str, dict[int, Share]], steps: dict[str, dict[str, float]], title: str, path: Path) -> None:
-    """Both as one picture."""
+    """Write one picture of the active shares and of the multiply-accumulates."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -100,7 +101,7 @@ def plot(shares: dict[str, dict[int, Share]], steps: dict[str, dict[str, float]]
         low, high = ([getattr(each, name) for each in by_tile.values()] for name in ("p5", "p95"))
         left.fill_between(list(by_tile), low, high, color=line.get_color(), alpha=0.08)
     left.set_xscale("log", base=2)
-    left.set_xticks(TILES, [f"{tile}x{tile}" for tile in TILES])
+    left.set_xticks(TILE_SIDES, [f"{tile}x{tile}" for tile in TILE_SIDES])
     left.set(xlabel="tile", ylabel="active share (mean, 5th to 95th percentile)", ylim=(0, 1), title="Active pixels")
     left.legend(title="resolution")
     bottom = [0.0] * len(steps)
@@ -137,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def analyse(masks_file: Path, arch: str, size: int, out: Path) -> dict[str, Any]:
-    """Do everything and write both files; the contents of the JSON."""
+    """Make the analysis, write both files, and return the contents of the JSON file."""
     masks = read_masks(masks_file)
     filled = masks[masks.flatten(1).any(1)]
     if not len(filled):
@@ -164,11 +165,11 @@ def analyse(masks_file: Path, arch: str, size: int, out: Path) -> dict[str, Any]
 
 
 def _text(result: dict[str, Any]) -> str:
-    """Mean shares and totals as a markdown table."""
+    """The mean shares and the total MACs as a markdown table."""
     heads = ["tile", *result["active_share"], "GMACs a step", "dense / step"]
     lines = [heads, ["---:"] * len(heads)]
     dense = sum(result["macs_by_tile"]["dense"].values())
-    for tile in TILES:
+    for tile in TILE_SIDES:
         means = [by_tile.get(tile) for by_tile in result["active_share"].values()]
         total = sum(result["macs_by_tile"][str(tile)].values())
         cells = [f"{mean['mean']:.1%}" if mean else "all" for mean in means]

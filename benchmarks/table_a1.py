@@ -1,4 +1,4 @@
-"""Table A1 of the FISEdit paper (Yu et al. 2023, appendix B.2), counted and timed anew.
+"""Counts and times the methods of Table A1 of the FISEdit paper (Yu et al. 2023, appendix B.2) anew.
 
     python benchmarks/table_a1.py --arch sd2 --size 768 --device cuda --json table_a1.json
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-import time
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -38,12 +37,13 @@ from baselines.tome import TokenMerging
 from fisedit_compile import FiseditError, SparsityConfig
 from fisedit_compile.architectures import latent_size
 from fisedit_compile.bench.masks import MaskSet
+from fisedit_compile.bench.progress import say
 from fisedit_compile.cli.runtime import DTYPES, describe, start, whole_number
 
-#: Of the masks of a file that many are edited with: enough for a mean, few enough for a coffee.
+#: At most this many masks of a file are edited with: enough for a mean, and an edit with each takes only seconds.
 MOST_MASKS = 5
 
-_WHOLE_PICTURE: dict[str, Factory] = {
+_PAPER_METHODS: dict[str, Factory] = {
     "sdtp": TextToImage,
     "sdip": Inpainting,
     "prompt-to-prompt": PromptToPrompt,
@@ -53,19 +53,25 @@ _WHOLE_PICTURE: dict[str, Factory] = {
     "sdedit": SDEdit,
     "diffedit": DiffEdit,
 }
-_INSTEAD: dict[str, Factory] = {"compiled": CompiledTextToImage, "deepcache": DeepCache, "tome": TokenMerging}
-_EDIT_SIZES = {"fisedit-5": 0.05, "fisedit-15": 0.15, "fisedit-30": 0.30}
-_REAL = "fisedit-real"
+_ALTERNATIVES: dict[str, Factory] = {"compiled": CompiledTextToImage, "deepcache": DeepCache, "tome": TokenMerging}
+_FISEDIT_SIZES = {"fisedit-5": 0.05, "fisedit-15": 0.15, "fisedit-30": 0.30}
+_FISEDIT_REAL = "fisedit-real"
 
-#: The paper's other methods, ours, and what a user may take instead: in the order of the table.
-GROUPS = {"paper": (*_WHOLE_PICTURE,), "fisedit": (*_EDIT_SIZES, _REAL), "instead": (*_INSTEAD,)}
+#: The methods in the order of the table: the paper's others, this project, and what a user may take instead of editing.
+GROUPS = {
+    "paper": (*_PAPER_METHODS,),
+    "fisedit": (*_FISEDIT_SIZES, _FISEDIT_REAL),
+    "instead": (*_ALTERNATIVES,),
+}
 NAMES = sum(GROUPS.values(), ())
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Table A1 of the FISEdit paper, counted and timed anew.")
-    parser.add_argument("--arch", default="sd2", metavar="tiny|tiny-sd15|sd15|sd2", help="shapes (default: sd2)")
-    parser.add_argument("--size", type=whole_number(8), default=768, metavar="PX", help="of the image (default: 768)")
+    parser.add_argument("--arch", default="sd2", metavar="tiny|tiny-sd15|sd15|sd2", help="model (default: sd2)")
+    parser.add_argument(
+        "--size", type=whole_number(8), default=768, metavar="PX", help="side of the image (default: 768)"
+    )
     parser.add_argument(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
@@ -80,11 +86,11 @@ def build_parser() -> argparse.ArgumentParser:
         choices=(*GROUPS, *NAMES),
         default=list(GROUPS),
         metavar="NAME",
-        help=f"of {', '.join(NAMES)}, or groups of them: {', '.join(GROUPS)} (default: all)",
+        help=f"methods among {', '.join(NAMES)}, or groups of them: {', '.join(GROUPS)} (default: all)",
     )
     parser.add_argument("--masks", type=Path, metavar="FILE.npz", help="real masks, for a FISEdit row of their own")
     parser.add_argument(
-        "--attention", choices=("full", "masked"), default="full", help="of FISEdit, see SparsityConfig (default: full)"
+        "--attention", choices=("full", "masked"), default="full", help="FISEdit's self-attention (default: full)"
     )
     parser.add_argument("--compile", action="store_true", help="lower FISEdit's graphs through torch.compile, too")
     parser.add_argument("--threads", type=whole_number(1), metavar="N", help="threads of torch on the CPU")
@@ -111,9 +117,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, command: str) -> tuple[Results, bool]:
-    """Measure all methods asked for; all figures, those of an earlier run included, and whether a method failed."""
+    """Measure the methods that are asked for.
+
+    Returns:
+        All results, those of an earlier run included, and whether a method failed.
+    """
     diffusers.logging.set_verbosity_error()  # some pipelines warn that they will get no new features
-    begin = time.perf_counter()
     only_count = args.device == "meta"
     args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
     device, dtype = start(argparse.Namespace(**{**vars(args), "device": "cpu" if only_count else args.device}))
@@ -121,14 +130,11 @@ def run(args: argparse.Namespace, command: str) -> tuple[Results, bool]:
         torch.cuda.set_device(device)
     config = SparsityConfig(attention=args.attention, compile=args.compile)
     kit = None if only_count else Kit(args.arch, args.size, device, dtype)
-    # Nothing that is counted depends on the dtype, and the CPU is slow in the short ones.
+    # Counts do not depend on the dtype, and the CPU is slow in half precision.
     counting_kit = Kit(args.arch, args.size, torch.device("cpu"), torch.float32, counting=True)
     factories = _factories(args, config)
     where = {**describe(device, dtype), **({"device": "meta"} if only_count else {})}
     results = Results(args.json, conditions_of(args, config, where, command), NAMES)
-
-    def say(text: str) -> None:
-        print(f"[{time.perf_counter() - begin:6.1f} s] {text}", file=sys.stderr, flush=True)
 
     failed = False
     for name, factory in factories.items():
@@ -141,7 +147,7 @@ def run(args: argparse.Namespace, command: str) -> tuple[Results, bool]:
 def conditions_of(
     args: argparse.Namespace, config: SparsityConfig, where: dict[str, Any], command: str
 ) -> dict[str, Any]:
-    """Everything that the figures depend on; ``where`` is what ``describe`` says."""
+    """Everything that the figures depend on; ``where`` is what ``describe`` returns."""
     conditions = {key: getattr(args, key) for key in ("arch", "size", "steps", "attention", "compile")}
     conditions.update({"guidance_scale": GUIDANCE, "dense_steps": config.count_dense_steps(args.steps), **where})
     installed = {name: version for name in ("DeepCache", "tomesd") if (version := _version(name))}
@@ -150,15 +156,17 @@ def conditions_of(
 
 
 def _factories(args: argparse.Namespace, config: SparsityConfig) -> dict[str, Factory]:
-    """The methods to measure, in the order in which they run: FISEdit last, since its base stays in memory."""
+    """The methods to measure, in the order in which they run: FISEdit is last, because its base stays in memory."""
     latents = latent_size(args.size, args.size)
-    factories = {**_WHOLE_PICTURE, **_INSTEAD}
-    for name, share in _EDIT_SIZES.items():
+    factories = {**_PAPER_METHODS, **_ALTERNATIVES}
+    for name, share in _FISEDIT_SIZES.items():
         factories[name] = partial(FISEdit, masks=MaskSet.square(share, latents), config=config)
     if args.masks:
-        factories[_REAL] = partial(FISEdit, masks=MaskSet.of_file(args.masks, latents, MOST_MASKS), config=config)
-    elif _REAL in args.methods:
-        raise ValueError(f"{_REAL} needs the masks: give --masks FILE.npz")
+        factories[_FISEDIT_REAL] = partial(
+            FISEdit, masks=MaskSet.of_file(args.masks, latents, MOST_MASKS), config=config
+        )
+    elif _FISEDIT_REAL in args.methods:
+        raise ValueError(f"{_FISEDIT_REAL} edits with real masks: give --masks FILE.npz")
     names = {name for given in args.methods for name in GROUPS.get(given, (given,))}
     return {name: factory for name, factory in factories.items() if name in names}
 

@@ -33,12 +33,12 @@ from transformers import PreTrainedTokenizerFast
 
 CROP = 128  # the autoencoder starts on half-size crops, at a quarter of the cost of whole pictures
 EMA_RATE = 0.001
-EXPORTS = 3  # the last of which is the result; the others are for a run that is cut short
-STATISTICS_BATCHES = 8
+EXPORTS = 3  # the last export is the result; the earlier ones are for a run that is cut short
+STATISTICS_BATCHES = 8  # batches that latents' statistics and the PSNR are taken over
 
 
 class Trainer:
-    """What both stages share: device, renderer, tokenizer and the stream of scenes."""
+    """Trains the autoencoder and the U-Net, on one device and from one stream of rendered scenes."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         self.args = args
@@ -49,7 +49,7 @@ class Trainer:
         self.batches = scene_batches(self.tokenizer, args.batch, args.seed + rank, args.workers)
 
     def images(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Pictures in [-1, 1], the opacity of all objects together `[batch, 1, h, w]` and token ids."""
+        """A batch: pictures in [-1, 1], the opacity of all objects together `[batch, 1, h, w]`, and token ids."""
         scenes, ids = next(self.batches)
         images, alphas = self.renderer.render(scenes)
         opacity = alphas.sum(1, keepdim=True).clamp(0, 1)
@@ -62,7 +62,7 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     def train_vae(self) -> AutoencoderKL:
-        """The autoencoder, on crops, with its latents normalised."""
+        """Train the autoencoder on crops, and normalise its latents."""
         vae = models.build_vae().to(self.device)
         share_weights(vae)
         loss = self.compiled(VaeLoss(vae))
@@ -83,7 +83,7 @@ class Trainer:
         return vae
 
     def finish_decoder(self, vae: AutoencoderKL) -> None:
-        """The decoder alone, on whole pictures: its group norms see other statistics there than on crops."""
+        """Train the decoder alone on whole pictures, where its group norms see other statistics than on crops."""
         decoder = nn.ModuleList([vae.decoder, vae.post_quant_conv]).requires_grad_(True)
         budget = Budget(self.args.decoder_steps, self.args.decoder_minutes)
         self._fit_vae("decoder", VaeLoss(vae), list(decoder.parameters()), lambda x: x, budget, learning_rate=5e-4)
@@ -119,11 +119,11 @@ class Trainer:
         say(f"vae: {psnr.mean().item():.2f} dB PSNR, the mean of {len(psnr)} new whole pictures")
 
     def train_unet(self, vae: AutoencoderKL, network: DenoisingLoss) -> None:
-        """Text encoder and U-Net together; exports their running averages with `vae`."""
+        """Train text encoder and U-Net together, and export their running averages with `vae`."""
         scheduler = models.build_scheduler()
         scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(self.device)
         share_weights(network)
-        # By hand, because torch's AveragedModel makes the host wait for the GPU in each step.
+        # Averaged by hand, because torch's AveragedModel makes the host wait for the GPU in each step.
         average = copy.deepcopy(network).requires_grad_(False)
         weights, averages = list(network.parameters()), list(average.parameters())
         loss = self.compiled(network)

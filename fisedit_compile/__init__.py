@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fisedit_compile.macs.counter import count_macs
     from fisedit_compile.sparse_unet import SparseUNet, sparsify
 
-__version__ = "0.1.0"
+    __version__: str
 
 #: Public name -> module. Loaded on first use (PEP 562), so that importing the package stays under 0.2 s.
 _PUBLIC = {
@@ -59,9 +59,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+    value: Any
+    if name == "__version__":
+        value = import_module("importlib.metadata").version("fisedit-compile")
+    elif name in _PUBLIC:
+        value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
     globals()[name] = value
     return value
 

@@ -1,8 +1,8 @@
-"""U-Nets of the true Stable Diffusion shapes with random weights, and inputs for them.
+"""U-Nets with the shapes of Stable Diffusion and random weights, and inputs for them.
 
 What an operation costs depends on its shapes alone, so nothing has to be downloaded to count or time a model.
-Sizes here are those of the *image* in pixels, as in diffusers' pipelines; the U-Net sees latents of an eighth of
-that.
+``height`` and ``width`` are those of the *image* in pixels, as in diffusers' pipelines; the U-Net sees latents of an
+eighth of that.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-#: Image pixels a latent pixel stands for in the autoencoders of Stable Diffusion 1, 2 and XL.
+#: How many image pixels a latent pixel is wide in the autoencoders of Stable Diffusion 1, 2 and XL.
 VAE_SCALE_FACTOR = 8
 
-#: Tokens of a prompt, as CLIP's tokenizer pads it.
+#: The number of tokens that CLIP's tokenizer pads a prompt to.
 PROMPT_TOKENS = 77
 
 _SD_DOWN = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
@@ -30,9 +30,9 @@ _TINY: dict[str, Any] = {
     "cross_attention_dim": 32,
 }
 
-#: Name -> arguments of ``diffusers.UNet2DConditionModel``; what is not named has diffusers' default, that of SD 1.
-#: ``sd15``, ``sd2`` (2.1 at 768) and ``sdxl`` (base 1.0) are those of the published models. The ``tiny`` ones have
-#: the same kinds of block at three resolutions and 2 to 3 M parameters.
+#: The arguments of ``diffusers.UNet2DConditionModel`` for each name; those left out have diffusers' defaults, which are
+#: those of SD 1. ``sd15``, ``sd2`` (2.1 at 768) and ``sdxl`` (base 1.0) are the published models. The ``tiny`` ones
+#: have the same kinds of blocks at three resolutions, and 2 to 3 M parameters.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "tiny": {
         **_TINY,
@@ -83,15 +83,15 @@ def build_unet(
     """A U-Net of the named architecture with random weights, in eval mode; its parameters require no gradients.
 
     Weights are normal with variance 1 / fan-in and norms scale by about 1, so that activations keep their size and
-    are finite in fp16. The same ``seed`` gives the same weights on the same kind of device. On ``device="meta"``
-    there are shapes only, at once.
+    are finite in fp16. The same ``seed`` gives the same weights on the same kind of device. With ``device="meta"``
+    the parameters have shapes but no values, and nothing is computed.
 
     Raises:
         ValueError: ``arch`` is not in :data:`ARCHITECTURES`.
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {arch!r}; known are {', '.join(ARCHITECTURES)}")
-    with torch.device("meta"):  # no time spent on the initialisation of torch, which is thrown away
+    with torch.device("meta"):  # spends no time on torch's own initial values, which would be overwritten
         unet = UNet2DConditionModel(**ARCHITECTURES[arch])
     torch.nn.Module.to(unet, dtype)  # diffusers' own ``to`` warns of modules to keep in fp32, of which there are none
     unet.eval().requires_grad_(False)
@@ -104,13 +104,13 @@ def build_unet(
     for name, parameter in unet.named_parameters():
         if parameter.dim() > 1:
             parameter.normal_(std=prod(parameter.shape[1:]) ** -0.5, generator=generator)
-        else:  # the scale of a norm, or a bias: not exactly 1 and 0, so that leaving one out is seen
+        else:  # scales of norms and biases, not exactly 1 and 0: then code that leaves one out gives another result
             parameter.normal_(float(name.endswith("weight")), 0.1, generator=generator)
     return unet
 
 
 def latent_size(height: int, width: int, *, scale_factor: int = VAE_SCALE_FACTOR) -> tuple[int, int]:
-    """``(height, width)`` of the latents of an image of ``height`` x ``width`` pixels.
+    """The (height, width) of the latents of an image of ``height`` x ``width`` pixels.
 
     Raises:
         ValueError: a size is not a positive multiple of ``scale_factor``.
@@ -136,18 +136,25 @@ def unet_inputs(
     seed: int = 0,
     scale_factor: int = VAE_SCALE_FACTOR,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], dict[str, Any]]:
-    """Random inputs of one call ``unet(*args, **kwargs)`` for images of ``height`` x ``width`` *pixels*.
+    """Random ``args`` and ``kwargs`` of a call ``unet(*args, **kwargs)`` for images of ``height`` x ``width`` pixels.
 
-    ``scale_factor`` is how many of them a latent pixel is wide.
+    Args:
+        unet: the U-Net; its config says how wide the inputs are.
+        batch: samples of the call.
+        height: height of the images, in pixels.
+        width: width of the images, in pixels.
+        device: where the inputs are; None for the U-Net's device.
+        dtype: the dtype of the inputs but the timestep; None for the U-Net's.
+        seed: decides the values; they are the same on every device.
+        scale_factor: how many image pixels a latent pixel is wide.
 
     Returns:
-        ``(sample, timestep, encoder_hidden_states)`` of shapes ``[batch, 4, height/8, width/8]``, ``[]`` (int64)
-        and ``[batch, 77, cross_attention_dim]``; and ``{}``, or for SDXL ``added_cond_kwargs`` with ``text_embeds``
-        and ``time_ids`` (``[batch, 6]``). ``device`` and ``dtype`` default to the U-Net's. Values depend on the
-        seed alone.
+        ``(sample, timestep, encoder_hidden_states)`` of shapes ``[batch, channels, height / 8, width / 8]``, ``[]``
+        (int64) and ``[batch, 77, cross_attention_dim]``; and ``{}``, or for SDXL ``added_cond_kwargs`` with
+        ``text_embeds`` ``[batch, pooled width]`` and ``time_ids`` ``[batch, 6]``.
 
     Raises:
-        ValueError: ``batch`` is not positive, or a size is not a multiple of 8.
+        ValueError: ``batch`` is not positive, or a size is not a positive multiple of ``scale_factor``.
     """
     if batch <= 0:
         raise ValueError(f"batch is {batch}, it must be positive")
@@ -165,6 +172,6 @@ def unet_inputs(
         return args, {}
     time_ids = 6 * unet.config["addition_time_embed_dim"]
     pooled = random(batch, unet.config["projection_class_embeddings_input_dim"] - time_ids)
-    # original size, top left of the crop, target size
+    # the six numbers of SDXL: original size, top left corner of the crop, target size
     ids = torch.tensor([height, width, 0, 0, height, width], device=device, dtype=dtype).repeat(batch, 1)
     return args, {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids}}

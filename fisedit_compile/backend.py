@@ -11,6 +11,8 @@ Outside both contexts the compiled U-Net is what ``inductor`` makes of it.
 
 from __future__ import annotations
 
+import dataclasses
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,22 +21,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor import list_mode_options, list_options
 from torch.fx import GraphModule
 
-from fisedit_compile.cache.step_cache import StepCache
+from fisedit_compile.cache.step_cache import Recorded
+from fisedit_compile.compiler.dynamo_graph import ModelGraph, kinds_of_inputs
 from fisedit_compile.compiler.lowered import lower
 from fisedit_compile.config import SparsityConfig
-from fisedit_compile.errors import BaseMismatchError, CaptureError
+from fisedit_compile.errors import BaseMismatchError
 from fisedit_compile.ir.call import Call, bind
+from fisedit_compile.runtime.model_state import ModelState
+from fisedit_compile.runtime.model_watch import ModelWatch
 from fisedit_compile.runtime.prepared import Prepared
 from fisedit_compile.runtime.program import Program
+from fisedit_compile.runtime.programs import Programs
 
 
 @dataclass
 class Recording:
     """The calls that ran within :func:`recording`, in order: which compiled U-Net made them, and what they keep."""
 
-    calls: list[tuple[object, StepCache]] = field(default_factory=list)
+    calls: list[tuple[object, Recorded]] = field(default_factory=list)
 
 
 @dataclass
@@ -77,80 +84,100 @@ def _within(session: Any) -> Iterator[Any]:
 
 
 def fisedit(
-    graph_module: GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None
+    graph_module: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """The backend. ``options`` are fields of :class:`~fisedit_compile.SparsityConfig`."""
-    config = SparsityConfig.of(options)
+    """The backend.
+
+    Args:
+        mode: of the dense code, as Inductor takes it: ``"reduce-overhead"`` for example.
+        options: fields of :class:`~fisedit_compile.SparsityConfig`, and options of Inductor for the dense code.
+
+    Raises:
+        ValueError: an option that neither of the two has.
+    """
+    ours, inductors = _sort_options(options or {})
+    patches = {**list_mode_options(mode), **inductors} if mode else inductors
     inductor = torch._dynamo.lookup_backend("inductor")
-    return _Compiled(graph_module, inductor(graph_module, list(example_inputs)), config)
+    dense = inductor(graph_module, list(example_inputs), **({"config_patches": patches} if patches else {}))
+    return _Compiled(graph_module, example_inputs, dense, SparsityConfig.of(ours))
+
+
+def _sort_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Our options and those of Inductor."""
+    fields = {field.name for field in dataclasses.fields(SparsityConfig)}
+    ours = {name: value for name, value in options.items() if name in fields}
+    inductors = {name.replace("-", "_"): value for name, value in options.items() if name not in fields}
+    if unknown := sorted(set(inductors) - set(list_options())):
+        raise ValueError(
+            f"unknown option(s) {', '.join(unknown)}: options are {', '.join(sorted(fields))}, and those of Inductor "
+            "(torch._inductor.list_options())"
+        )
+    return ours, inductors
 
 
 class _Compiled:
-    """Sends a call to the dense code, or within a context to the record or sparse graphs, captured on first use."""
+    """Sends a call to the dense code, or within a context to the record or sparse graphs, captured on first use.
 
-    def __init__(self, graph_module: GraphModule, dense: Callable[..., Any], config: SparsityConfig) -> None:
+    Dynamo compiles anew, into another object, for a U-Net of other attributes, and for sizes that it has to keep open.
+    """
+
+    def __init__(
+        self,
+        graph_module: GraphModule,
+        example_inputs: Sequence[Any],
+        dense: Callable[..., Any],
+        config: SparsityConfig,
+    ) -> None:
         self._graph_module, self._dense, self._config = graph_module, dense, config
-        self._unlifted: _Unlifted | None = None
-        self._program: Program | None = None
+        self._kinds = kinds_of_inputs(graph_module, example_inputs)
+        self._graph: ModelGraph | None = None
+        self._lock = threading.RLock()
 
     def __call__(self, *inputs: Any) -> Any:
         session = _session.get()
         if session is None:
             return self._dense(*inputs)
-        if self._unlifted is None:
-            self._unlifted = _Unlifted(self._graph_module, inputs).eval()
-        call = bind(self._unlifted, self._unlifted.arguments(inputs), {})
-        if self._program is None:
-            self._program = Program(lower(self._unlifted, call, self._config), call)
-        if isinstance(session, Recording):
-            batch = call.signature.sample_shape[0]
-            out, cache = self._program.record(call, samples=batch, activations=True, attention=False)
-            session.calls.append((self, cache))
-        else:
-            out = self._step(self._program, call, session)
+        with self._lock:
+            graph = self._hold(inputs)
+            call = bind(graph, graph.arguments(inputs), {})
+            state = self._watch.look()
+            program = self._programs.of(call, state)
+            if isinstance(session, Recording):
+                batch = call.signature.sample_shape[0]
+                out, cache = program.record(call, samples=batch, activations=True, attention=False)
+                cache.model = state
+                session.calls.append((self, cache))
+            else:
+                out = self._step(program, call, state, session)
         return (out,)
 
-    def _step(self, program: Program, call: Call, session: _Editing) -> Tensor:
+    def _hold(self, inputs: Sequence[Any]) -> ModelGraph:
+        if self._graph is None:
+            self._graph = graph = ModelGraph(self._graph_module, self._kinds, inputs).eval()
+            self._watch = ModelWatch(graph)
+            self._programs = Programs(lambda call: Program(lower(graph, call, self._config), call))
+        self._graph.hold(inputs)
+        return self._graph
+
+    def _step(self, program: Program, call: Call, state: ModelState, session: _Editing) -> Tensor:
         calls = session.recording.calls
         if session.position >= len(calls) or calls[session.position][0] is not self:
             raise BaseMismatchError(
                 f"call {session.position + 1} of the edit has no counterpart among the {len(calls)} recorded ones: "
-                "repeat the recorded calls, in their order, with inputs of the same shapes"
+                "repeat the recorded calls, in their order, with inputs of the same shapes, and with a U-Net whose "
+                "adapters, processors and settings are those of the recording"
             )
-        if self not in session.prepared:
-            session.prepared[self] = program.prepare(session.mask)
         cache = calls[session.position][1]
-        session.position += 1
-        return program.step(call, cache, session.prepared[self])
-
-
-class _Unlifted(torch.nn.Module):
-    """Dynamo's graph with the parameters that it takes as inputs back in place, so that it takes a user's tensors.
-
-    Raises:
-        CaptureError: the graph is only a part of a U-Net.
-    """
-
-    def __init__(self, graph_module: GraphModule, inputs: Sequence[Any]) -> None:
-        super().__init__()
-        (outputs,) = graph_module.graph.output_node().args
-        self._user = [i for i, value in enumerate(inputs) if not isinstance(value, torch.nn.Parameter)]
-        shapes = [tuple(inputs[i].shape) for i in self._user if isinstance(inputs[i], Tensor)]
-        if not isinstance(outputs, tuple) or len(outputs) != 1 or not shapes or len(shapes[0]) != 4:
-            raise CaptureError(
-                "backend 'fisedit' was given a part of a U-Net, not the whole: compile the U-Net itself, with "
-                "fullgraph=True to see what breaks the graph"
+        if cache.model.difference(state):
+            raise BaseMismatchError(
+                "the U-Net's weights or adapters are not those that the call was recorded with: record the call again"
             )
-        self._graph_module = graph_module
-        self._weights = torch.nn.ParameterList(value for value in inputs if isinstance(value, torch.nn.Parameter))
-
-    def arguments(self, inputs: Sequence[Any]) -> tuple[Tensor, tuple[Any, ...]]:
-        """The user's tensors among the inputs of the compiled graph: the sample, and the rest."""
-        sample, *rest = (inputs[i] for i in self._user)
-        return sample, tuple(rest)
-
-    def forward(self, sample: Tensor, rest: tuple[Any, ...]) -> Any:
-        user, weights = iter((sample, *rest)), iter(self._weights)
-        count = len(self._weights) + len(self._user)
-        places = set(self._user)
-        return self._graph_module(*(next(user) if i in places else next(weights) for i in range(count)))
+        known = session.prepared.get(program)
+        if known is None:
+            known = session.prepared[program] = program.prepare(session.mask)
+        session.position += 1
+        return program.step(call, cache, known)

@@ -1,4 +1,4 @@
-"""What a user may choose, in one frozen dataclass."""
+"""The options of a user: what is made sparse and how, and how an edit runs."""
 
 from __future__ import annotations
 
@@ -10,28 +10,35 @@ AttentionMode = Literal["full", "masked"]
 BlockMode = Literal["pixel", "paper", "measured"]
 
 
+def is_whole(size: tuple[int, int], dense_below: int) -> bool:
+    """Whether every pixel of a resolution (height, width) is computed, whatever the mask: see ``SparsityConfig``."""
+    return min(size) < dense_below
+
+
 @dataclass(frozen=True)
 class SparsityConfig:
     """Options of :func:`fisedit_compile.sparsify` and :class:`fisedit_compile.Editor`.
 
     Args:
-        attention: which keys an active token's self-attention sees. ``"full"``: every token, cached keys and values
-            outside the mask; an unchanged input then reproduces the base. ``"masked"``: the active tokens of its own
-            sample alone (paper A.3); less work and no cached keys.
-        dense_below: at resolutions whose shorter side, in latent cells, is below this every pixel is computed, and
-            group norms use their own statistics: the U-Net's deep levels stay dense (paper 3.1).
-        dense_above: share of the latents above which the steps of an edit run the dense U-Net instead, as it was given,
-            compiled or not, and restore the base outside the mask; a warning and the edit's report say so.
-        blocks: ``"pixel"`` recomputes exactly the active pixels; ``"paper"`` the union of the APSC blocks that the
-            printed objective chooses (paper A.1); ``"measured"`` whichever of these, of the paper's other blocks and of
-            all pixels is predicted to take the least time, from a short measurement of the U-Net's layers on first use.
-            The rows are read through a table and gain nothing from lying in blocks, so ``"pixel"``, which has the
-            fewest, is the default; ``fisedit-compile blocks`` says whether another choice is faster on a device.
-        dense_steps: denoising steps that an edit runs dense before its mask is known (the paper's k). An ``int``
+        attention: which keys an active token's self-attention sees. With ``"full"`` those of every token, outside the
+            mask the base's cached keys and values; an unchanged input then reproduces the base. With ``"masked"`` only
+            those of the active tokens of its own sample (paper A.3), which is less work and caches no keys.
+        dense_below: the shorter side, in latent cells, below which a resolution is computed whole: there every pixel is
+            computed and group norms use their own statistics. So the U-Net's deep levels stay dense (paper 3.1).
+        dense_above: share of the latents, in (0, 1]. An edit whose mask covers more runs its steps through the dense
+            U-Net as it was given, compiled or not, and restores the base outside the mask; a warning and the edit's
+            report say so.
+        blocks: which pixels around a mask are recomputed with it. ``"pixel"``: none, the active pixels alone.
+            ``"paper"``: the union of the APSC blocks that the printed objective chooses (paper A.1). ``"measured"``:
+            whichever of these two, the paper's other blocks and the whole map is predicted to take the least time; the
+            prediction comes from timing the U-Net's layers for a moment on first use. Rows are read through a table and
+            gain nothing from lying in blocks, so ``"pixel"``, which has the fewest, is the default;
+            ``fisedit-compile blocks`` says whether another choice is faster on a device.
+        dense_steps: how many denoising steps an edit runs dense before its mask is known (the paper's k). An ``int``
             counts steps, a ``float`` in [0, 1) is a share of all steps, rounded up. With 0 an edit must bring a mask.
-        cross_replace: share of all steps, from the first, in which the dense steps take the cross-attention maps of
-            unchanged words from the base (Prompt-to-Prompt, paper 3.1). 0 turns the control off.
-        compile: lower the graphs through ``torch.compile``; off, they run eagerly.
+        cross_replace: share of all denoising steps, counted from the first. Dense steps among them take the
+            cross-attention maps of unchanged words from the base (Prompt-to-Prompt, paper 3.1); 0 turns that off.
+        compile: whether the graphs are lowered through ``torch.compile``; otherwise they run eagerly.
     """
 
     attention: AttentionMode = "full"
@@ -79,8 +86,8 @@ class SparsityConfig:
         return cls(**config)
 
     def is_whole(self, size: tuple[int, int]) -> bool:
-        """Whether all pixels of a resolution (height, width) are computed, whatever the mask."""
-        return min(size) < self.dense_below
+        """Whether every pixel of a resolution (height, width) is computed, whatever the mask."""
+        return is_whole(size, self.dense_below)
 
     def count_dense_steps(self, steps: int) -> int:
         """How many of ``steps`` denoising steps run dense; at least one unless ``dense_steps`` is 0."""
@@ -90,5 +97,5 @@ class SparsityConfig:
 
 
 def _is_number(value: object, kind: Any) -> bool:
-    """Whether ``value`` is of ``kind``; True and False are no numbers here."""
+    """Whether ``value`` is an instance of ``kind``; True and False do not count as numbers."""
     return isinstance(value, kind) and not isinstance(value, bool)

@@ -1,23 +1,24 @@
-"""What the compiler made of a U-Net, module by module, as text for people."""
+"""Says in text, module by module, what the compiler made of a U-Net."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
+from tabulate import tabulate
 from torch import Tensor
 from torch.fx import Node
 
 from fisedit_compile.compiler.lowered import Lowered
-from fisedit_compile.ir.layout import Size
+from fisedit_compile.ir.layout import size_text
 from fisedit_compile.ir.requests import CacheEntry
 from fisedit_compile.macs.counter import MacCounter
 from fisedit_compile.macs.report import NO_RESOLUTION, lineage
 from fisedit_compile.masks.sample_masks import square_mask
 from fisedit_compile.passes.pass_report import Change, Skip
-from fisedit_compile.utils.text_table import text_table
+from fisedit_compile.planning.apsc import CostModel
 
-#: What readers call an ATen operation. One that only regroups a value is left out (""), any other is pointwise.
+#: What the report calls an ATen operation. "" leaves out those that only regroup a value; all others are "pointwise".
 _KINDS = {
     "conv2d": "conv",
     "linear": "linear",
@@ -31,19 +32,17 @@ _ORDER = (*(kind for kind in dict.fromkeys(_KINDS.values()) if kind), "pointwise
 
 _UNITS = {"GMACs": 1e9, "MMACs": 1e6}
 
-#: The passes that turn operations into ones on rows.
+#: The passes that replace operations by those on rows.
 _ROW_PASSES = ("sparsify_conv", "sparsify_norm", "sparsify_attention", "sparsify_pointwise")
 
 
-def explain(
-    lowered: Lowered, *, edit_size: float = 0.15, costs: Callable[[Size, int, int], float] | None = None
-) -> str:
-    """What became sparse, what stayed dense and why, with the MACs of a dense call and of a sparse step.
+def explain(lowered: Lowered, *, edit_size: float = 0.15, costs: CostModel | None = None) -> str:
+    """Say what became sparse, what stayed dense and why, with the MACs of a dense call and of a sparse step.
 
     Args:
         lowered: the graphs of a U-Net, see :func:`fisedit_compile.compiler.lowered.lower`.
-        edit_size: share of the picture, in (0, 1], that is edited: a square in the middle.
-        costs: predicted microseconds, which ``blocks="measured"`` chooses by.
+        edit_size: the share of the picture, in (0, 1], of the edit that is counted, a square in the middle.
+        costs: predicts microseconds, by which ``blocks="measured"`` chooses the rows.
 
     Raises:
         ValueError: ``edit_size`` is outside (0, 1].
@@ -52,9 +51,9 @@ def explain(
 
 
 class _Explanation:
-    """The parts of the text. The lines of its table of modules are those of ``lineage``."""
+    """Makes the parts of the text. Its table of modules has the lines that ``lineage`` gives for each module."""
 
-    def __init__(self, lowered: Lowered, edit_size: float, costs: Callable[[Size, int, int], float] | None) -> None:
+    def __init__(self, lowered: Lowered, edit_size: float, costs: CostModel | None) -> None:
         self.lowered = lowered
         self.reports = {report.name: report for report in lowered.reports}
         counter = MacCounter(lowered, check=False, costs=costs)
@@ -77,7 +76,7 @@ class _Explanation:
             yield from part
 
     def _unknown(self) -> Iterator[str]:
-        """Operations that the passes should have taken and could not."""
+        """Lines that name each operation which should have become one on rows but could not."""
         missed = Counter((each.module_path, each.op) for each in self.reports["select_region"].changes)
         missed.subtract((each.module_path, each.op) for each in self.on_rows)
         unknown = Counter(self.reports["annotate_layout"].skipped)
@@ -94,7 +93,7 @@ class _Explanation:
         sizes: dict[str, dict[str, None]] = defaultdict(dict)
         for node in nodes:
             if "layout" in node.meta and _kind(str(node.target)):
-                sizes[lineage(_path(node))[-1]][_x(node.meta["layout"].size)] = None
+                sizes[lineage(_path(node))[-1]][size_text(node.meta["layout"].size)] = None
         rows, reasons = _grouped(self.on_rows), self._reasons()
         table: list[Sequence[str]] = [("module", "dense", "sparse", "ratio", "at", "runs")]
         for path in paths:
@@ -115,7 +114,8 @@ class _Explanation:
         table.append(("total", *self._macs(self.dense.total, self.step.total), "", ""))
         share = float(self.plan.mask.double().mean())
         yield f"{self.unit} of a dense call and of a sparse step with {share:.1%} of the latents edited"
-        yield text_table(table, left={0, 4, 5})
+        alignment = ("left", *("right",) * 3, "left", "left")
+        yield tabulate(table, tablefmt="plain", colalign=alignment, disable_numparse=True, preserve_whitespace=True)
         prompt, timestep = (each.total / _UNITS[self.unit] for each in (self.prompt, self.timestep))
         yield (
             f"Of a dense call, {prompt:,.2f} {self.unit} are for the prompt alone, once an edit, and {timestep:,.2f} "
@@ -123,7 +123,7 @@ class _Explanation:
         )
 
     def _reasons(self) -> dict[str, dict[str, None]]:
-        """Why operations of a line of the table run dense, or on all pixels; each reason once."""
+        """By line of the table of modules, why operations run dense or on all pixels; each reason once."""
         reasons: dict[str, dict[str, None]] = defaultdict(dict)
         for skip in self.reports["select_region"].skipped:
             if _kind(skip.op):
@@ -134,14 +134,14 @@ class _Explanation:
         return reasons
 
     def _resolutions(self) -> Iterator[str]:
-        """Rows, MACs and what the base keeps, by resolution."""
+        """Lines with the rows, the MACs and what a base keeps, by resolution."""
         nodes = {node.name: node for node in self.lowered.dense.graph.nodes}
         kept: dict[str, list[Tensor]] = defaultdict(list)
         for entry, tensor in self.kept.items():
             layout = nodes[entry.node].meta.get("layout")
-            kept[_x(layout.size) if layout else NO_RESOLUTION].append(tensor)
+            kept[size_text(layout.size) if layout else NO_RESOLUTION].append(tensor)
         batch = self.plan.batch
-        rows = {_x(size): (count, batch * size[0] * size[1]) for size, count in self.plan.counts.items()}
+        rows = {size_text(size): (count, batch * size[0] * size[1]) for size, count in self.plan.counts.items()}
         table: list[Sequence[str]] = [("resolution", "rows", "of", "", "dense", "sparse", "ratio", "kept", "MB")]
         for name, dense in self.dense.by_resolution.items():
             count, pixels = rows.get(name, (0, 0))
@@ -150,7 +150,7 @@ class _Explanation:
             macs = self._macs(dense, self.step.by_resolution.get(name, 0))
             table.append(("no pixels" if name == NO_RESOLUTION else name, *cells, *macs, *base))
         yield f"By resolution: rows of the edit, {self.unit}, and the tensors that the base keeps of each call"
-        yield text_table(table)
+        yield tabulate(table, tablefmt="plain", stralign="right", colalign=("left",), disable_numparse=True)
         kinds = Counter(entry.kind for entry in self.kept)
         yield (
             f"The base keeps {kinds['map']} maps, {kinds['scale']} group norms and {kinds['value']} values of the "
@@ -161,8 +161,8 @@ class _Explanation:
         table: list[Sequence[str]] = [("pass", "changed", "skipped", "ms")]
         for report in self.lowered.reports:
             table.append((report.name, str(report.changed), str(len(report.skipped)), f"{report.seconds * 1e3:.0f}"))
-        yield text_table(table)
-        yield f"Captured and rewritten in {self.lowered.build_seconds:.1f} s."
+        yield tabulate(table, tablefmt="plain", stralign="right", colalign=("left",), disable_numparse=True)
+        yield f"Exported and rewritten in {self.lowered.build_seconds:.1f} s."
 
     def _macs(self, dense: int, sparse: int) -> tuple[str, str, str]:
         unit = _UNITS[self.unit]
@@ -181,13 +181,9 @@ def _path(node: Node) -> str:
 
 
 def _kind(op: str) -> str:
-    """``aten.conv2d.default`` -> ``conv``; ``<built-in function getitem>`` -> nothing."""
+    """What :data:`_KINDS` calls an operation, such as ``aten.conv2d.default`` or ``<built-in function getitem>``."""
     name = op.rstrip(">").split()[-1] if op.startswith("<") else op.split(".")[1]
     return _KINDS.get(name, "pointwise")
-
-
-def _x(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"
 
 
 def _megabytes(tensors: Iterable[Tensor]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,9 +14,13 @@ from fisedit_compile.cache.step_cache import Recorded, StepCache
 from fisedit_compile.compiler.lowered import lower
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.errors import BaseMismatchError, CaptureError
-from fisedit_compile.ir.call import Call, Signature, bind
+from fisedit_compile.ir.call import Call, bind
+from fisedit_compile.runtime.capturable import bring_weights, refuse_uncapturable, settle_adapters, without_offload
+from fisedit_compile.runtime.model_state import ModelState
+from fisedit_compile.runtime.model_watch import ModelWatch
 from fisedit_compile.runtime.prepared import Prepared
 from fisedit_compile.runtime.program import Program
+from fisedit_compile.runtime.programs import Programs
 
 
 def sparsify(unet: torch.nn.Module, config: SparsityConfig | dict[str, Any] | None = None) -> SparseUNet:
@@ -37,7 +42,11 @@ def sparsify(unet: torch.nn.Module, config: SparsityConfig | dict[str, Any] | No
 
 
 class SparseUNet(torch.nn.Module):
-    """See :func:`sparsify`. Calling it runs the dense U-Net, exactly, unless a handler is set.
+    """See :func:`sparsify`. Calling it runs the dense U-Net, exactly.
+
+    It follows the U-Net: where adapters, processors, FreeU, hooks or weights have changed, graphs are captured anew or
+    constants folded again, and what was recorded or planned before is refused, with the difference named. Each method
+    looks for that, which takes some milliseconds; :meth:`looked_at` looks once for many calls.
 
     Attributes of the wrapped U-Net (``config``, ``dtype``, ``device``, ...) are its own.
     """
@@ -58,8 +67,11 @@ class SparseUNet(torch.nn.Module):
         self.unet = unet
         self.sparsity = config
         self._original = (original,)  # in a tuple: not a second submodule
-        self._programs: dict[Signature, Program] = {}
-        self._weights = _parameter_ids(original)
+        self._watch = ModelWatch(original)
+        self._programs = Programs(self._build)
+        self._lock = threading.RLock()
+        self._held = threading.local()  # .state: within looked_at(), the state that was seen
+        self._described = -1
         self._handler: Callable[..., Any] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -87,23 +99,53 @@ class SparseUNet(torch.nn.Module):
         """A call in the form that the other methods take, from the arguments of the U-Net's ``forward``."""
         return bind(self._original[0], args, kwargs)
 
-    def program(self, call: Call) -> Program:
-        """The graphs for the signature of ``call``; captured and rewritten on first use."""
-        unet = self._original[0]
-        if call.tensors[0].shape[1] != unet.config.in_channels:
-            raise CaptureError(
-                f"latents of {call.tensors[0].shape[1]} channels: this U-Net takes {unet.config.in_channels}"
+    def look(self) -> ModelState:
+        """The state of the U-Net now: equal to an earlier one when it behaves alike and its weights are the same.
+
+        Raises:
+            CaptureError: the U-Net is in a state that no captured graph can stand for, such as group offloading.
+        """
+        return self._look(values=True)
+
+    @contextmanager
+    def looked_at(self) -> Iterator[ModelState]:
+        """Look once for all calls within the context, of this thread: one that changes the U-Net there is not followed.
+
+        Raises:
+            CaptureError: see :meth:`look`.
+        """
+        before = getattr(self._held, "state", None)
+        self._held.state = self.look()
+        try:
+            yield self._held.state
+        finally:
+            self._held.state = before
+
+    def look_again(self) -> None:
+        """Within :meth:`looked_at`, behind what may have changed the U-Net, a user's callback for example.
+
+        Raises:
+            BaseMismatchError: it is another one now.
+        """
+        if difference := self._held.state.difference(self.look()):
+            raise BaseMismatchError(
+                f"the U-Net was changed on the way ({difference}): all steps of a picture need the same one"
             )
-        if unet.training:
-            raise CaptureError("the U-Net is in training mode: call unet.eval() first")
-        if call.signature not in self._programs:
-            self._programs[call.signature] = Program(lower(unet, call, self.sparsity), call)
-        return self._programs[call.signature]
+
+    def program(self, call: Call) -> Program:
+        """The graphs for the signature of ``call`` and the U-Net as it is; captured and rewritten on first use."""
+        return self._program(call, self._ready(values=True))
 
     @property
     def build_seconds(self) -> float:
-        """Time spent so far on capturing and rewriting graphs."""
-        return sum(program.lowered.build_seconds for program in self._programs.values())
+        """Time spent on capturing and rewriting the graphs that are kept."""
+        return sum(program.lowered.build_seconds for program in self._programs)
+
+    def dense(self, call: Call) -> Tensor:
+        """The noise prediction ``[B, C, H, W]`` of the dense U-Net, called as the call was made."""
+        args, kwargs = call.split()
+        out: Tensor = self.unet(*args, **kwargs, return_dict=False)[0]
+        return out
 
     def record(
         self, call: Call, *, samples: int | None = None, activations: bool = True, attention: bool = False
@@ -117,15 +159,24 @@ class SparseUNet(torch.nn.Module):
         count = batch if samples is None else samples
         if not 1 <= count <= batch or batch % count:
             raise ValueError(f"samples={samples} of a batch of {batch}: give the number of pictures in it")
-        self._drop_stale_programs()
-        return self.program(call).record(call, samples=count, activations=activations, attention=attention)
+        state = self._ready(values=True)
+        out, cache = self._program(call, state).record(
+            call, samples=count, activations=activations, attention=attention
+        )
+        cache.model = state
+        return out, cache
 
     def controlled(self, call: Call, cache: StepCache, mapper: Tensor, keep: Tensor) -> Tensor:
         """Run the dense U-Net with the cross-attention maps of unchanged words taken from ``cache``.
 
-        ``mapper`` and ``keep`` are those of :func:`~fisedit_compile.editing.prompt_to_prompt.align_batch`.
+        ``mapper`` and ``keep`` are those of :func:`~fisedit_compile.editing.prompt_alignment.align_batch`.
+
+        Raises:
+            BaseMismatchError: the cache was recorded by another model.
         """
-        return self.program(call).controlled(call, cache, mapper, keep)
+        state = self._ready(values=True)
+        _check_recorded(cache, state)
+        return self._program(call, state).controlled(call, cache, mapper, keep)
 
     def plan(self, call: Call, mask: Tensor) -> Prepared:
         """Everything about ``mask`` (bool ``[n, h, w]`` at latent resolution) that the steps of an edit share.
@@ -133,15 +184,10 @@ class SparseUNet(torch.nn.Module):
         Raises:
             MaskError: not bool, not ``[n, h, w]``, another resolution than the latents, n not a divisor of the batch.
         """
-        self._drop_stale_programs()
-        return self.program(call).prepare(mask)
-
-    def _drop_stale_programs(self) -> None:
-        """Capture anew after a weight or layer was replaced, as loading a LoRA or a state dict may do."""
-        weights = _parameter_ids(self._original[0])
-        if weights != self._weights:  # the graphs hold the old ones, so that no id can have been given twice
-            self._programs.clear()
-            self._weights = weights
+        state = self._ready(values=True)
+        prepared = self._program(call, state).prepare(mask)
+        prepared.model = state
+        return prepared
 
     def step(self, call: Call, cache: StepCache, prepared: Prepared) -> Tensor:
         """One sparse step: active pixels anew, the rest from the base's ``cache`` of the same call.
@@ -149,14 +195,59 @@ class SparseUNet(torch.nn.Module):
         A mask of more than ``config.dense_above`` runs the dense U-Net instead, with the same meaning.
 
         Raises:
-            BaseMismatchError: the cache was recorded by another model, for other activations or at another timestep.
+            BaseMismatchError: the cache or the plan was made by another model, the cache for other activations or at
+                another timestep.
         """
-        program = self.program(call)
-        if not isinstance(prepared, Prepared) or prepared.lowered is not program.lowered:
+        # On a GPU, sampled values would be waited for; a plan was made with a look at them.
+        state = self._ready(values=not call.tensors[0].is_cuda)
+        _check_recorded(cache, state)
+        if not isinstance(prepared, Prepared):
+            raise BaseMismatchError("the plan is not of this call's graphs: pass what plan(call, mask) returned for it")
+        if prepared.model is not None and (difference := prepared.model.difference(state)):
+            raise BaseMismatchError(
+                f"the U-Net is another one than the plan was made for ({difference}): call plan(call, mask) again"
+            )
+        program = self._program(call, state)
+        if prepared.lowered is not program.lowered:
             raise BaseMismatchError("the plan is not of this call's graphs: pass what plan(call, mask) returned for it")
         if prepared.dense:
-            return program.restore_base(self.unet(**call.kwargs, return_dict=False)[0], cache, prepared)
+            return program.restore_base(self.dense(call), cache, prepared)
         return program.step(call, cache, prepared)
+
+    def _look(self, *, values: bool) -> ModelState:
+        unet = self._original[0]
+        with self._lock:
+            state = self._watch.look(values=values)
+            if self._described != self._watch.descriptions:
+                refuse_uncapturable(unet)
+                settle_adapters(unet)
+                state = self._watch.look(values=values)
+                self._described = self._watch.descriptions
+            return state
+
+    def _ready(self, *, values: bool) -> ModelState:
+        """The state in which a call runs, its weights on their device."""
+        brought = bring_weights(self._original[0])
+        held: ModelState | None = getattr(self._held, "state", None)
+        if held is None:
+            return self._look(values=values)
+        if brought:
+            self.look_again()
+            self._held.state = self.look()
+        return self._held.state
+
+    def _program(self, call: Call, state: ModelState) -> Program:
+        with self._lock:
+            return self._programs.of(call, state)
+
+    def _build(self, call: Call) -> Program:
+        unet = self._original[0]
+        if call.tensors[0].shape[1] != unet.config.in_channels:
+            raise CaptureError(
+                f"latents of {call.tensors[0].shape[1]} channels: this U-Net takes {unet.config.in_channels}"
+            )
+        with without_offload(unet), self._watch.left_alone("the U-Net"):
+            return Program(lower(unet, call, self.sparsity), call)
 
     def explain(self, *args: Any, **kwargs: Any) -> str:
         """What became sparse, what stayed dense and why, module by module; for the arguments of a U-Net call."""
@@ -166,13 +257,9 @@ class SparseUNet(torch.nn.Module):
         return explain(program.lowered, costs=program.row_costs if self.sparsity.blocks == "measured" else None)
 
 
-def _parameter_ids(unet: torch.nn.Module) -> list[int]:
-    """An id a parameter, in some order; ``unet.parameters()`` takes milliseconds, which every call would wait for."""
-    ids: list[int] = []
-    modules: list[torch.nn.Module | None] = [unet]
-    while modules:
-        module = modules.pop()
-        if module is not None:
-            ids += map(id, module._parameters.values())
-            modules += module._modules.values()
-    return ids
+def _check_recorded(cache: StepCache, state: ModelState) -> None:
+    model = getattr(cache, "model", None)
+    if model is not None and (difference := model.difference(state)):
+        raise BaseMismatchError(
+            f"the U-Net is another one than the call was recorded with ({difference}): record the call again"
+        )

@@ -1,12 +1,13 @@
-"""Helpers for tests of this package and of its users: the one table of tolerances."""
+"""Comparison of results with a reference, for tests here and elsewhere, with one tolerance for each dtype."""
 
 from __future__ import annotations
 
 import torch
 
-#: Relative error ``norm(out - reference) / norm(reference)`` that a whole chain of operations may reach, against a
-#: reference in fp64. fp32: some thousand additions an output, each 6e-8. fp16 and bf16: the rounding of inputs and
-#: outputs (2**-11 and 2**-8) with fp32 accumulation, over the few tens of layers of a small U-Net.
+#: The largest relative error ``norm(out - reference) / norm(reference)`` that a whole chain of operations may have
+#: against a reference in fp64. In fp32 it comes from some thousand additions for each output, each off by up to 6e-8.
+#: In fp16 and bf16 it comes from rounding inputs and outputs (2**-11 and 2**-8), with sums in fp32, over the few tens
+#: of layers of a small U-Net.
 TOLERANCES: dict[torch.dtype, float] = {
     torch.float64: 1e-11,
     torch.float32: 2e-5,
@@ -22,10 +23,10 @@ def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def assert_close(out: torch.Tensor, reference: torch.Tensor, dtype: torch.dtype | None = None) -> None:
-    """Hold ``out`` to ``reference`` within the tolerance of ``dtype`` (default: the dtype of ``out``).
+    """Check that ``out`` is within the tolerance of ``dtype`` (default: the dtype of ``out``) of ``reference``.
 
     Raises:
-        AssertionError: the shapes differ, or the relative error is over ``TOLERANCES[dtype]`` or not a number.
+        AssertionError: the shapes differ, or the relative error is above ``TOLERANCES[dtype]`` or not a number.
     """
     if out.shape != reference.shape:
         raise AssertionError(f"shape {tuple(out.shape)} where {tuple(reference.shape)} was expected")

@@ -1,13 +1,13 @@
 """Registers the row operators with PyTorch as ``torch.ops.fisedit.*``: schema, kernels and fake (shape) functions.
 
-Importing this module is all it takes; a second import changes nothing. It never imports Triton: on CUDA the first call
-of an operator that has a Triton kernel does, and fp64 stays with the reference there too. The operators are
-opaque to tracing: torch.export and torch.compile see one node with the shape that its fake function gives, for any
-number of rows. The arguments are described beside the reference functions.
+Importing this module registers them; importing it again changes nothing. It never imports Triton: the first call of an
+operator on CUDA does, if the operator has a Triton kernel. Values in fp64 go to the reference on CUDA as well. Tracing
+does not look into the operators: torch.export and torch.compile see one node each, with the shape that its fake
+function gives, whatever the number of rows. The docstrings of the reference functions describe the arguments.
 
-**Padding.** A CUDA graph has fixed shapes, so that rows there are padded to a few sizes. ``count``, int32 [1] on the
-device, is how many rows are real: what lies behind them is not computed and its results are unspecified. References
-compute every row. None: all rows are real. No real row ever reads a padded one: no neighbour table names it, and it
+**Padding.** A CUDA graph has fixed shapes, so that on a GPU rows are padded to one of a few sizes. ``count``, int32 [1]
+on the device, says how many rows are real; None means that all are. Kernels do not compute padded rows, whose results
+are unspecified; references compute every row. No real row ever reads a padded one: no neighbour table names it, and it
 lies outside the offsets of attention.
 """
 
@@ -19,19 +19,16 @@ from typing import Any
 
 import torch
 
+from fisedit_compile.ir.layout import inverse_permutation
 from fisedit_compile.kernels.attention.attention_rows import attention_cached_reference, attention_rows_reference
 from fisedit_compile.kernels.implicit_gemm.conv2d_rows import conv2d_rows_and_norm_reference, conv2d_rows_reference
-from fisedit_compile.kernels.implicit_gemm.epilogue import SCHEMA
 from fisedit_compile.kernels.implicit_gemm.linear_rows import (
     linear_rows_and_layer_norm_reference,
     linear_rows_and_norm_reference,
     linear_rows_reference,
 )
-from fisedit_compile.kernels.indexing.gather_scatter import (
-    gather_rows_reference,
-    inverse_permutation,
-    scatter_rows_reference,
-)
+from fisedit_compile.kernels.implicit_gemm.row_product_arguments import EPILOGUE_SCHEMA, SHORTCUT_SCHEMA
+from fisedit_compile.kernels.indexing.gather_scatter import gather_rows_reference, scatter_rows_reference
 from fisedit_compile.kernels.norms.cat_norm_rows import cat_norm_rows_reference
 from fisedit_compile.kernels.norms.group_norm_rows import group_norm_rows_reference, group_norm_whole_reference
 from fisedit_compile.kernels.norms.layer_norm_rows import layer_norm_rows_reference
@@ -59,7 +56,10 @@ def _register(
 
 
 def _launcher(module: str, name: str, reference: Callable[..., Tensors]) -> Callable[..., Tensors]:
-    """Calls the launcher ``name`` of a module beside this, imported at the first call; fp64 goes to the reference."""
+    """A function that calls the launcher ``name`` of the module ``kernels/{module}``, or for fp64 the reference.
+
+    The module is imported at the first call.
+    """
 
     def kernel(first: torch.Tensor, *others: Any) -> Tensors:
         if first.dtype == torch.float64:
@@ -131,8 +131,7 @@ _register(
     _launcher("indexing.scatter_rows_triton", "scatter_rows_triton", scatter_rows_reference),
 )
 _CONV2D_ROWS = (
-    f"Tensor rows, Tensor? halo, Tensor weight, Tensor? bias, Tensor table, {SCHEMA}, Tensor? beside=None, "
-    "Tensor? beside_weight=None"
+    f"Tensor rows, Tensor? halo, Tensor weight, Tensor? bias, Tensor table, {EPILOGUE_SCHEMA}, {SHORTCUT_SCHEMA}"
 )
 _register(
     "conv2d_rows",
@@ -149,7 +148,7 @@ _register(
     _launcher("implicit_gemm.conv2d_rows_triton", "conv2d_rows_and_norm_triton", conv2d_rows_and_norm_reference),
     results="(Tensor, Tensor)",
 )
-_LINEAR_ROWS = f"Tensor rows, Tensor weight, Tensor? bias, {SCHEMA}"
+_LINEAR_ROWS = f"Tensor rows, Tensor weight, Tensor? bias, {EPILOGUE_SCHEMA}"
 _register(
     "linear_rows",
     _LINEAR_ROWS,

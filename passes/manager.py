@@ -1,4 +1,7 @@
-"""The passes in their order, and the loop that runs, times and checks them."""
+"""The passes in their order, and the loop that runs, times and checks them.
+
+``README.md`` in this folder lists what holds between two passes, and how to add one.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from fisedit_compile.passes.fusion.fuse_norms import fuse_norms
 from fisedit_compile.passes.fusion.fuse_pointwise import fuse_pointwise
 from fisedit_compile.passes.fusion.join_shortcuts import join_shortcuts
 from fisedit_compile.passes.fusion.merge_linears import merge_linears
+from fisedit_compile.passes.graph_dump import GraphDump
 from fisedit_compile.passes.pass_report import PassReport
 from fisedit_compile.passes.region.annotate_layout import annotate_layout
 from fisedit_compile.passes.region.cancel_scatter_gather import cancel_scatter_gather
@@ -48,13 +52,22 @@ SPARSE_PASSES: tuple[Pass, ...] = (
 def run_passes(
     graph_module: GraphModule, config: SparsityConfig, passes: tuple[Pass, ...] = SPARSE_PASSES
 ) -> list[PassReport]:
-    """Rewrite ``graph_module`` in place; one report a pass, in order."""
+    """Rewrite ``graph_module`` in place; one report a pass, in order.
+
+    :func:`~fisedit_compile.passes.graph_dump.dump_graphs` writes the graph before and after some of them.
+
+    Raises:
+        ValueError: a dump was asked for around a pass that does not exist.
+    """
+    dump = GraphDump([rewrite.__name__ for rewrite in passes], [rewrite.__name__ for rewrite in SPARSE_PASSES])
     reports = []
     for rewrite in passes:
+        dump.write(graph_module, rewrite.__name__, "before")
         start = time.perf_counter()
         report = rewrite(graph_module, config)
         graph_module.graph.lint()
         report.seconds = time.perf_counter() - start
+        dump.write(graph_module, rewrite.__name__, "after")
         reports.append(report)
     graph_module.recompile()
     return reports

@@ -1,4 +1,4 @@
-"""What a pass did and what it left, with the module path of each."""
+"""What a pass did and what it left as it was, with the module of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operations that the passes know: ATen's by what they do to a spatial value, and our own on rows."""
+"""The operators that the passes know: ATen's by what they do to a spatial value, and our own on rows."""
 
 from __future__ import annotations
 
@@ -52,3 +52,10 @@ GROUP_NORM_WHOLE = torch.ops.fisedit.group_norm_whole.default
 GROUP_NORM_ROWS = torch.ops.fisedit.group_norm_rows.default
 ATTENTION_ROWS = torch.ops.fisedit.attention_rows.default
 ATTENTION_CACHED = torch.ops.fisedit.attention_cached.default
+
+#: A product of rows -> the product that also returns its result before norm and activation.
+WITH_NORM = {CONV2D_ROWS: CONV2D_ROWS_AND_NORM, LINEAR_ROWS: LINEAR_ROWS_AND_NORM}
+CONVOLUTIONS_OF_ROWS = frozenset({CONV2D_ROWS, CONV2D_ROWS_AND_NORM})
+LINEARS_OF_ROWS = frozenset({LINEAR_ROWS, LINEAR_ROWS_AND_NORM, LINEAR_ROWS_AND_LAYER_NORM})
+#: What multiplies rows with a weight; see ``row_product``.
+ROW_PRODUCTS = CONVOLUTIONS_OF_ROWS | LINEARS_OF_ROWS

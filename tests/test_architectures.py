@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from time import perf_counter
-
 import pytest
 import torch
 
@@ -14,9 +12,8 @@ TINY = [arch for arch in ARCHITECTURES if arch.startswith("tiny")]
 
 @pytest.mark.parametrize(("arch", "parameters"), [("sd15", 859_520_964), ("sd2", 865_910_724), ("sdxl", 2_567_463_684)])
 def test_published_models_have_their_parameter_count(arch: str, parameters: int) -> None:
-    start = perf_counter()
     unet = build_unet(arch, device="meta", dtype=torch.bfloat16)
-    assert perf_counter() - start < 5
+    assert all(p.is_meta for p in unet.parameters()), "gigabytes of weights were made"
     assert sum(p.numel() for p in unet.parameters()) == parameters
     assert {p.dtype for p in unet.parameters()} == {torch.bfloat16}
 

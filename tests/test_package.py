@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -32,15 +33,15 @@ def run_python(code: str, *python_path: Path) -> list[str]:
 
 
 class TestImport:
-    def test_takes_under_a_fifth_of_a_second(self) -> None:
-        code = "from time import perf_counter as now; t = now(); import fisedit_compile; print(now() - t)"
-        # The best of several: what is over that is other work of the machine.
-        assert min(float(run_python(code)[0]) for _ in range(5)) < 0.2
-
-    def test_loads_nothing_heavy(self) -> None:
-        loaded = run_python("import sys, fisedit_compile; print(*sys.modules, sep='\\n')")
+    def test_loads_the_standard_library_alone(self) -> None:
+        # A fifth of a second at most; torch and diffusers take several.
+        code = "import sys; before = {*sys.modules}; import fisedit_compile; print(*{*sys.modules} - before, sep='\\n')"
+        loaded = {name.partition(".")[0] for name in run_python(code)}
         assert "fisedit_compile" in loaded
-        assert not {"torch", "numpy", "diffusers", "transformers", "triton"} & set(loaded)
+        assert loaded - {"fisedit_compile"} <= sys.stdlib_module_names
+
+    def test_version_is_that_of_the_installed_package(self) -> None:
+        assert fisedit_compile.__version__ == importlib.metadata.version("fisedit-compile")
 
     @pytest.mark.parametrize("name", fisedit_compile.__all__)
     def test_public_name_resolves(self, name: str) -> None:

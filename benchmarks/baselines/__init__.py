@@ -1,3 +1,3 @@
-"""The methods of Table A1, one a file: diffusers' own pipeline where it has one, else written after the paper."""
+"""The methods of Table A1, each in its file: diffusers' own pipeline if it has one, else written after the paper."""
 
 from __future__ import annotations

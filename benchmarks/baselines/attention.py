@@ -12,7 +12,7 @@ Core = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def attend(attn: Any, hidden_states: Tensor, text: Tensor | None, core: Core) -> Tensor:
-    """What an attention processor does, with ``core`` in place of scaled dot-product attention.
+    """Do what an attention processor does, with ``core`` in place of scaled dot-product attention.
 
     Args:
         attn: diffusers' ``Attention`` module of a Stable Diffusion U-Net (no norms, masks or residual of its own).

@@ -1,4 +1,4 @@
-"""What a method calls its U-Net with: logged on the device, counted on the meta device."""
+"""The calls that a method makes of its U-Net: logged and timed on the device, and counted on the meta device."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ import fisedit_compile.macs.formulas  # noqa: F401  (teaches FlopCounterMode the
 
 
 class CallKey(NamedTuple):
-    """Calls with one key do the same work.
+    """Identifies the work of a call: calls with the same key do the same.
 
     Attributes:
-        sample: shape of the latents, ``[batch, channels, height, width]``.
-        text: shape of the text's embeddings, ``[batch, tokens, width]``.
-        grad: whether gradients follow.
+        sample: the shape of the latents, ``[batch, channels, height, width]``.
+        text: the shape of the text's embeddings, ``[batch, tokens, width]``.
+        grad: whether a backward pass follows.
         kind: what else the work depends on, in the method's own words; ``""`` for a plain call.
     """
 
@@ -40,11 +40,11 @@ class CallKey(NamedTuple):
 
 
 class CallLog:
-    """Logs the calls of a U-Net while it is entered, and their times.
+    """A context that logs the calls of a U-Net and their times.
 
     Args:
         unet: the module that the method calls.
-        kind: of the n-th call (from 0), see :class:`CallKey`.
+        kind: gives the kind of the n-th call, counted from 0, see :class:`CallKey`.
     """
 
     def __init__(self, unet: torch.nn.Module, kind: Callable[[int], str]) -> None:
@@ -67,9 +67,10 @@ class CallLog:
             hook.remove()
 
     def seconds(self, images: int = 1) -> float:
-        """From the start of the first call to the end of the last; waits for the device.
+        """The time from the start of the first call to the end of the last; waits for the device.
 
-        Of several pictures, which take as many calls each, the sum: what lies between them is no call's time.
+        For several pictures, which must take equally many calls each, it is the sum over the pictures, without the time
+        between them.
         """
         calls, rest = divmod(len(self.keys), images)
         if rest:
@@ -78,14 +79,14 @@ class CallLog:
         return sum(_seconds(first, last) for first, last in zip(firsts, lasts, strict=True))
 
     def finite(self) -> bool:
-        """Whether the last call answered with finite numbers; earlier ones fed it. Waits for the device."""
+        """Whether the last call returned finite numbers, and so the earlier ones did, too. Waits for the device."""
         assert self._last is not None
         return bool(self._last.isfinite().all())
 
     def milliseconds(self) -> dict[str, float]:
-        """The median time of a call of each kind, by the words for its key.
+        """The median time of a call of each kind, by its key as text.
 
-        With gradients it ends where the next call starts, since the backward pass lies between.
+        The time of a call with gradients ends where the next call starts, because the backward pass lies between.
         """
         until = [following if key.grad else end for key, end, following in self._with_next()]
         times: dict[str, list[float]] = defaultdict(list)
@@ -110,7 +111,7 @@ class CallLog:
 
 
 def _mark(device: torch.device) -> Any:
-    """A point in time; on CUDA an event, so that nothing waits inside the loop."""
+    """A point in time: on CUDA an event, for which nothing has to wait inside the loop."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -126,10 +127,10 @@ def _seconds(start: Any, end: Any) -> float:
 
 
 class CountedUNet(UNet2DConditionModel):
-    """A U-Net without weights that counts the multiply-accumulates of its calls and answers with zeros on the CPU.
+    """A U-Net without weights that counts the multiply-accumulates of its calls and returns zeros on the CPU.
 
-    The count is made by running the call on the meta device, with all that a method has done to the U-Net (attention
-    processors, hooks, patched blocks), once for each distinct :class:`CallKey`. Under a :class:`CallLog` only.
+    For each distinct :class:`CallKey` the call runs once on the meta device, with everything that a method has done to
+    the U-Net (attention processors, hooks, patched blocks). It may be called only inside a :class:`CallLog`.
     """
 
     key: CallKey
@@ -145,7 +146,7 @@ class CountedUNet(UNet2DConditionModel):
 
     @property
     def device(self) -> torch.device:
-        """Where its inputs and outputs are."""
+        """The device of its inputs and outputs."""
         return torch.device("cpu")
 
     def forward(
@@ -159,12 +160,12 @@ class CountedUNet(UNet2DConditionModel):
         return UNet2DConditionOutput(sample=out) if return_dict else (out,)
 
     def compute(self, sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, **kwargs: Any) -> None:
-        """The call itself, on the meta device; what it multiplies is counted."""
+        """Run the call itself on the meta device, where its multiplications are counted."""
         super().forward(sample, timestep, encoder_hidden_states, **kwargs)
 
 
 class NoVAE(AutoencoderKL):
-    """An autoencoder for counting: pictures and latents of the right shapes, all zero."""
+    """An autoencoder that computes nothing: its pictures and latents have the right shapes and are all zero."""
 
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:
         moments = x.new_zeros(len(x), 2 * self.config["latent_channels"], x.shape[2] // 8, x.shape[3] // 8)

@@ -1,7 +1,7 @@
-"""DeepCache: deep features are kept for a few steps, between which only the outermost blocks run.
+"""DeepCache: deep features are kept for a few steps, in which only the outermost blocks run.
 
-Source: Ma et al., "DeepCache: Accelerating Diffusion Models for Free", CVPR 2024; their own package. It speeds up the
-making of a whole picture: what a user may take instead of editing a part.
+Source: Ma et al., "DeepCache: Accelerating Diffusion Models for Free", CVPR 2024; the code is the authors' package. It
+speeds up generating a whole picture, which a user may do instead of editing a part of one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from baselines.method import NotInstalledError
 from baselines.models import Kit
 from baselines.text_to_image import TextToImage
 
-#: A full call every third step, the outermost branch between: what its README starts from.
+#: Every third call is full, and the others run the outermost branch alone: the settings that its README starts with.
 INTERVAL, BRANCH = 3, 0
 
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from diffusers import StableDiffusionDiffEditPipeline
 
 from baselines.method import Method
 from baselines.models import GUIDANCE, SOURCE, TARGET, Kit
 
-#: Share of the steps that are inverted and denoised again, and the number of noises; diffusers' defaults.
+#: The share of the steps that are inverted and denoised again, and the number of noises; both are diffusers' defaults.
 STRENGTH, NOISES = 0.8, 10
 
 
@@ -26,11 +25,6 @@ class DiffEdit(Method):
     def __init__(self, kit: Kit) -> None:
         super().__init__(kit)
         self.pipe = kit.pipeline(StableDiffusionDiffEditPipeline, kit.unet(), inverse_scheduler=kit.inverse_scheduler)
-
-    @property
-    def unet(self) -> torch.nn.Module:
-        unet: torch.nn.Module = self.pipe.unet
-        return unet
 
     def make(self) -> Any:
         image, generator = self.kit.image(), self.kit.generator()

@@ -1,8 +1,8 @@
-"""FISEdit: this project's editor. A picture that it generated is edited by new words, the mask given.
+"""FISEdit: this project's editor edits a picture that it generated, by new words and with a given mask.
 
 Source: Yu et al., "Accelerating Text-to-image Editing via Cache-enabled Sparse Diffusion Inference", ML for Systems at
-NeurIPS 2023. Generating the base with its cache comes before and is no part of an edit's time or count. The first steps
-run dense, as they would to find the mask, so an average over the steps is above a sparse step.
+NeurIPS 2023. Generating the base with its cache comes first and is no part of an edit's time or count. The first steps
+run dense, as they would to find the mask, so that the mean over all steps is above that of a sparse step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fisedit_compile.macs.counter import MacCounter
 
 
 class FISEdit(Method):
-    """One row a set of masks; a run edits the same base once with each of them."""
+    """A row for one set of masks; a run edits the same base once with each mask."""
 
     source = "Yu et al. 2023; this project"
     edits_part = True
@@ -40,7 +40,7 @@ class FISEdit(Method):
         return self._base_for(self.steps)[0].unet
 
     def prepare(self, steps: int) -> None:
-        """The base, and edits that are not timed: graphs are built, compiled and recorded at their first use."""
+        """Make the base and edits that are not timed, because graphs are built, compiled and captured on first use."""
         self.steps = steps
         editor, base = self._base_for(steps)
         # Compiled code and CUDA graphs may be new for each number of active pixels.
@@ -49,7 +49,7 @@ class FISEdit(Method):
             editor.edit(base, TARGET, mask=mask)
 
     def warm_up(self, steps: int) -> None:
-        """Done by :meth:`prepare`: fewer steps would be another base."""
+        """Do nothing: :meth:`prepare` has warmed up, and a run of fewer steps would need another base."""
 
     def kind(self, index: int) -> str:
         step, dense = index % self.steps, self._config.count_dense_steps(self.steps)
@@ -62,7 +62,7 @@ class FISEdit(Method):
         return [editor.edit(base, TARGET, mask=mask).image for mask in self._masks.masks][-1]
 
     def _base_for(self, steps: int) -> tuple[Editor, Base]:
-        """The editor and the base that all rows share."""
+        """The editor and its base of ``steps`` steps, which all rows share."""
         shared = self.kit.shared
         if shared.get("base of") != (steps, self._config):
             editor = Editor(self.kit.pipeline(StableDiffusionPipeline, self.kit.unet()), self._config)
@@ -79,7 +79,7 @@ class FISEdit(Method):
         return editor_and_base
 
     def count(self, steps: int) -> list[CallCount]:
-        """Count the graphs that an edit runs; nothing is run."""
+        """The calls of a run, counted from the graphs that an edit runs; nothing is run."""
         counted = self._counted()
         dense, controlled = self._config.count_dense_steps(steps), self._controlled_steps(steps)
         sparse, text = zip(*(counted.sparse(mask) for mask in self._masks.masks), strict=True)
@@ -96,7 +96,7 @@ class FISEdit(Method):
         return min(self._config.count_dense_steps(steps), round(self._config.cross_replace * steps))
 
     def _counted(self) -> _CountedGraphs:
-        """The graphs that all rows share."""
+        """The counts of the graphs, which all rows share."""
         shared = self.kit.shared
         if "counted" not in shared:
             shared["counted"] = _CountedGraphs(self.kit, self._config)
@@ -112,7 +112,7 @@ class _CountedGraphs:
         args, kwargs = unet_inputs(unet, batch=2, height=kit.size, width=kit.size)
         sparse = sparsify(unet, config)
         call = sparse.call(*args, **kwargs)
-        # Unchecked: fvcore's second count takes long, and the tests hold the two together.
+        # Unchecked, because fvcore's count takes long and the tests compare the two.
         self._counter = MacCounter(sparse.program(call).lowered, check=False)
         self.dense = self._counter.dense.total
         _, maps = sparse.record(call, samples=1, activations=False, attention=True)
@@ -122,5 +122,5 @@ class _CountedGraphs:
         self.controlled = flops.get_total_flops() // 2
 
     def sparse(self, mask: torch.Tensor) -> tuple[int, int]:
-        """Of one sparse step, and of what depends on the words alone."""
+        """The multiply-accumulates of one sparse step, and those that an edit does once for its words."""
         return self._counter.step(self._counter.plan(mask)).total, self._counter.prompt.total

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from diffusers import StableDiffusionInpaintPipeline
 
 from baselines.method import Method
@@ -24,11 +23,6 @@ class Inpainting(Method):
     def __init__(self, kit: Kit) -> None:
         super().__init__(kit)
         self.pipe = kit.pipeline(StableDiffusionInpaintPipeline, kit.unet(in_channels=9))
-
-    @property
-    def unet(self) -> torch.nn.Module:
-        unet: torch.nn.Module = self.pipe.unet
-        return unet
 
     def make(self) -> Any:
         return self.pipe(

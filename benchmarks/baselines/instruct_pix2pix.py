@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline
 
 from baselines.method import Method
@@ -23,11 +22,6 @@ class InstructPix2Pix(Method):
     def __init__(self, kit: Kit) -> None:
         super().__init__(kit)
         self.pipe = kit.pipeline(StableDiffusionInstructPix2PixPipeline, kit.unet(in_channels=8))
-
-    @property
-    def unet(self) -> torch.nn.Module:
-        unet: torch.nn.Module = self.pipe.unet
-        return unet
 
     def make(self) -> Any:
         return self.pipe(

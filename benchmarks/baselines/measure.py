@@ -1,4 +1,4 @@
-"""One row of the table: a method counted on the meta device, and run and timed on a real one."""
+"""Measures one row of the table: counts a method on the meta device, and runs and times it on a real one."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from baselines.calls import CallLog
 from baselines.method import CallCount, Method, NotInstalledError
 from baselines.models import Kit
 
-#: Makes a method from a kit; called once to count and once to run.
+#: Makes a method from a kit; it is called once to count and once to run.
 Factory = Callable[[Kit], Method]
 
-#: Tells people what is going on.
+#: Prints a line that says what is going on.
 Say = Callable[[str], None]
 
 OK, OUT_OF_MEMORY, COUNTED, FAILED = "ok", "out of memory", "counted only", "failed"
 
-#: In the messages of errors of other classes than OutOfMemoryError: torch on the CPU, the driver, cuBLAS.
+#: What the messages of out-of-memory errors contain that are no OutOfMemoryError: those of torch on the CPU, of the
+#: driver and of cuBLAS.
 _NO_MEMORY = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
 
 
@@ -35,16 +36,17 @@ class Row:
 
     Attributes:
         status: ``"ok"``, ``"counted only"``, ``"out of memory"``, ``"not installed: ..."`` or ``"failed: ..."``.
-        kinds: the calls of one run, by kind; a run makes ``images`` pictures.
-        calls: U-Net calls an output picture.
-        macs: multiply-accumulates an output picture, of the U-Net alone.
-        macs_a_step: those divided by the denoising steps that were asked for.
-        seconds: wall time of a picture from words (and picture) to pixels, autoencoder and text encoder included.
-        calls_per_second: U-Net calls by the time from the start of a picture's first to the end of its last.
-        held_gib: memory that tensors held on the device when the timed run began: the models, and FISEdit's base.
-        peak_gib: the most during the run, ``held_gib`` included.
-        finite: whether the last call of the U-Net answered with finite numbers; weights are random, and no trained
-            model keeps a method from running over in half precision.
+        images: how many pictures a run makes.
+        kinds: the U-Net calls of one run, by kind.
+        calls: how many U-Net calls a picture takes.
+        macs: how many multiply-accumulates of the U-Net a picture takes.
+        macs_a_step: ``macs`` divided by the number of denoising steps that were asked for.
+        seconds: wall time of a picture from words (and picture) to pixels, with autoencoder and text encoder.
+        calls_per_second: U-Net calls divided by the time from the start of a picture's first to the end of its last.
+        held_gib: GiB that tensors held on the device when the timed run began: the models, and FISEdit's base.
+        peak_gib: the most GiB that tensors held during the run, ``held_gib`` included.
+        finite: whether the last call of the U-Net returned finite numbers. Weights are random, so a method may overflow
+            in half precision where a trained model would not.
     """
 
     name: str
@@ -65,19 +67,19 @@ class Row:
     finite: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The row as plain values for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Row:
-        """What :meth:`to_dict` made."""
+        """The row that :meth:`to_dict` made ``values`` of."""
         return cls(**{**values, "kinds": [CallCount(**kind) for kind in values["kinds"]]})
 
 
 def measure(name: str, factory: Factory, kit: Kit | None, counting_kit: Kit, steps: int, say: Say) -> Row:
-    """Count a method, and run it unless there is no ``kit``.
+    """Count a method, and run it unless ``kit`` is None.
 
-    What goes wrong with one method is said in its row, so that the others still get theirs.
+    If a method fails, its row says so, and the other methods are still measured.
     """
     kind: Any = factory.func if isinstance(factory, partial) else factory
     row = Row(name, getattr(kind, "title", name), kind.source, kind.needs_training, kind.edits_part)
@@ -97,7 +99,7 @@ def measure(name: str, factory: Factory, kit: Kit | None, counting_kit: Kit, ste
         else:
             traceback.print_exc()
             row.status = f"{FAILED}: {type(error).__name__}: {error}".splitlines()[0]
-    # Behind the except clauses: an error holds the frames that it passed, and they the method.
+    # After the except clauses, because a caught error keeps the frames that it passed alive, and with them the method.
     if kit is not None:
         _release(kit)
     say(f"{name}: {_summary(row)}")
@@ -145,7 +147,7 @@ def _run(row: Row, method: Method, kit: Kit, steps: int, say: Say) -> None:
 
 
 def _summary(row: Row) -> str:
-    """For people who wait."""
+    """One line of progress about a finished row."""
     if row.seconds is None:
         return row.status
     memory = "" if row.peak_gib is None else f", {row.peak_gib:.1f} GiB"

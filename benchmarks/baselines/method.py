@@ -1,4 +1,4 @@
-"""What every method of the table has in common."""
+"""What every method of the table has: how it is prepared, run, counted and closed."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from baselines.models import Kit
 
 
 class NotInstalledError(Exception):
-    """A method needs a package that is not there; the message says which and how to get it."""
+    """A package that a method needs is not installed; the message says how to install it."""
 
 
 @dataclass(frozen=True)
 class CallCount:
-    """Calls of one kind, all pictures of a run together.
+    """The U-Net calls of one kind in a run, for all of its pictures together.
 
     Attributes:
         kind: what is called, for people.
-        calls: how many.
-        macs: multiply-accumulates of all of them.
-        milliseconds: median time of one, where it was measured.
+        calls: the number of calls.
+        macs: the multiply-accumulates of all of them together.
+        milliseconds: the median time of one of them; None if it was not measured.
     """
 
     kind: str
@@ -34,13 +34,16 @@ class CallCount:
 
 
 class Method:
-    """One way to make a picture, ready to run. Made anew for each measurement.
+    """One way to make a picture, ready to run. Each measurement makes a new one.
 
     Class attributes:
-        title: as the table shows it.
+        title: the method's name in the table.
         source: the paper, and whose implementation this is.
-        needs_training: whether Stable Diffusion's own U-Net will not do.
+        needs_training: whether the method needs a U-Net that was trained for it.
         edits_part: whether the rest of the picture is kept by construction.
+
+    Attributes:
+        pipe: the pipeline whose U-Net the method calls.
     """
 
     title: str
@@ -48,6 +51,7 @@ class Method:
     needs_training: ClassVar[bool] = False
     edits_part: ClassVar[bool] = False
 
+    pipe: Any
     #: Pictures that one run makes.
     images: int = 1
     #: Denoising steps of the current run.
@@ -58,14 +62,15 @@ class Method:
 
     @property
     def unet(self) -> torch.nn.Module:
-        """The module whose calls are counted."""
-        raise NotImplementedError
+        """The module whose calls are counted and timed."""
+        unet: torch.nn.Module = self.pipe.unet
+        return unet
 
     def prepare(self, steps: int) -> None:
-        """What happens before an edit and is not part of its time."""
+        """Do what comes before an edit and is no part of its time; by default nothing."""
 
     def warm_up(self, steps: int) -> None:
-        """Let libraries choose their kernels and compilers compile; not timed."""
+        """Run a few steps that are not timed, so that libraries choose their kernels and compilers compile."""
         self.run(min(steps, 4))
 
     def run(self, steps: int) -> Any:
@@ -74,17 +79,18 @@ class Method:
         return self.make()
 
     def make(self) -> Any:
+        """Make the pictures of one run; subclasses say how."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Let go of what would outlive the method."""
+        """Free what would outlive the method; by default there is nothing."""
 
     def kind(self, index: int) -> str:
-        """See :class:`baselines.calls.CallKey`; of call ``index`` of a run."""
+        """The kind of the call at position ``index`` of a run, see :class:`baselines.calls.CallKey`."""
         return ""
 
     def count(self, steps: int) -> list[CallCount]:
-        """Run with a U-Net that only counts (``kit.counting``), and return what it was called with."""
+        """Run with a U-Net that only counts (``kit.counting``), and return its calls by kind."""
         assert isinstance(self.unet, CountedUNet)
         self.prepare(steps)
         with CallLog(self.unet, self.kind) as log:

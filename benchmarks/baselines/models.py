@@ -1,4 +1,4 @@
-"""What the methods of Table A1 are built from: parts of the true Stable Diffusion shapes with random weights.
+"""The parts that the methods of Table A1 are built from, with Stable Diffusion's true shapes and random weights.
 
 What a method costs depends on shapes alone, so nothing is downloaded. The pictures that come out mean nothing.
 """
@@ -20,18 +20,19 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 from baselines.calls import CountedUNet, NoVAE
 from fisedit_compile.architectures import ARCHITECTURES, PROMPT_TOKENS, build_unet
 
-#: The picture's words, and those of the edit. One word differs, as in the paper's edits.
+#: The prompt of the picture and that of its edit. One word differs, as in the paper's edits.
 SOURCE, TARGET = "a photo of a cat on a chair", "a photo of a dog on a chair"
 
-#: Every method is guided as strongly, so that each guided call has the batch that its paper has.
+#: The guidance scale of every method. It is above 1, so that each guided call has the batch that its paper has.
 GUIDANCE = 7.5
 
 _Pipeline = TypeVar("_Pipeline")
 _Model = TypeVar("_Model", bound=torch.nn.Module)
 _TINY_VAE = {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
 _SD_VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
-#: Width, layers, heads and activation of the text encoders: CLIP ViT-L for SD 1, OpenCLIP ViT-H less a layer for SD 2.
-_TEXT = {
+#: Width, layers, heads and activation of the text encoders. SD 1 has CLIP ViT-L, SD 2 OpenCLIP ViT-H without its last
+#: layer.
+_TEXT_ENCODERS = {
     "tiny": (32, 2, 4, "gelu"),
     "tiny-sd15": (32, 2, 4, "quick_gelu"),
     "sd15": (768, 12, 12, "quick_gelu"),
@@ -46,8 +47,10 @@ class Kit:
     Args:
         arch: a key of :data:`fisedit_compile.architectures.ARCHITECTURES`; those of SDXL have other pipelines and are
             refused.
-        size: of the square image, in pixels.
-        counting: U-Nets count instead of computing, see :class:`CountedUNet`; then ``device`` has to be the CPU.
+        size: side of the square image, in pixels.
+        device: where the parts are.
+        dtype: the dtype of weights and activations.
+        counting: whether U-Nets count instead of computing, see :class:`CountedUNet`; ``device`` must then be the CPU.
 
     Raises:
         ValueError: an architecture without these pipelines.
@@ -58,20 +61,20 @@ class Kit:
     device: torch.device
     dtype: torch.dtype
     counting: bool = False
-    #: What methods that are several rows of the table share, such as the base of edits.
+    #: Shared by the rows of one method, such as the base of FISEdit's edits.
     shared: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        if self.arch not in _TEXT:
-            raise ValueError(f"arch is {self.arch!r}: the methods of the table exist for {', '.join(_TEXT)}")
+        if self.arch not in _TEXT_ENCODERS:
+            raise ValueError(f"arch is {self.arch!r}: the methods of the table exist for {', '.join(_TEXT_ENCODERS)}")
 
     @property
     def unet_device(self) -> torch.device:
-        """Where the inside of a U-Net runs."""
+        """The device that the layers of a U-Net run on."""
         return torch.device("meta") if self.counting else self.device
 
     def unet(self, in_channels: int = 4) -> UNet2DConditionModel:
-        """A new U-Net; more than 4 input channels as inpainting (9) and InstructPix2Pix (8) have them."""
+        """A new U-Net; inpainting takes one with 9 input channels, InstructPix2Pix one with 8."""
         unet = build_unet(self.arch, device=self.unet_device, dtype=self.dtype)
         if in_channels != unet.config["in_channels"]:
             old = unet.conv_in
@@ -85,7 +88,7 @@ class Kit:
         return self._laid_out(unet)
 
     def _laid_out(self, model: _Model) -> _Model:
-        """In the layout that cuDNN prefers: without it eager would look slower than it has to be."""
+        """``model`` in the layout that cuDNN prefers; otherwise eager methods would be slower than they have to be."""
         return model.to(memory_format=torch.channels_last) if self.device.type == "cuda" else model
 
     @cached_property
@@ -103,7 +106,7 @@ class Kit:
 
     @cached_property
     def text_encoder(self) -> CLIPTextModel:
-        width, layers, heads, activation = _TEXT[self.arch]
+        width, layers, heads, activation = _TEXT_ENCODERS[self.arch]
         config = CLIPTextConfig(
             vocab_size=len(self.tokenizer) if self.counting or self.arch.startswith("tiny") else 49408,
             hidden_size=width,
@@ -123,7 +126,7 @@ class Kit:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """A word a token, 77 tokens as CLIP's."""
+        """A tokenizer with one token for each word, which pads to 77 tokens as CLIP's does."""
         words = sorted({*SOURCE.split(), *TARGET.split()})
         # CLIPTextModel reads an end mark of id 2 as a legacy flag, so <unk> takes that id.
         vocabulary = {token: i for i, token in enumerate(("<pad>", "<bos>", "<unk>", "<eos>", *words))}

@@ -1,8 +1,8 @@
 """The figures that the FISEdit paper prints in its Table A1, beside ours.
 
 Source: Yu et al., "Accelerating Text-to-image Editing via Cache-enabled Sparse Diffusion Inference", ML for Systems at
-NeurIPS 2023, appendix B.2: Stable Diffusion 2 at 768x768, 50 steps, U-Net calls a second on one A100. None: not known
-here. Fill in what you read there; the table shows "n/a" until then.
+NeurIPS 2023, appendix B.2: Stable Diffusion 2 at 768x768, 50 steps, U-Net calls a second on one A100. None stands for a
+figure that is not known here; the table shows it as "n/a".
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 
 class PaperFigures(NamedTuple):
-    """Of one method: multiply-accumulates a step in G (1e9), and U-Net calls a second."""
+    """The figures of one method: multiply-accumulates a step in G (1e9), and U-Net calls a second."""
 
     gmacs: float | None = None
     calls_per_second: float | None = None
 
 
-#: By the names that ``table_a1.py --methods`` takes.
-PAPER: dict[str, PaperFigures] = {
+#: The figures by the names that ``table_a1.py --methods`` takes.
+PAPER_FIGURES: dict[str, PaperFigures] = {
     "sdtp": PaperFigures(gmacs=1901),
     "sdip": PaperFigures(),
     "prompt-to-prompt": PaperFigures(),

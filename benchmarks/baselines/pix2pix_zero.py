@@ -1,8 +1,9 @@
 """pix2pix-zero: regularised inversion, denoising that keeps the cross-attention maps, then guidance towards them by
 gradients through the U-Net.
 
-Source: Parmar et al., "Zero-shot Image-to-Image Translation", SIGGRAPH 2023; the pipeline is diffusers' own. The edit
-direction is the difference of two prompts' embeddings; the authors' means over 1,000 sentences can be kept ready.
+Source: Parmar et al., "Zero-shot Image-to-Image Translation", SIGGRAPH 2023; the pipeline is diffusers' own. The edit's
+direction is the difference between the embeddings of two prompts. The authors take the difference between means over
+1,000 sentences, which can be computed ahead and so would cost an edit nothing.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from baselines.calls import CountedUNet
 from baselines.method import Method
 from baselines.models import GUIDANCE, SOURCE, TARGET, Kit
 
-#: How far a step follows the gradients: diffusers' default, and what it advises for models that predict the velocity,
-#: whose gradients are larger.
+#: How far a step follows the gradients: diffusers' default, and the value that it advises for models that predict the
+#: velocity, whose gradients are larger.
 GUIDANCE_AMOUNT = {"epsilon": 0.1, "v_prediction": 0.01}
 
 
@@ -42,14 +43,9 @@ class Pix2PixZero(Method):
             caption_processor=None,
         )
 
-    @property
-    def unet(self) -> torch.nn.Module:
-        unet: torch.nn.Module = self.pipe.unet
-        return unet
-
     def make(self) -> Any:
         generator = self.kit.generator()
-        # Regularising the noise is gradients of thousands of small operations and no U-Net call: nothing to count.
+        # Regularising the noise takes thousands of small operations but no U-Net call, so there is nothing to count.
         regularisation = {"num_reg_steps": 0} if self.kit.counting else {}
         inverted = self.pipe.invert(
             SOURCE, image=self.kit.image(), num_inference_steps=self.steps, generator=generator, **regularisation
@@ -67,21 +63,21 @@ class Pix2PixZero(Method):
 
 
 class _CountedWithLoss(CountedUNet):
-    """Counts the backward pass, too, which the pipeline starts from the loss that its attention processors sum up."""
+    """Counts the backward pass as well, which the pipeline runs from the loss that its attention processors sum up."""
 
     def forward(self, *args: Any, cross_attention_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
         out = super().forward(*args, cross_attention_kwargs=cross_attention_kwargs, **kwargs)
         if cross_attention_kwargs and "loss" in cross_attention_kwargs:
-            cross_attention_kwargs["loss"].loss = 0 * args[0].sum()  # the pipeline goes on with it, on the CPU
+            cross_attention_kwargs["loss"].loss = 0 * args[0].sum()  # a loss for the pipeline, on the CPU
         return out
 
     def compute(self, sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, **kwargs: Any) -> None:
         if "loss" not in (kwargs["cross_attention_kwargs"] or {}):
-            kwargs["cross_attention_kwargs"] = None  # keep no maps: there is nothing in them
+            kwargs["cross_attention_kwargs"] = None  # keeps no attention maps, which would hold nothing
             super().compute(sample, timestep, encoder_hidden_states, **kwargs)
             return
         for processor in self.attn_processors.values():
-            if processor.is_pix2pix_zero:  # a map of zeros, of any shape
+            if processor.is_pix2pix_zero:  # stands for the kept map; zeros of any shape will do
                 processor.reference_cross_attn_map[timestep.item()] = torch.zeros((), device="meta")
         loss = Pix2PixZeroL2Loss()
         kwargs["cross_attention_kwargs"] = {"timestep": timestep, "loss": loss}

@@ -1,10 +1,10 @@
 """Plug-and-Play (PPAP): the picture is inverted, and its features and self-attention are put into the edit.
 
 Source: Tumanyan et al., "Plug-and-Play Diffusion Features for Text-Driven Image-to-Image Translation", CVPR 2023,
-section 4: in the first 80 % of the steps the features of the decoder's layer 4, in the first 50 % the queries and keys
-of self-attention in its layers 4 to 11, come from the picture's own denoising. That runs in one batch with the edit,
-three samples under guidance. The authors invert in 1,000 steps; here it is as many as there are denoising steps, in the
-method's favour.
+section 4. In the first 80 % of the steps the features of the decoder's layer 4 come from the denoising of the picture
+itself, and in the first 50 % so do the queries and keys of self-attention in layers 4 to 11. That denoising runs in one
+batch with the edit, with three samples under guidance. The authors invert in 1,000 steps; here inversion takes as many
+steps as denoising, in the method's favour.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from baselines.models import GUIDANCE, SOURCE, TARGET, Kit
 #: Shares of the steps in which features and self-attention are injected.
 FEATURE_SHARE, ATTENTION_SHARE = 0.8, 0.5
 
-#: Of the decoder, from its innermost layer; there are three layers a block.
+#: The first layer of the decoder that takes over, counted from the innermost; each block has three layers.
 FIRST_LAYER = 4
 
 
@@ -35,17 +35,12 @@ class PlugAndPlay(Method):
     def __init__(self, kit: Kit) -> None:
         super().__init__(kit)
         self.pipe = kit.pipeline(StableDiffusionPipeline, kit.unet())
-        self.done = -1  # denoising steps; negative during inversion
+        self.done = -1  # the number of denoising steps done; negative during inversion
         layers = list(_decoder_layers(self.pipe.unet))
         layers[FIRST_LAYER][0].conv2.register_forward_hook(self._inject_features)
         for _, transformer in layers[FIRST_LAYER:]:
             for block in transformer.transformer_blocks if transformer else ():
                 block.attn1.set_processor(_Processor(self))
-
-    @property
-    def unet(self) -> torch.nn.Module:
-        unet: torch.nn.Module = self.pipe.unet
-        return unet
 
     def injects(self, share: float, done: int) -> bool:
         return 0 <= done < share * self.steps
@@ -97,7 +92,7 @@ class PlugAndPlay(Method):
 
 
 def _decoder_layers(unet: Any) -> Iterator[tuple[Any, Any]]:
-    """ResNet block and transformer (or None) of each layer of the decoder."""
+    """The ResNet block and the transformer, or None without one, of each layer of the decoder."""
     for block in unet.up_blocks:
         transformers = getattr(block, "attentions", [None] * len(block.resnets))
         yield from zip(block.resnets, transformers, strict=True)

@@ -1,8 +1,9 @@
 """Prompt-to-Prompt: the picture is made again beside its edit, which takes over its attention maps.
 
 Source: Hertz et al., "Prompt-to-Prompt Image Editing with Cross Attention Control", ICLR 2023, section 3.2 (word swap).
-Both pictures are in one batch, four samples under guidance. Shares of the steps and the largest self-attention are
-those of the authors' examples. Maps are made explicit only where they are exchanged, in the method's favour.
+Both pictures are in one batch, which under guidance has four samples. The shares of the steps and the largest
+self-attention are those of the authors' examples. Attention maps are computed explicitly only where they are exchanged,
+in the method's favour.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from baselines.attention import attend
 from baselines.method import Method
 from baselines.models import GUIDANCE, SOURCE, TARGET, Kit
-from fisedit_compile.editing.prompt_to_prompt import align_batch
+from fisedit_compile.editing.prompt_alignment import align_batch
 from fisedit_compile.kernels.attention.controlled_attention import attention_probabilities, controlled_attention
 
 #: Shares of the steps in which cross- and self-attention are taken over.
@@ -27,8 +28,8 @@ CROSS_SHARE, SELF_SHARE = 0.8, 0.4
 #: Self-attention is taken over up to this many tokens.
 MOST_TOKENS = 32**2
 
-# The batch: both pictures without words, then both with theirs.
-_SOURCE, _TARGET = 2, 3
+# The batch has both pictures without words and then both with their words; these are the positions of the latter.
+_SOURCE_AT, _TARGET_AT = 2, 3
 
 
 class PromptToPrompt(Method):
@@ -39,15 +40,10 @@ class PromptToPrompt(Method):
         super().__init__(kit)
         self.pipe = kit.pipeline(StableDiffusionPipeline, kit.unet())
         self.mapper, self.keep = align_batch(kit.tokenizer, [SOURCE], [TARGET], device=kit.unet_device)
-        self.done = 0  # denoising steps
+        self.done = 0  # the number of denoising steps done
         self.pipe.unet.set_attn_processor(
             {name: _Processor(self, cross="attn2" in name) for name in self.pipe.unet.attn_processors}
         )
-
-    @property
-    def unet(self) -> torch.nn.Module:
-        unet: torch.nn.Module = self.pipe.unet
-        return unet
 
     def takes_over(self, cross: bool, done: int) -> bool:
         return done < (CROSS_SHARE if cross else SELF_SHARE) * self.steps
@@ -92,13 +88,13 @@ class _Processor:
 
 
 def _cross(q: Tensor, k: Tensor, v: Tensor, *, mapper: Tensor, keep: Tensor) -> Tensor:
-    """Unchanged words keep the source's maps; q ``[4, heads, N, d]``, k and v ``[4, heads, tokens, d]``."""
-    kept = attention_probabilities(q[_SOURCE:_TARGET], k[_SOURCE:_TARGET], samples=1)
-    plain = F.scaled_dot_product_attention(q[:_TARGET], k[:_TARGET], v[:_TARGET])
-    return torch.cat([plain, controlled_attention(q[_TARGET:], k[_TARGET:], v[_TARGET:], kept, mapper, keep)])
+    """Attention in which unchanged words keep the source's maps: q ``[4, heads, N, d]``, k, v ``[4, heads, T, d]``."""
+    kept = attention_probabilities(q[_SOURCE_AT:_TARGET_AT], k[_SOURCE_AT:_TARGET_AT], samples=1)
+    plain = F.scaled_dot_product_attention(q[:_TARGET_AT], k[:_TARGET_AT], v[:_TARGET_AT])
+    return torch.cat([plain, controlled_attention(q[_TARGET_AT:], k[_TARGET_AT:], v[_TARGET_AT:], kept, mapper, keep)])
 
 
 def _self(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The source's maps over the edit's own values: those of the source's queries and keys."""
-    q, k = (torch.cat([x[:_TARGET], x[_SOURCE:_TARGET]]) for x in (q, k))
+    """Attention in which the edit has the source's maps, from the source's queries and keys, over its own values."""
+    q, k = (torch.cat([x[:_TARGET_AT], x[_SOURCE_AT:_TARGET_AT]]) for x in (q, k))
     return F.scaled_dot_product_attention(q, k, v)

@@ -1,4 +1,4 @@
-"""The figures of a table and the conditions they were measured under; a JSON file that later runs extend."""
+"""The rows of a table and the conditions they were measured under, in a JSON file that later runs extend."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from baselines.measure import Row
-from baselines.paper import PAPER, PaperFigures
+from baselines.paper import PAPER_FIGURES, PaperFigures
 
-#: Rows stand in one table only if these agree.
+#: Conditions that must be equal for rows to stand in one table.
 _SAME = ("arch", "size", "steps", "attention", "compile", "guidance_scale", "dense_steps", "device_name", "dtype")
 
 
 class Results:
-    """Rows by method, written to ``path`` (if there is one) after each.
+    """The rows by method; each row that is added is written to ``path``, if there is one.
 
     Args:
-        path: a file of an earlier run is extended: its rows stay until they are measured again.
-        conditions: see :func:`~table_a1.conditions_of`.
-        order: of the rows, by name.
+        path: the file. That of an earlier run is extended: its rows stay until they are measured again.
+        conditions: what :func:`~table_a1.conditions_of` returns.
+        order: the names of the methods, in the order of the table.
 
     Raises:
-        ValueError: ``path`` is another file, its folder does not exist, or it was made under other conditions.
+        ValueError: the folder of ``path`` does not exist, or there is a file that is no such table or was made under
+            other conditions.
     """
 
     def __init__(self, path: Path | None, conditions: dict[str, Any], order: Sequence[str]) -> None:
@@ -67,18 +68,18 @@ class Results:
 
 
 def paper_of(row: Row, conditions: dict[str, Any]) -> PaperFigures:
-    """What the paper prints, where it was measured as the row was."""
+    """The paper's figures for a row; empty if the row was measured at another size than the paper's."""
     same = (conditions["arch"], conditions["size"], conditions["steps"]) == ("sd2", 768, 50)
-    return PAPER.get(row.name, PaperFigures()) if same else PaperFigures()
+    return PAPER_FIGURES.get(row.name, PaperFigures()) if same else PaperFigures()
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What keeps the rows of two runs out of one table."""
+    """The conditions that differ, so that the rows of two runs cannot stand in one table; empty if they can."""
     names = [*_SAME, *(["threads"] if new["device"] == "cpu" else [])]
     differ = [f"{name} {old[name]}, now {new[name]}" for name in names if old[name] != new[name]]
     if "meta" in (old["device"], new["device"]) and old["device"] != new["device"]:
         differ.append(f"device {old['device']}, now {new['device']}")
     for package, version in new["versions"].items():
-        if old["versions"].get(package, version) != version:  # what was not there then was not used either
+        if old["versions"].get(package, version) != version:  # a package that was not installed then was not used
             differ.append(f"{package} {old['versions'][package]}, now {version}")
     return differ

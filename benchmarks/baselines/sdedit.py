@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 
 from baselines.method import Method
 from baselines.models import GUIDANCE, TARGET, Kit
 
-#: Share of the steps that run; diffusers' default.
+#: The share of the steps that run; diffusers' default.
 STRENGTH = 0.8
 
 
@@ -25,11 +24,6 @@ class SDEdit(Method):
     def __init__(self, kit: Kit) -> None:
         super().__init__(kit)
         self.pipe = kit.pipeline(StableDiffusionImg2ImgPipeline, kit.unet())
-
-    @property
-    def unet(self) -> torch.nn.Module:
-        unet: torch.nn.Module = self.pipe.unet
-        return unet
 
     def make(self) -> Any:
         return self.pipe(

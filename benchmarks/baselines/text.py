@@ -1,4 +1,4 @@
-"""The table as text: conditions, methods, and the calls of each by kind."""
+"""The table as text: the conditions, the methods, and the calls of each method by kind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CALL_HEADS = ["method", "call", "calls an image", "GMACs each", "ms each"]
 
 
 def describe_conditions(conditions: dict[str, Any]) -> str:
-    """Everything that the figures depend on, as text."""
+    """A text that names everything the figures depend on."""
     versions = ", ".join(f"{name} {version}" for name, version in conditions["versions"].items())
     if conditions["device"] == "meta":
         where = "counted on the meta device, nothing ran"
@@ -35,7 +35,7 @@ def describe_conditions(conditions: dict[str, Any]) -> str:
 
 
 def markdown(rows: list[Row], conditions: dict[str, Any]) -> str:
-    """The table, and below it the calls of each method by kind."""
+    """The table of methods in markdown, and below it a table of the calls of each method by kind."""
     methods: list[list[str]] = []
     calls: list[list[str]] = []
     for row in rows:
@@ -59,7 +59,7 @@ def _table(heads: list[str], rows: list[list[str]]) -> str:
 
 
 def _number(value: float | None, unit: float = 1.0) -> str:
-    """Three digits, or all of those before the point."""
+    """``value`` in ``unit`` with three digits, or with all digits before the point; "n/a" for None."""
     if value is None:
         return "n/a"
     value /= unit

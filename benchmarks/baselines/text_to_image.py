@@ -23,11 +23,6 @@ class TextToImage(Method):
         super().__init__(kit)
         self.pipe = kit.pipeline(StableDiffusionPipeline, kit.unet())
 
-    @property
-    def unet(self) -> torch.nn.Module:
-        unet: torch.nn.Module = self.pipe.unet
-        return unet
-
     def make(self) -> Any:
         return self.pipe(
             TARGET,
@@ -40,7 +35,7 @@ class TextToImage(Method):
 
 
 class CompiledTextToImage(TextToImage):
-    """The same under ``torch.compile``, with CUDA graphs where there are any: what every speed-up is to be held to."""
+    """Text to image under ``torch.compile``, on CUDA with CUDA graphs: speed-ups should be measured against this."""
 
     title = "SDTP, torch.compile"
     source = "Rombach et al. 2022; diffusers and torch.compile"
@@ -48,13 +43,13 @@ class CompiledTextToImage(TextToImage):
     def __init__(self, kit: Kit) -> None:
         super().__init__(kit)
         if not kit.counting:
-            # With CUDA graphs, as FISEdit has them.
+            # CUDA graphs, because FISEdit has them, too.
             mode = "reduce-overhead" if kit.device.type == "cuda" else "default"
             self.pipe.unet = torch.compile(self.pipe.unet, mode=mode)
 
     def prepare(self, steps: int) -> None:
         if not self.kit.counting:
-            self.run(2)  # compiles; on CUDA a warm-up follows, which records graphs
+            self.run(2)  # compiles; on CUDA the warm-up that follows captures the graphs
 
     def close(self) -> None:
-        torch._dynamo.reset()  # forget the code, and with it the memory, of this U-Net
+        torch.compiler.reset()  # frees the code of this U-Net, and with it its memory

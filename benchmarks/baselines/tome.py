@@ -1,7 +1,7 @@
 """Token merging (ToMe): half of the tokens of the highest resolution are merged before self-attention.
 
-Source: Bolya and Hoffman, "Token Merging for Fast Stable Diffusion", CVPR workshops 2023; their own package. It speeds
-up the making of a whole picture: what a user may take instead of editing a part.
+Source: Bolya and Hoffman, "Token Merging for Fast Stable Diffusion", CVPR workshops 2023; the code is the authors'
+package. It speeds up generating a whole picture, which a user may do instead of editing a part of one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from baselines.method import NotInstalledError
 from baselines.models import Kit
 from baselines.text_to_image import TextToImage
 
-#: Share of tokens merged; the package's default.
+#: The share of tokens that are merged; the package's default.
 RATIO = 0.5
 
 

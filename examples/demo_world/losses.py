@@ -41,7 +41,10 @@ class DenoisingLoss(nn.Module):
 
 
 def sample_timesteps(count: int, device: torch.device) -> Tensor:
-    """Half uniform, half logit-normal about the noisier timesteps, where layout and objects are decided."""
+    """Timesteps int64 ``[count]`` in 0 to 999: half of them uniform, half logit-normal with more of the noisy ones.
+
+    Layout and objects are decided at noisy timesteps.
+    """
     uniform = torch.rand(count, device=device)
     logit_normal = torch.sigmoid(0.5 + 0.9 * torch.randn(count, device=device))
     return (torch.where(torch.rand(count, device=device) < 0.5, uniform, logit_normal) * 1000).long().clamp_(0, 999)

@@ -58,7 +58,7 @@ def build_text_encoder(tokenizer: PreTrainedTokenizerFast) -> CLIPTextModel:
 
 
 def build_vae() -> AutoencoderKL:
-    """4x down to 4 channels; 1.6 M parameters."""
+    """An autoencoder whose latents have 4 channels and a quarter of the picture's side; 1.6 M parameters."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -72,7 +72,7 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """Stable Diffusion's block layout in small; 11.5 M parameters, 19.6 GMAC a sample."""
+    """A small U-Net with Stable Diffusion's layout of blocks; 11.5 M parameters, 19.6 GMACs a sample."""
     return UNet2DConditionModel(
         sample_size=CANVAS // 4,
         in_channels=LATENT_CHANNELS,
@@ -87,10 +87,10 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """v-prediction with more noise than Stable Diffusion's.
+    """A scheduler with v-prediction and more noise than Stable Diffusion's.
 
-    With its beta_end of 0.012 the last timestep still shows the layout of these smooth latents, and the model
-    learns to read the layout there instead of in the words.
+    With Stable Diffusion's beta_end of 0.012 the last timestep still shows the layout of these smooth latents, and the
+    model learns to read the layout there instead of in the words.
     """
     return DDIMScheduler(
         beta_start=0.00085,
@@ -138,7 +138,7 @@ def build_pipeline(
 
 
 def export_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
-    """Save as half-precision safetensors."""
+    """Save the pipeline as safetensors, in a form that all supported versions of the libraries load alike."""
     pipe.save_pretrained(folder, safe_serialization=True)
     # transformers 5 renamed this class and keeps the old name as an alias: that loads in every version.
     _edit_json(folder / "model_index.json", tokenizer=["transformers", "PreTrainedTokenizerFast"])

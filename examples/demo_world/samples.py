@@ -1,4 +1,4 @@
-"""A look at what a trained model draws."""
+"""Pictures that show what a trained model draws."""
 
 from __future__ import annotations
 

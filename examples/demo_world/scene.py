@@ -20,7 +20,7 @@ DEFAULT_PLACES: dict[int, tuple[tuple[int, int], ...]] = {
 }
 # Sprite width in pixels. Alone, an object has room to be larger.
 WIDTHS = {"small": (50, 56), "normal": (80, 88), "big": (136, 148)}
-ACCESSORY_SHARE = 0.35  # of the sprites that can wear one
+ACCESSORY_SHARE = 0.35  # how many of the sprites that can wear an accessory do
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     count = int(rng.choice((1, 2, 3), p=(0.35, 0.35, 0.30)))
     names = [OBJECTS[i] for i in rng.choice(len(OBJECTS), size=count, replace=False)]
     for i in range(count):
-        # The few that have colours or wear hats carry most of what an edit can say: show them more often.
+        # Most edits are about colours and hats, which only a few objects can have: show those more often.
         draw = rng.random()
         pool: tuple[str, ...] = TINTABLE if draw < 0.16 else tuple(WEARERS) if draw < 0.36 else ()
         free = [name for name in pool if name not in names]

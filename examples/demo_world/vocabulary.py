@@ -76,7 +76,7 @@ ACCESSORIES: dict[str, str] = {"hat": "1f3a9", "crown": "1f451"}
 OBJECTS: tuple[str, ...] = (*WEARERS, *THINGS)
 CODE_POINTS: dict[str, str] = {name: code for name, (code, _) in WEARERS.items()} | THINGS | ACCESSORIES
 
-# Of one main hue, so that a change of that hue reads as "a blue car".
+# Objects with one main hue, so that a change of that hue alone makes "a blue car".
 TINTABLE: tuple[str, ...] = ("car", "balloon", "heart", "apple", "book", "star", "umbrella", "teapot")
 TINTS: tuple[str, ...] = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
 

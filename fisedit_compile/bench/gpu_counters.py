@@ -1,4 +1,4 @@
-"""What a call does on a GPU beside taking time: kernels and memory; and whether anything was compiled anew."""
+"""Counts what a call does beside taking time: kernels launched, memory taken, graphs compiled."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _KERNEL = 0  # CU_GRAPH_NODE_TYPE_KERNEL
 
 
 def count_kernels(run: Callable[[], object], device: torch.device) -> int | None:
-    """How many kernels a call launches, copies by the driver left out; None on the CPU.
+    """How many kernels a call launches, without copies by the driver; None on the CPU.
 
-    The call is captured in a CUDA graph, whose nodes are counted; it must have run before, and neither wait for the
-    device nor launch a graph of its own: an aborted capture leaves torch's random generator unusable.
+    The call is captured as a CUDA graph, whose nodes are counted. It must have run once before, and must neither wait
+    for the device nor launch a CUDA graph itself: an aborted capture leaves torch's random generator unusable.
     """
     if device.type != "cuda":
         return None
@@ -45,9 +45,9 @@ def _kernel_nodes(graph: ctypes.c_void_p) -> int:
 
 
 def peak_mb(run: Callable[[], object], device: torch.device) -> float | None:
-    """MiB that tensors held at most during a call beyond what they held before it; None on the CPU.
+    """The most MiB that tensors held during a call, beyond what they held before it; None on the CPU.
 
-    A CUDA graph's own memory is no part of it, see :func:`graph_pool_mb`, but in the call that records it.
+    The memory of a CUDA graph (:func:`graph_pool_mb`) is included only in the call that captures the graph.
     """
     if device.type != "cuda":
         return None
@@ -65,7 +65,7 @@ def allocated_mb(device: torch.device) -> float | None:
 
 
 def graph_pool_mb(device: torch.device) -> float:
-    """MiB reserved for CUDA graphs: all private pools of the allocator. 0 on the CPU."""
+    """MiB that the allocator reserves for CUDA graphs, in all of their private pools; 0 on the CPU."""
     if device.type != "cuda":
         return 0.0
     index = torch.cuda.current_device() if device.index is None else device.index

@@ -11,7 +11,8 @@ from torch import Tensor
 from fisedit_compile.masks.sample_masks import read_masks, square_mask
 from fisedit_compile.masks.user_mask import as_mask
 
-#: Places of squares follow one another by the golden ratio, so that no few of them lie in a row.
+#: Each square lies this share of the width further to the right than the one before, so that even a few are well
+#: spread.
 _GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -20,10 +21,10 @@ class MaskSet:
     """Masks whose mean makes one row of a benchmark.
 
     Attributes:
-        edit_size: the share of the picture asked for; for masks of a file, their mean share at latent resolution.
-        masks: each bool ``[1, h, w]``.
-        source: ``"square"`` or the name of the file.
-        empty: masks of the file that were left out because nothing is active in them.
+        edit_size: the share of the picture that was asked for; for masks of a file, their mean share of the latents.
+        masks: the masks at latent resolution, each bool ``[1, h, w]``.
+        source: ``"square"``, or the name of the file.
+        empty: how many masks of the file were left out because they have no active pixel.
     """
 
     edit_size: float
@@ -38,19 +39,19 @@ class MaskSet:
 
     @classmethod
     def square(cls, edit_size: float, size: tuple[int, int]) -> MaskSet:
-        """One square in the middle; see :func:`~fisedit_compile.masks.sample_masks.square_mask`."""
+        """One square in the middle of the latents; see :func:`~fisedit_compile.masks.sample_masks.square_mask`."""
         return cls(edit_size, [square_mask(edit_size, size)], "square")
 
     @classmethod
     def of_file(cls, path: Path, size: tuple[int, int], most: int) -> MaskSet:
-        """Up to ``most`` masks, evenly spaced over those of a file that are not empty, any-pooled to ``size``.
+        """Up to ``most`` masks of a file, evenly spaced over those that are not empty, any-pooled to ``size``.
 
-        Where the size of latents does not divide a mask's, a cell is active if an active pixel overlaps it, which
-        enlarges the mask a little: ``edit_size`` is what came out.
+        If the size of the latents does not divide that of a mask, a cell is active wherever an active pixel overlaps
+        it, which enlarges the mask a little; ``edit_size`` is the share after that.
 
         Raises:
-            ValueError: not a file that :func:`~fisedit_compile.masks.sample_masks.read_masks` reads, or no mask with an
-                active pixel in it.
+            ValueError: :func:`~fisedit_compile.masks.sample_masks.read_masks` cannot read the file, or none of its
+                masks has an active pixel.
         """
         masks = read_masks(path)
         filled = masks[masks.flatten(1).any(dim=1)]
@@ -62,7 +63,7 @@ class MaskSet:
 
 
 def scattered_squares(edit_size: float, size: tuple[int, int], count: int) -> list[Tensor]:
-    """``count`` squares of one area at different places, as far as there is room: each bool ``[1, h, w]``.
+    """``count`` squares of one area, each bool ``[1, h, w]``, at different places as far as there is room.
 
     See :func:`~fisedit_compile.masks.sample_masks.square_mask` for ``edit_size`` and ``size``.
     """

@@ -1,4 +1,4 @@
-"""Lines on stderr that say what a long command is at, with the seconds since it began."""
+"""Progress of a long command: lines on stderr with the seconds since it began."""
 
 from __future__ import annotations
 

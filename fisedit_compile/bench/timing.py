@@ -1,4 +1,4 @@
-"""Interleaved timing: alternatives take turns in one loop, so that a slow spell of the machine meets all of them."""
+"""Interleaved timing: alternatives take turns in one loop, so that a slow spell of the machine slows all of them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from tqdm import tqdm
 Key = TypeVar("Key", bound=Hashable)
 Run = Callable[[], object]
 
-#: A sample on CUDA is the mean of as many back-to-back calls as take this long, at least two.
+#: A sample on CUDA is the mean over back-to-back calls: as many as take this long together, within these limits.
 _SAMPLE_MS = 10.0
-_FEWEST_CALLS, _MOST_CALLS = 2, 64
+_FEWEST_CALLS_OF_SAMPLE, _MOST_CALLS_OF_SAMPLE = 2, 64
 
-#: Calls on an idle device, at most: latency and host time spread little.
+#: How many calls on an idle device are timed at most; a few are enough, because latency and host time spread little.
 _MOST_SINGLES = 10
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, 10th and 90th percentile of some times, in milliseconds."""
+    """The median, 10th and 90th percentile of some times, in milliseconds."""
 
     median: float
     p10: float
@@ -40,13 +40,14 @@ class Spread:
 
 @dataclass
 class Times:
-    """Milliseconds of one run, each a list of samples.
+    """The samples of one run's times, in milliseconds a call.
 
     Attributes:
-        steady: a call among others of its kind, as the steps of a pipeline follow one another.
-        latency: one call on an idle device, from its launch to its end; on the CPU the same as ``steady``.
-        host: how long that call kept the host busy; empty on the CPU.
-        calls: of a sample of ``steady``.
+        steady: times of a call that follows others of its kind, as the steps of a pipeline do.
+        latency: times of a single call on an idle device, from its launch to its end; on the CPU the same as
+        ``steady``.
+        host: how long each of those single calls kept the host busy; empty on the CPU.
+        calls: over how many calls each sample of ``steady`` is the mean.
     """
 
     steady: list[float] = field(default_factory=list)
@@ -56,7 +57,7 @@ class Times:
 
     @property
     def host_ms(self) -> float | None:
-        """The median, None on the CPU."""
+        """The median of ``host``; None on the CPU."""
         return median(self.host) if self.host else None
 
 
@@ -70,16 +71,17 @@ def interleaved(
 ) -> dict[Key, Times]:
     """Time each run ``repeats`` times, in rounds, after ``warmup`` rounds that are not kept.
 
-    On the CPU a sample is one call. On CUDA it is the time between two events around a few back-to-back calls, divided
-    by their number, with one more call before the first event: the device is never idle in it unless the host cannot
-    keep up. A few rounds of single calls on an idle device follow.
+    On the CPU a sample is the time of one call. On CUDA it is the time between two events around a few back-to-back
+    calls, divided by their number. One more call comes before the first event, so that the device is idle during a
+    sample only if the host cannot keep up. A few rounds of single calls on an idle device follow.
 
     Args:
-        runs: what to time.
-        repeats: of all, or of each; runs with fewer than the most take part in evenly spaced rounds.
-        warmup: rounds, at least one.
-        device: that the runs use.
-        label: of the progress bar.
+        runs: the calls to time, by any key.
+        repeats: the number of samples, for all runs or by key; a run with fewer than the most takes part in evenly
+            spaced rounds.
+        warmup: the number of rounds that are not kept, at least one.
+        device: the device that the runs use.
+        label: what the progress bar says.
     """
     wanted = dict.fromkeys(runs, repeats) if isinstance(repeats, int) else dict(repeats)
     times = {key: Times() for key in runs}
@@ -117,11 +119,13 @@ def _takes_part(round_number: int, rounds: int, wanted: int) -> bool:
 
 
 def _calls(milliseconds: float) -> int:
-    return min(max(_FEWEST_CALLS, math.ceil(_SAMPLE_MS / max(milliseconds, 1e-6))), _MOST_CALLS)
+    """How many calls a sample takes if one call takes ``milliseconds``."""
+    calls = math.ceil(_SAMPLE_MS / max(milliseconds, 1e-6))
+    return min(max(_FEWEST_CALLS_OF_SAMPLE, calls), _MOST_CALLS_OF_SAMPLE)
 
 
 def _steady(run: Run, calls: int, device: torch.device) -> float:
-    """Milliseconds of a call among ``calls``."""
+    """The mean milliseconds of each of ``calls`` back-to-back calls."""
     if device.type != "cuda":
         return _single(run, device)[0]
     with torch.cuda.device(device):
@@ -136,7 +140,7 @@ def _steady(run: Run, calls: int, device: torch.device) -> float:
 
 
 def _single(run: Run, device: torch.device) -> tuple[float, float]:
-    """Milliseconds of one call on an idle device, and of the host in it."""
+    """The milliseconds of one call on an idle device, and for how many of them it kept the host busy."""
     if device.type != "cuda":
         start = time.perf_counter()
         run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -22,6 +23,7 @@ class Recorded(StepCache):
     Attributes:
         signature: of the call.
         timesteps: the timesteps of the call that the host knows without waiting for a device, None for others.
+        model: the state of the U-Net, a :class:`~fisedit_compile.runtime.model_state.ModelState`.
     """
 
     def __init__(
@@ -29,6 +31,7 @@ class Recorded(StepCache):
     ) -> None:
         self.signature = signature
         self.timesteps = timesteps
+        self.model: Any = None
         self._kept = dict(kept)
 
     def __getitem__(self, entry: CacheEntry) -> Tensor:

@@ -1,7 +1,8 @@
 """The command ``fisedit-compile``.
 
-A subcommand is a module here with ``add_parser(subparsers)``, which sets ``run`` to a function of the parsed
-arguments. It imports torch and diffusers in ``run`` alone, so that ``--help`` and a mistyped option answer at once.
+Each subcommand is a module of this package with a function ``add_parser(subparsers)``. Its parser sets ``run``, a
+function that is called with the parsed arguments. Only ``run`` imports torch and diffusers, so that ``--help`` and a
+mistyped option answer at once.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ SUBCOMMANDS = (edit, bench, macs, blocks)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser with all subcommands; parsed arguments have ``run``."""
+    """The parser with all subcommands; ``run`` of the arguments that it parses is the function to call."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Edit pictures of a Stable Diffusion U-Net by new words, and recompute only what changes.",
@@ -35,10 +36,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line (default: that of the process).
+    """Run the command line ``argv``, by default that of the process.
 
     Returns:
-        The exit status: 0, or 2 where an argument, a file or a model cannot be used; the reason is then on stderr.
+        The exit status: 0; 2 if an argument, a file or a model cannot be used, with the reason on stderr; 130 after
+        Ctrl-C.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(given)
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 130  # as a shell reports an interrupted command
+        return 130  # the status that shells give to an interrupted command
     return 0
 
 

@@ -1,30 +1,30 @@
-"""``fisedit-compile bench kernels``: each row kernel against its dense counterpart and against its floor."""
+"""``fisedit-compile bench kernels``: times each row kernel against its dense counterpart and its floor."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from fisedit_compile.cli.edit_options import add_edit_sizes
-from fisedit_compile.cli.json_file import check_json_path, write_json
+from tabulate import tabulate
+
+from fisedit_compile.cli.edit_options import EDIT_SIZES, add_edit_sizes
+from fisedit_compile.cli.json_file import add_json_option, check_json_path, write_json
 from fisedit_compile.cli.runtime import add_runtime_options, describe, start
 
-_EDIT_SIZES = (0.05, 0.15, 0.30, 1.0)
-
-#: Enough for all sizes: 90 s for half of them on one GPU.
+#: Seconds after which a sweep skips the sizes that are left. This is enough for all: half of them take 90 s on one GPU.
 _SWEEP_SECONDS = 300.0
 
 _METHOD = """\
 Shapes are those of Stable Diffusion 2 at 768x768 with guidance; masks are squares in the middle. A time is the median
-of replays of a CUDA graph with the L2 cache emptied before each (triton.testing.do_bench). The floor is the greater of
-the bytes that must move, at the rate of a copy of 1 GiB, and the multiply-accumulates, at the rate of a square matrix
-product of 8192; both rates are measured before ("roof" in the file).
+over replays of a CUDA graph, with the L2 cache emptied before each (triton.testing.do_bench). The floor is the least
+time that the device allows: that of moving the bytes that must move, at the rate of a copy of 1 GiB, or that of the
+multiply-accumulates, at the rate of a product of two matrices of 8192 x 8192, whichever is longer. Both rates are
+measured first ("roof" in the file).
 
---sweep times the tiles of the product of rows (convolution and linear layer) at many sizes, beside cuBLAS. With --json
-its file is what the choice of tiles reads: kernels/implicit_gemm/row_product_tiles.json."""
+--sweep times the tiles of the product of rows (convolution and linear layer) at many sizes, and cuBLAS with them. The
+file that --json then writes is the one that tiles are chosen from: kernels/implicit_gemm/row_product_tiles.json."""
 
 
 def add_parser(what: Any) -> None:
@@ -36,10 +36,10 @@ def add_parser(what: Any) -> None:
         epilog=_METHOD,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_edit_sizes(parser, _EDIT_SIZES)
-    parser.add_argument("--sweep", action="store_true", help="time the tiles of the convolution instead")
+    add_edit_sizes(parser, (*EDIT_SIZES, 1.0))
+    parser.add_argument("--sweep", action="store_true", help="time the tiles of the product of rows instead")
     add_runtime_options(parser, cuda_dtype="bf16")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures and conditions to FILE")
+    add_json_option(parser)
     parser.set_defaults(run=run_kernels)
 
 
@@ -55,9 +55,8 @@ def run_kernels(args: argparse.Namespace) -> None:
     from fisedit_compile.bench.kernels.cases import all_cases, measure
     from fisedit_compile.bench.kernels.sweep import sweep
     from fisedit_compile.bench.kernels.timing import Roof
-    from fisedit_compile.utils.text_table import text_table
 
-    # cuDNN tries its kernels before it is timed: the strongest dense counterpart
+    # with benchmark=True cuDNN picks its fastest kernel, so that the dense counterpart is as strong as it can be
     with torch.no_grad(), torch.cuda.device(device), torch.backends.cudnn.flags(enabled=True, benchmark=True):
         conditions = {"command": args.command_line, **describe(device, dtype)}
         rows: list[dict[str, Any]]
@@ -87,7 +86,7 @@ def run_kernels(args: argparse.Namespace) -> None:
                 for row in rows
             ]  # fmt: skip
     print(f"{conditions['device_name']}, {conditions['dtype']}, torch {conditions['versions']['torch']}")
-    print(text_table(shown, left=(0, 1)))
+    print(tabulate(shown, tablefmt="plain", stralign="right", colalign=("left", "left"), disable_numparse=True))
     write_json(args.json, {**conditions, "best" if args.sweep else "rows": rows})
 
 

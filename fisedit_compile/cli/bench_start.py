@@ -1,4 +1,4 @@
-"""``fisedit-compile bench start``: what a fresh process spends until sparse steps run at full speed."""
+"""``fisedit-compile bench start``: times what a fresh process does until its sparse steps run at full speed."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
+
 from fisedit_compile.bench.progress import say
-from fisedit_compile.cli.json_file import check_json_path, write_json
+from fisedit_compile.cli.edit_options import add_attention
+from fisedit_compile.cli.json_file import add_json_option, check_json_path, write_json
 from fisedit_compile.cli.model_options import add_model_options, image_size
 from fisedit_compile.cli.runtime import add_runtime_options, describe, share, start
 
-#: Where compiled kernels are kept: Inductor's, Triton's and the driver's own.
+#: The environment variables that say where Inductor, Triton and the driver keep the kernels that they compile.
 _CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
 
 _METHOD = """\
-Two processes run one after the other, the first with empty caches of compiled kernels (in a temporary folder), the
-second with what the first left there. Weights are random and made on the device: reading a checkpoint is in neither.
+Two processes run one after the other: the first with empty caches of compiled kernels (in a temporary folder), the
+second with what the first left there. Weights are random and made on the device, so neither reads a checkpoint.
 "total" is the whole process as its parent sees it."""
 
 
@@ -37,12 +40,11 @@ def add_parser(what: Any) -> None:
     )
     add_model_options(parser)
     parser.add_argument(
-        "--edit-size", type=share, default=0.15, metavar="SHARE", help="of the picture that is edited (default: 0.15)"
+        "--edit-size", type=share, default=0.15, metavar="SHARE", help="share of the picture edited (default: 0.15)"
     )
-    parser.add_argument("--attention", choices=("masked", "full"), default="full", help="(default: full)")
-    parser.add_argument("--compile", action="store_true", help="lower the sparse graphs through torch.compile, too")
+    add_attention(parser)
     add_runtime_options(parser, cuda_dtype="bf16")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures and conditions to FILE")
+    add_json_option(parser)
     parser.set_defaults(run=run_start)
 
 
@@ -52,7 +54,6 @@ def run_start(args: argparse.Namespace) -> None:
     device, dtype = start(args)
 
     from fisedit_compile.architectures import latent_size
-    from fisedit_compile.utils.text_table import text_table
 
     settings = {
         "arch": args.arch,
@@ -62,7 +63,7 @@ def run_start(args: argparse.Namespace) -> None:
         "attention": args.attention,
         "compile_sparse": args.compile,
     }
-    latent_size(settings["size"], settings["size"])  # refuses a size before anything is started
+    latent_size(settings["size"], settings["size"])  # raises for a bad size before a process is started
     conditions = {"command": args.command_line, **settings, **describe(device, dtype)}
     wanted = {**settings, **{name: conditions[name] for name in ("device", "dtype", "threads")}}
     seconds = {}
@@ -76,15 +77,15 @@ def run_start(args: argparse.Namespace) -> None:
     )
     rows = [["", "empty caches", "filled caches"]]
     rows += [[stage, *(f"{seconds[name][stage]:.2f}" for name in seconds)] for stage in seconds["first"]]
-    print(text_table(rows))
+    print(tabulate(rows, tablefmt="plain", stralign="right", colalign=("left",), disable_numparse=True))
     write_json(args.json, {**conditions, "seconds": seconds})
 
 
 def _process(wanted: dict[str, Any], caches: Path) -> dict[str, float]:
-    """Seconds of each stage of a fresh process.
+    """Run a fresh process with its caches in ``caches``, and return the seconds of each of its stages.
 
     Raises:
-        ValueError: it failed; its own words are on stderr.
+        ValueError: the process failed; its own error is on stderr.
     """
     environment = {**os.environ, **{name: str(caches / name.lower()) for name in _CACHES}}
     command = [sys.executable, "-m", "fisedit_compile.bench.startup.stages", json.dumps(wanted)]
@@ -92,5 +93,5 @@ def _process(wanted: dict[str, Any], caches: Path) -> dict[str, float]:
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     total = time.perf_counter() - begin
     if done.returncode:
-        raise ValueError(f"the process that was to be timed ended with status {done.returncode}")
+        raise ValueError(f"the process to be timed ended with status {done.returncode}; its error is above")
     return {**json.loads(done.stdout.splitlines()[-1]), "total": total}

@@ -1,15 +1,15 @@
-"""``fisedit-compile blocks``: what each way to cover a mask (APSC) takes, predicted and measured."""
+"""``fisedit-compile blocks``: predicts and measures how long each way to cover a mask (APSC) takes."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tabulate import tabulate
+
 from fisedit_compile.cli.edit_options import add_edit_options, add_image_options
-from fisedit_compile.cli.json_file import check_json_path
+from fisedit_compile.cli.json_file import add_json_option, check_json_path, write_json
 from fisedit_compile.cli.model_options import image_size
 from fisedit_compile.cli.runtime import add_runtime_options, describe, start, whole_number
 from fisedit_compile.config import SparsityConfig
@@ -18,17 +18,18 @@ if TYPE_CHECKING:
     from fisedit_compile.cost_model.block_comparison import Comparison
     from fisedit_compile.cost_model.calibration import Calibration
 
-_MASKS = 5
+_MOST_MASKS = 5
 
 _METHOD = """\
-For each resolution, all its layers together: convolutions, linear layers and attentions, and the gather of halo rows.
-"pixel" computes the mask itself, "paper" the tiles of the block that the paper's printed objective chooses, "whole"
-every pixel, and "measured" the candidate that is predicted to take the least time. Predictions come from timing each
-distinct layer at six counts of rows; "measured us" from timing it at the very counts of each choice. Norms, and the
-padding of rows to a CUDA graph's sizes, are in neither. Attention divides the rows evenly among the samples.
+A time is that of all layers of a resolution together: convolutions, linear layers, attentions and the gather of halo
+rows. Of the choices, "pixel" computes the mask itself, "paper" the tiles of the block that the paper's printed
+objective chooses, "whole" every pixel, and "measured" the candidate that is predicted to take the least time.
+Predictions come from timing each distinct layer at six numbers of rows; "measured us" comes from timing it at the very
+number of rows of each choice. Norms, and the padding of rows to a CUDA graph's sizes, are in neither. Attention is
+timed with the rows divided evenly among the samples.
 
-A mask of --edit-size is a square in the middle of the latents. Of the masks of a file (see fisedit-compile macs
---help), --max-masks are taken, evenly spaced over those that are not empty, and the columns are means over them;
+The mask of an --edit-size is a square in the middle of the latents. Of the masks of a file (see fisedit-compile macs
+--help), up to --max-masks are taken, evenly spaced over those that are not empty, and the columns are means over them;
 "error" is the mean relative error of the predictions. On the CPU only the tiny architectures are measured."""
 
 
@@ -45,10 +46,14 @@ def add_parser(subparsers: Any) -> None:
     add_image_options(parser)
     add_edit_options(parser)
     parser.add_argument(
-        "--max-masks", type=whole_number(1), default=_MASKS, metavar="N", help=f"of the file (default: {_MASKS})"
+        "--max-masks",
+        type=whole_number(1),
+        default=_MOST_MASKS,
+        metavar="N",
+        help=f"take at most N masks of the file, evenly spaced (default: {_MOST_MASKS})",
     )
     add_runtime_options(parser, cuda_dtype="bf16")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures and conditions to FILE")
+    add_json_option(parser)
     parser.set_defaults(run=run)
 
 
@@ -73,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     from fisedit_compile.cost_model.row_layers import row_layers
     from fisedit_compile.ir.call import bind
 
-    unet = build_unet(args.arch, device="meta", dtype=dtype)  # shapes are all that the time of a layer depends on
+    unet = build_unet(args.arch, device="meta", dtype=dtype)  # layers are timed with random values of these shapes
     inputs, keywords = unet_inputs(unet, batch=args.batch, height=size, width=size)
     height, width = inputs[0].shape[2:]
     latents = (int(height), int(width))
@@ -93,33 +98,31 @@ def run(args: argparse.Namespace) -> None:
     print(f"{conditions['device_name']}, {conditions['dtype']}, torch {conditions['versions']['torch']}")
     print(f"{_remark(costs.calibration)}\n")
     print(_table(rows))
-    if args.json:
-        result = {**conditions, "arch": args.arch, "size": size, "batch": args.batch}
-        result["calibration"] = costs.calibration.to_dict()
-        args.json.write_text(json.dumps({**result, "rows": [row.to_dict() for row in rows]}, indent=2) + "\n")
+    result = {**conditions, "arch": args.arch, "size": size, "batch": args.batch}
+    result["calibration"] = costs.calibration.to_dict()
+    write_json(args.json, {**result, "rows": [row.to_dict() for row in rows]})
 
 
 def _remark(calibration: Calibration) -> str:
-    """The model that predicts, and how well it met points that it was not given."""
+    """A line that names the model that predicts, and its error at points left out of its fit."""
     errors = [f"{name} {error:.1%}" for name, error in calibration.held_out.items()]
     return f"cost model: {calibration.model} (error at points left out: {', '.join(errors) or 'unknown'})"
 
 
 def _table(rows: Sequence[Comparison]) -> str:
-    """Every choice at every resolution of each set of masks, and their sums over the resolutions."""
+    """A table of every choice at every resolution for each set of masks, and of the sums over the resolutions."""
     from fisedit_compile.cost_model.block_comparison import CHOICES
-    from fisedit_compile.utils.text_table import text_table
+    from fisedit_compile.ir.layout import size_text
 
     shown = [["masks", "size", "choice", "block", "rows", "predicted us", "measured us", "error"]]
     for source in dict.fromkeys(row.source for row in rows):
         own = [row for row in rows if row.source == source]
         for row in own:
-            height, width = row.size
             shown.append([
-                source, f"{height}x{width}", row.choice, row.blocks, f"{row.mean('rows'):.0f}",
+                source, size_text(row.size), row.choice, row.blocks, f"{row.mean('rows'):.0f}",
                 f"{row.mean('predicted'):.1f}", f"{row.mean('measured'):.1f}", f"{row.mean_error:.1%}",
             ])  # fmt: skip
         for choice in CHOICES:
             sums = [sum(row.mean(of) for row in own if row.choice == choice) for of in ("predicted", "measured")]
             shown.append([source, "all", choice, "", "", *(f"{each:.1f}" for each in sums), ""])
-    return text_table(shown, left=(0, 1, 2, 3))
+    return tabulate(shown, tablefmt="plain", stralign="right", colalign=("left",) * 4, disable_numparse=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -67,7 +68,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--width", type=whole_number(1), metavar="PX", help="default: the model's own")
     add_attention(parser)
     parser.add_argument(
-        "--compare-dense", action="store_true", help="also regenerate with the plain pipeline, and compare"
+        "--compare-dense",
+        action="store_true",
+        help="also regenerate with the plain pipeline, and compare (needs torchmetrics: the optional group quality)",
     )
     add_runtime_options(parser)
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="for all files (default: out)")
@@ -155,6 +158,8 @@ def _check(args: argparse.Namespace, config: SparsityConfig) -> None:
     dense = config.count_dense_steps(args.steps)
     if dense == args.steps:
         raise ValueError(f"all {args.steps} steps would run dense: lower --dense-steps or raise --steps")
+    if args.compare_dense and find_spec("torchmetrics") is None:
+        raise ValueError("--compare-dense needs torchmetrics: install it, or this package's optional group 'quality'")
     if dense == 0 and not args.mask:
         raise ValueError("--dense-steps 0 leaves no step to find a mask from: give --mask, or run some dense steps")
 

@@ -1,4 +1,4 @@
-"""The options that name an image and its edits, for the commands that count or compare edits."""
+"""Options that name an image and its edits, shared by the commands that count or time edits."""
 
 from __future__ import annotations
 
@@ -9,38 +9,50 @@ from pathlib import Path
 from fisedit_compile.cli.runtime import share, whole_number
 from fisedit_compile.config import SparsityConfig
 
-_EDIT_SIZES = (0.05, 0.15, 0.30)
+#: The edit sizes of a command by default: the paper's three shares of the picture.
+EDIT_SIZES = (0.05, 0.15, 0.30)
 
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:
-    """``--size`` and ``--batch``."""
-    parser.add_argument("--size", type=whole_number(1), metavar="PX", help="of the square image (default: the model's)")
+    """Add ``--size`` and ``--batch``."""
     parser.add_argument(
-        "--batch", type=whole_number(1), default=2, metavar="N", help="2 is one picture with guidance (default: 2)"
+        "--size", type=whole_number(1), metavar="PX", help="side of the square image (default: the model's own)"
+    )
+    parser.add_argument(
+        "--batch",
+        type=whole_number(1),
+        default=2,
+        metavar="N",
+        help="samples of the U-Net's batch; one picture under guidance takes 2 (default: 2)",
     )
 
 
 def add_edit_options(parser: argparse.ArgumentParser) -> None:
-    """``--edit-size``, ``--masks`` and ``--attention``."""
-    add_edit_sizes(parser, _EDIT_SIZES)
-    parser.add_argument("--masks", type=Path, metavar="FILE.npz", help="also masks of a file")
+    """Add ``--edit-size``, ``--masks`` and ``--attention``."""
+    add_edit_sizes(parser, EDIT_SIZES)
+    add_masks(parser)
     add_attention(parser)
 
 
 def add_edit_sizes(parser: argparse.ArgumentParser, default: Sequence[float]) -> None:
-    """``--edit-size``."""
+    """Add ``--edit-size`` for several sizes, with these as ``default``."""
     parser.add_argument(
         "--edit-size",
         type=share,
         nargs="+",
         default=list(default),
         metavar="SHARE",
-        help=f"of the picture that is edited (default: {' '.join(map(str, default))})",
+        help=f"shares of the picture that are edited (default: {' '.join(map(str, default))})",
     )
 
 
+def add_masks(parser: argparse.ArgumentParser) -> None:
+    """Add ``--masks``."""
+    parser.add_argument("--masks", type=Path, metavar="FILE.npz", help="take the masks of a file, too")
+
+
 def add_attention(parser: argparse.ArgumentParser) -> None:
-    """``--attention``, one mode."""
+    """Add ``--attention`` for one mode."""
     parser.add_argument(
         "--attention",
         choices=("masked", "full"),

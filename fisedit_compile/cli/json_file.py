@@ -1,17 +1,23 @@
-"""The file that ``--json`` names."""
+"""The option ``--json`` and the file that it names."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json``."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures and their conditions to FILE")
+
+
 def check_json_path(path: Path | None) -> None:
-    """Refuse a path that cannot be written before the minutes of measuring, not after them.
+    """Refuse a path that cannot be written; called before minutes of measuring rather than after them.
 
     Raises:
-        ValueError: no such folder, or the path is a folder.
+        ValueError: the path's folder does not exist, or the path is a folder.
     """
     if path and not path.resolve().parent.is_dir():
         raise ValueError(f"--json {path}: there is no folder {path.resolve().parent}")
@@ -20,6 +26,6 @@ def check_json_path(path: Path | None) -> None:
 
 
 def write_json(path: Path | None, values: dict[str, Any]) -> None:
-    """Write ``values``, or nothing without a path."""
+    """Write ``values`` to ``path``; without a path do nothing."""
     if path:
         path.write_text(json.dumps(values, indent=2) + "\n")

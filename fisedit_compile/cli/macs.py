@@ -1,4 +1,4 @@
-"""``fisedit-compile macs``: the multiply-accumulates of a U-Net call, dense and sparse, without weights or a GPU."""
+"""``fisedit-compile macs``: counts the multiply-accumulates of a U-Net call, dense and sparse, without weights."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from tabulate import tabulate
+
 from fisedit_compile.cli.edit_options import add_edit_options, add_image_options
-from fisedit_compile.cli.json_file import check_json_path
+from fisedit_compile.cli.json_file import add_json_option, check_json_path, write_json
 from fisedit_compile.cli.runtime import describe
 
 if TYPE_CHECKING:
@@ -19,17 +21,17 @@ if TYPE_CHECKING:
     from fisedit_compile.macs.report import MacCount, MacReport
 
 _METHOD = """\
-Counted on the meta device: shapes alone, nothing is computed. One fused multiply-add is one MAC; convolutions,
+Counting uses shapes alone, on the meta device; nothing is computed. One fused multiply-add is one MAC; convolutions,
 linear layers and the two products of attention count, norms, activations and softmax do not. docs/macs.md has the
 conventions.
 
-A mask of --edit-size is a square in the middle of the latents with the nearest whole side; its true share heads the
-column. All samples of the batch share it. "once an edit" is what an edit computes once for its prompt and a dense
+The mask of an --edit-size is a square in the middle of the latents with the nearest whole side; its true share heads
+the column. All samples of the batch share it. "once an edit" is what an edit computes once, for its prompt, and a dense
 call in every step.
 
---masks takes an array 'masks', bool [n, h, w], or 'packed', uint8 [n, s * s / 8]: the bits of n square masks as
-numpy.packbits gives them. Each is counted by itself and the column is the mean. Masks without an active pixel are
-left out of it, and the mean with them is printed below."""
+--masks takes an .npz with an array 'masks', bool [n, h, w], or 'packed', uint8 [n, s * s / 8]: the bits of n square
+masks as numpy.packbits gives them. Each mask is counted by itself, and the column is the mean. Masks without an active
+pixel are left out of it; the mean with them is printed below."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -46,15 +48,20 @@ def add_parser(subparsers: Any) -> None:
     model.add_argument("--model", type=Path, metavar="DIR", help="folder of a diffusers pipeline; no weights are read")
     add_image_options(parser)
     add_edit_options(parser)
-    parser.add_argument("--by", choices=("op", "resolution", "module"), default="op", help="of the table (default: op)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all breakdowns to FILE")
+    parser.add_argument(
+        "--by",
+        choices=("op", "resolution", "module"),
+        default="op",
+        help="what each line of the table sums up (default: op)",
+    )
+    add_json_option(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     """Count, print the table, write the file."""
     check_json_path(args.json)
-    gc.disable()  # it looks through the graphs again and again as they grow: 3 of 22 s for SDXL
+    gc.disable()  # it would search the growing graphs again and again, which takes 3 of 22 s for SDXL
     try:
         _count(args)
     finally:
@@ -62,7 +69,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _count(args: argparse.Namespace) -> None:
-
     import torch
 
     from fisedit_compile.macs.counter import MacCounter
@@ -85,17 +91,15 @@ def _count(args: argparse.Namespace) -> None:
     print(_table(columns, args.by))
     if counts:
         print(f"\n{_remark(args.masks, counts)}")
-    if args.json:
-        versions = describe(torch.device("meta"), torch.float32)["versions"]
-        result = {"command": args.command_line, "model": name, "versions": versions, "rows": rows}
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    versions = describe(torch.device("meta"), torch.float32)["versions"]
+    write_json(args.json, {"command": args.command_line, "model": name, "versions": versions, "rows": rows})
 
 
 def _model(args: argparse.Namespace) -> Any:
     """The U-Net on the meta device as ``.unet``, and ``.vae_scale_factor``.
 
     Raises:
-        ValueError: an unknown architecture, or a folder without a U-Net of this kind.
+        ValueError: the architecture is unknown, or the folder has no ``UNet2DConditionModel``.
     """
     import torch
     from diffusers import UNet2DConditionModel
@@ -117,7 +121,7 @@ def _model(args: argparse.Namespace) -> Any:
 
 
 def _remark(file: Path, counts: MaskCounts) -> str:
-    """How the masks of a file spread."""
+    """Lines that say how the counts of a file's masks spread."""
     p5, p50, p95 = (f"{counts.percentile(q) / 1e9:,.2f}" for q in (5, 50, 95))
     empty = f" (with the {counts.empty} empty ones {counts.mean_with_empty / 1e9:,.2f})" if counts.empty else ""
     return (
@@ -127,9 +131,8 @@ def _remark(file: Path, counts: MaskCounts) -> str:
 
 
 def _table(columns: list[tuple[str, MacReport]], by: str) -> str:
-    """Dense MACs and those of each edit, for people."""
+    """A table for people with a column for the dense call and one for each edit, in G (1e9) MACs."""
     from fisedit_compile.macs.report import lineage
-    from fisedit_compile.utils.text_table import text_table
 
     heads, reports = zip(*columns, strict=True)
     dense: MacCount = reports[0].dense
@@ -149,4 +152,4 @@ def _table(columns: list[tuple[str, MacReport]], by: str) -> str:
     else:
         for key in getattr(dense, f"by_{by}"):
             rows.append(line(key, lambda count, key=key: getattr(count, f"by_{by}").get(key, 0)))  # type: ignore[misc]
-    return text_table(rows)
+    return tabulate(rows, tablefmt="plain", stralign="right", colalign=("left",), disable_numparse=True)

@@ -1,4 +1,4 @@
-"""The options of the benchmarks that name a U-Net with random weights."""
+"""Options that name a U-Net with random weights, shared by the benchmarks."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from fisedit_compile.cli.edit_options import add_image_options
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """``--arch``, ``--size`` and ``--batch``."""
+    """Add ``--arch``, ``--size``, ``--batch`` and ``--compile``."""
     parser.add_argument(
         "--arch", default="sd15", metavar="tiny|sd15|sd2|sdxl", help="shape of the U-Net (default: sd15)"
     )
     add_image_options(parser)
+    parser.add_argument("--compile", action="store_true", help="lower the sparse graphs through torch.compile")
 
 
 def image_size(args: argparse.Namespace) -> int:
-    """The size of the image in pixels.
+    """The side of the image in pixels: ``--size``, or the architecture's own.
 
     Raises:
-        ValueError: an architecture that is not known.
+        ValueError: the architecture is unknown.
     """
     from fisedit_compile.architectures import ARCHITECTURES, VAE_SCALE_FACTOR
 

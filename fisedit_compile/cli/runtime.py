@@ -1,4 +1,4 @@
-"""What the subcommands share: number types of options, device, dtype and threads, and what a report says of them."""
+"""Options that say where a subcommand runs, types of numbers for options, and the conditions that reports name."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-#: Name of an option -> name of the dtype in torch.
+#: The names that ``--dtype`` takes, and torch's names for them.
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 _PACKAGES = ("torch", "diffusers", "transformers", "triton", "numpy")
 
 
 def add_runtime_options(parser: argparse.ArgumentParser, *, cuda_dtype: str = "fp16") -> None:
-    """``--device``, ``--dtype`` (on CUDA ``cuda_dtype`` by default) and ``--threads``, which :func:`start` reads."""
+    """Add ``--device``, ``--dtype`` and ``--threads`` for :func:`start`; ``cuda_dtype`` is the default on CUDA."""
     parser.set_defaults(cuda_dtype=cuda_dtype)
     group = parser.add_argument_group("where it runs")
     group.add_argument(
@@ -30,7 +30,7 @@ def add_runtime_options(parser: argparse.ArgumentParser, *, cuda_dtype: str = "f
         "--dtype",
         choices=("auto", *DTYPES),
         default="auto",
-        help=f"of weights and activations; auto is fp32 on the CPU and {cuda_dtype} on CUDA (default: auto)",
+        help=f"dtype of weights and activations; auto is fp32 on the CPU and {cuda_dtype} on CUDA (default: auto)",
     )
     group.add_argument(
         "--threads", type=whole_number(1), metavar="N", help="threads of torch on the CPU (default: torch's own choice)"
@@ -38,10 +38,10 @@ def add_runtime_options(parser: argparse.ArgumentParser, *, cuda_dtype: str = "f
 
 
 def start(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """Set the threads; the device and the dtype of ``args``.
+    """Set torch's number of threads, and return the device and dtype that ``args`` ask for.
 
     Raises:
-        ValueError: a device that is unknown or not there.
+        ValueError: the device is unknown or not there.
     """
     import torch
 
@@ -60,7 +60,7 @@ def start(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Device, dtype, threads and versions, for reports."""
+    """The conditions of a measurement for its report: device, dtype, threads and versions."""
     import torch
 
     from fisedit_compile import __version__
@@ -69,7 +69,7 @@ def describe(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     for package in _PACKAGES:
         try:
             versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:  # triton is there on Linux alone
+        except metadata.PackageNotFoundError:  # triton exists for Linux alone
             continue
     if torch.version.cuda:
         versions["cuda"] = torch.version.cuda
@@ -84,7 +84,7 @@ def describe(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
-    """An option's type: an int of at least ``least``, and at most ``most``."""
+    """The type of an option that takes an int of at least ``least``, and at most ``most``."""
 
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
@@ -96,7 +96,7 @@ def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def finite(text: str) -> float:
-    """An option's type: a float that is neither infinite nor nan."""
+    """The type of an option that takes a float, neither infinite nor nan."""
     try:
         value = float(text)
     except ValueError:
@@ -107,7 +107,7 @@ def finite(text: str) -> float:
 
 
 def share(text: str) -> float:
-    """An option's type: a float in (0, 1]."""
+    """The type of an option that takes a float in (0, 1]."""
     try:
         value = float(text)
     except ValueError:

@@ -1,7 +1,7 @@
-"""U-Net -> one flat FX graph of ATen operations, for one signature of its inputs.
+"""A U-Net as one flat FX graph of ATen operations, for one signature of its inputs.
 
-``torch.export`` in non-strict mode gives the graph; parameters stay the module's own tensors, so nothing is copied.
-What only guards or does nothing at inference (metadata checks, dropout) is dropped.
+The graph comes from ``torch.export`` in non-strict mode. Its parameters are the module's own tensors, so nothing is
+copied. Operations that only check something or do nothing at inference (metadata checks, dropout) are dropped.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
+from fisedit_compile.compiler.export_errors import describe_failure
 from fisedit_compile.compiler.functionalize import functionalize
 from fisedit_compile.errors import CaptureError
 from fisedit_compile.ir.call import Call
@@ -24,23 +25,22 @@ aten = torch.ops.aten
 
 
 def export(unet: torch.nn.Module, call: Call) -> GraphModule:
-    """The graph of ``unet`` for the signature of ``call``: tensors in, one tensor (the noise prediction) out.
+    """The graph of ``unet`` for the signature of ``call``; it takes ``call.tensors`` and returns the noise prediction.
 
     Every node of an operation carries ``meta["val"]`` (a fake tensor) and ``meta["module_path"]``.
 
     Raises:
-        CaptureError: the model does not trace as one graph; the message carries torch.export's own reason.
+        CaptureError: the model does not trace as one graph; the message says where, and what can be done.
     """
-    takes_return_dict = "return_dict" in inspect.signature(unet.forward).parameters
-    kwargs = {**call.kwargs, "return_dict": False} if takes_return_dict else call.kwargs
+    args, kwargs = call.split()
+    if "return_dict" in inspect.signature(unet.forward).parameters:
+        kwargs["return_dict"] = False
     try:
         with torch.no_grad():
-            exported = torch.export.export(unet, (), kwargs, strict=False)
+            exported = torch.export.export(unet, args, kwargs, strict=False)
     except Exception as error:
-        raise CaptureError(
-            f"{type(unet).__name__} could not be captured as one graph: {error}\n"
-            "Reset custom attention processors and hooks (unet.set_default_attn_processor()), and try again."
-        ) from error
+        reason = describe_failure(unet, error)
+        raise CaptureError(f"{type(unet).__name__} could not be exported as one graph: {reason}") from error
     graph, attributes = _unlift(exported)
     _simplify(graph)
     graph_module = GraphModule(attributes, graph)
@@ -55,9 +55,9 @@ def module_path(node: Node) -> str:
 
 
 def _unlift(exported: ExportedProgram) -> tuple[Graph, dict[str, torch.Tensor]]:
-    """The exported graph with parameters, buffers and constants as attributes, which are inputs of it, and those.
+    """The graph in which parameters, buffers and constants are attributes instead of inputs, and those attributes.
 
-    ``exported.module()`` gives the same with guards, and copies and compiles the graph three times on the way.
+    ``exported.module()`` would give such a graph with guards, and copy and compile it three times on the way.
     """
     graph = Graph()
     inputs = {node.name: node for node in exported.graph.find_nodes(op="placeholder")}
@@ -95,7 +95,10 @@ def _simplify(graph: Graph) -> None:
 
 
 def _is_identity(node: Node) -> bool:
-    """Dropout at inference, a division by one (``rescale_output_factor``), a cast to the dtype a value has."""
+    """Whether a node returns its argument: dropout at inference, a division by 1, a cast to the dtype a value has.
+
+    ``rescale_output_factor`` of diffusers' blocks is such a division.
+    """
     args: tuple[Any, ...] = node.args
     if node.target is aten.dropout.default:
         return not args[2]

@@ -1,7 +1,7 @@
-"""Operations that write to a tensor -> operations that give a new one.
+"""Replaces operations that write to a tensor by operations that return a new one.
 
 The graph of ``torch.export`` keeps in-place operations, such as ``sample += residual`` with a T2I-Adapter or
-``maps[:, :n] = ...`` with FreeU. Passes move operations, which only those without side effects survive.
+``maps[:, :n] = ...`` with FreeU. Passes move operations about, which is only right for those without side effects.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ aten = torch.ops.aten
 
 
 def functionalize(graph: Graph) -> None:
-    """Replace what writes to a value that the graph itself made, or to slices of one; in place.
+    """Replace each operation that writes to a value which the graph computes, or to slices of one; changes ``graph``.
 
     Raises:
-        CaptureError: something writes to an input, to a weight, to another view than slices, to a value of which such a
-            view is read later, or has no functional form.
+        CaptureError: an operation writes to an input, to a weight, to a view other than slices, or to a value that is
+            read later through such a view; or there is no operation that does the same without writing.
     """
     for node in graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
@@ -55,7 +55,7 @@ def _replace(graph: Graph, node: Node) -> None:
 
 
 def _functional(graph: Graph, node: Node) -> Node:
-    """What a writing operation gives, by an operation that gives it in new memory."""
+    """A new node before ``node`` that computes in new memory what the operation of ``node`` writes."""
     target: Any = node.target
     to = node.args[0]
     assert isinstance(to, Node)
@@ -80,13 +80,13 @@ def _functional(graph: Graph, node: Node) -> Node:
 
 
 def _is_fresh(node: Node) -> bool:
-    """Whether a node's result is in memory of its own."""
+    """Whether a node's result has memory of its own, so that it is no view of another value."""
     is_op = isinstance(node.target, torch._ops.OpOverload)
     return is_op and all(result.alias_info is None for result in node.target._schema.returns)  # type: ignore[union-attr]
 
 
 def _views(node: Node) -> set[Node]:
-    """All nodes whose result lies in the memory of ``node``, which is not among them."""
+    """All other nodes whose result lies in the memory of ``node``'s result."""
     views = {user for user in node.users if user.op == "call_function" and not _is_fresh(user)}
     return views.union(*(_views(view) for view in views))
 

@@ -1,6 +1,6 @@
-"""What the compiler makes of a U-Net for one signature of its inputs: graphs, and all that can be said without running.
+"""What the compiler makes of a U-Net for one signature of its inputs: the graphs, and what they say without running.
 
-A :class:`Lowered` holds no device state and moves no weights, so that it is made of a U-Net on the meta device as of
+A :class:`Lowered` holds nothing on a device and moves no weights, so that a U-Net on the meta device does as well as
 any other. :class:`~fisedit_compile.runtime.program.Program` runs one; ``explain``, MAC counting and the cost model read
 one.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,16 +24,19 @@ from fisedit_compile.config import SparsityConfig
 from fisedit_compile.errors import MaskError
 from fisedit_compile.ir.call import Call, Signature
 from fisedit_compile.ir.layout import Layout, Size
+from fisedit_compile.ir.meta_interpreter import on_meta
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry, Hoisted, requests_of
 from fisedit_compile.passes import targets
+from fisedit_compile.passes.arguments import arguments_of
 from fisedit_compile.passes.dense.control_cross_attention import control_cross_attention, cross_attentions
 from fisedit_compile.passes.dense.record_activations import record_activations
 from fisedit_compile.passes.manager import SPARSE_PASSES, run_passes
 from fisedit_compile.passes.pass_report import PassReport
 from fisedit_compile.passes.region.annotate_layout import annotate_layout
+from fisedit_compile.passes.rewriting import is_timestep
 from fisedit_compile.passes.staging.hoist_invariants import fetched_rows, split_stages
-from fisedit_compile.passes.staging.reuse_timestep import is_timestep
+from fisedit_compile.planning.apsc import CostModel
 from fisedit_compile.planning.buckets import Buckets
 from fisedit_compile.planning.edit_plan import EditPlan, plan_edit
 from fisedit_compile.utils.single_thread import single_thread
@@ -51,7 +54,7 @@ def lower(unet: torch.nn.Module, call: Call, config: SparsityConfig) -> Lowered:
         config: what to make sparse and how.
 
     Raises:
-        CaptureError: the U-Net is no single graph.
+        CaptureError: the U-Net cannot be exported as one graph.
         SparsifyError: no operation of it can be made sparse.
     """
     start = time.perf_counter()
@@ -68,13 +71,14 @@ class Lowered:
     """The graphs of a U-Net for one signature. Made by :func:`lower`.
 
     Attributes:
-        signature: of the calls that the graphs are valid for.
+        signature: says which calls the graphs serve.
         config: what was made sparse and how.
-        dense: the annotated dense graph, from which those that record and control are made.
-        sparse: the sparse graph as a whole.
+        dense: the dense graph with layouts annotated; :meth:`recording` and :meth:`controlled` make theirs from it.
+        sparse: the sparse graph before it was cut into stages.
         reports: what each pass did, in the order of the passes.
-        stages: the sparse graph cut into ``constant``, ``prompt``, ``fetch`` and ``step``.
-        build_seconds: time that exporting and rewriting took.
+        stages: the sparse graph cut into the stages ``constant`` (run once for each model), ``prompt`` (once for each
+            edit), ``fetch`` and ``step`` (at each denoising step), by name.
+        build_seconds: how long exporting and rewriting took.
     """
 
     signature: Signature
@@ -98,45 +102,36 @@ class Lowered:
 
     @cached_property
     def inputs(self) -> list[str]:
-        """The names of the U-Net's tensors, in the order of ``call.tensors``."""
+        """The names of the dense graph's inputs, in the order of ``call.tensors``."""
         return [str(node.target) for node in self.dense.graph.find_nodes(op="placeholder")]
 
     @cached_property
     def timesteps(self) -> list[int]:
-        """Which of :attr:`inputs` are timesteps."""
+        """The positions of the timesteps among :attr:`inputs`."""
         return [i for i, node in enumerate(self.dense.graph.find_nodes(op="placeholder")) if is_timestep(node)]
 
     @cached_property
     def plan_requests(self) -> list[PlanTensor]:
-        """The index tensors that the sparse graph takes."""
+        """The index tensors that the sparse graph takes from an edit's plan."""
         return [request for request in requests_of(self.sparse.graph) if isinstance(request, PlanTensor)]
 
     @cached_property
     def cache_entries(self) -> list[CacheEntry]:
-        """What the base has to keep of a call for a sparse step."""
+        """What a base must keep of each call so that a sparse step can be run from it."""
         return [request for request in requests_of(self.sparse.graph) if isinstance(request, CacheEntry)]
 
     @cached_property
     def attention_entries(self) -> list[CacheEntry]:
-        """The cross-attention maps that the base has to keep of a call for a controlled dense step."""
+        """The cross-attention maps that a base must keep of each call for controlled dense steps."""
         return [CacheEntry(node.name, "attention") for node in cross_attentions(self.dense)]
 
     @cached_property
     def cache_specs(self) -> dict[CacheEntry, TensorSpec]:
         """The shape and dtype of each of :attr:`cache_entries`."""
-        nodes = {node.name: node for node in self.dense.graph.nodes}
         specs: dict[CacheEntry, TensorSpec] = {}
-        for entry in self.cache_entries:
-            node = nodes[entry.node]
-            val: Tensor = node.meta["val"]
-            shape, dtype = val.shape, val.dtype
-            if entry.kind == "map":  # [B*H*W, *channels]
-                layout = node.meta["layout"]
-                pixels = math.prod(val.shape[dim] for dim in layout.order[: layout.pixel_dims])
-                shape = torch.Size((pixels, *layout.channels(val.shape)))
-            elif entry.kind in ("scale", "shift"):  # [B, C]
-                shape, dtype = val.shape[:2], torch.promote_types(dtype, torch.float32)
-            specs[entry] = (shape, dtype)
+        for node in self.sparse.graph.find_nodes(op="placeholder"):
+            if isinstance(node.meta.get("request"), CacheEntry):
+                specs[node.meta["request"]] = (node.meta["val"].shape, node.meta["val"].dtype)
         return specs
 
     def record_nbytes(self, *, samples: int, activations: bool, attention: bool) -> int:
@@ -152,60 +147,55 @@ class Lowered:
 
     @cached_property
     def fetches(self) -> dict[Hoisted, tuple[CacheEntry, PlanTensor]]:
-        """Of each value of the stage ``fetch``, the base's entry that it is read from and the plan's rows of it."""
+        """For each value that the stage ``fetch`` returns: the cache entry and the plan's index that give its rows."""
         return fetched_rows(self.sparse)
 
     @cached_property
     def output(self) -> tuple[CacheEntry, Layout] | None:
-        """The base's noise prediction into which a step scatters its rows, and how that map lies.
+        """The base's noise prediction, into which a step scatters its rows, and the layout of the result.
 
-        None where the U-Net ends in an operation without a form on rows, which then computes all pixels.
+        None if the U-Net ends in an operation that cannot run on rows and so computes all pixels.
         """
         scatter = self.sparse.graph.output_node().args[0]
         if not isinstance(scatter, Node) or scatter.target is not targets.SCATTER_ROWS:
             return None
-        base = scatter.args[1]
-        assert isinstance(base, Node)
-        return base.meta["request"], scatter.meta["layout"]
+        return arguments_of(scatter)["base"].meta["request"], scatter.meta["layout"]
 
     @cached_property
     def buckets(self) -> Buckets:
-        """The sizes that masks are padded to where a step runs at fixed sizes."""
+        """The sizes that plans are padded to where a step has to run at fixed sizes."""
         return Buckets(self.plan_requests, batch=self.batch, latents=self.latents, dense_below=self.config.dense_below)
 
     @cached_property
     def step_specs(self) -> dict[Any, Tensor]:
         """A tensor on the meta device for every input of the U-Net and every entry of the base's cache.
 
-        The plan's tensors are not among them: they are known where a mask is.
+        The plan's tensors are not among them, because their sizes depend on the mask.
         """
-        nodes = {node.name: node for node in self.dense.graph.nodes}
-        # Plain meta tensors and not the fake ones of "val", with which a walk over a graph takes four times as long.
-        values = {name: nodes[name].meta["val"] for name in self.inputs}
-        specs: dict[Any, Tensor] = {
-            name: torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device="meta")
-            for name, val in values.items()
-        }
-        for entry, (shape, dtype) in self.cache_specs.items():
-            specs[entry] = torch.empty(shape, dtype=dtype, device="meta")
+        inputs = self.dense.graph.find_nodes(op="placeholder")
+        specs: dict[Any, Tensor] = {str(node.target): on_meta(node.meta["val"]) for node in inputs}
+        for node in self.sparse.graph.find_nodes(op="placeholder"):
+            if isinstance(node.meta.get("request"), CacheEntry):
+                specs[node.meta["request"]] = node.meta["val"]
         return specs
 
-    def plan(self, mask: Tensor, *, costs: Callable[[Size, int, int], float] | None = None) -> EditPlan:
+    def plan(self, mask: Tensor, *, costs: CostModel | None = None) -> EditPlan:
         """The plan of a mask, on the CPU.
 
         Args:
             mask: what to recompute, bool ``[n, h, w]`` at latent resolution; n divides the U-Net's batch.
-            costs: predicted microseconds, see :func:`~fisedit_compile.planning.edit_plan.plan_edit`; needed with
+            costs: predicts microseconds, see :func:`~fisedit_compile.planning.edit_plan.plan_edit`; needed with
                 ``blocks="measured"``.
 
         Raises:
-            MaskError: not bool, not ``[n, h, w]``, another resolution than the latents, or n does not divide the batch.
+            MaskError: the mask is not bool ``[n, h, w]``, has another resolution than the latents, or n does not divide
+                the batch.
         """
         if not isinstance(mask, Tensor):
             raise MaskError(f"the mask is a {type(mask).__name__}; give a bool tensor [n, h, w] at latent resolution")
         if mask.ndim == 3 and tuple(mask.shape[1:]) != self.latents:
             raise MaskError(f"a mask of {tuple(mask.shape[1:])} for latents of {self.latents}: resize it first")
-        # Planned on the CPU: some hundred small operations, and the row counts have to be known to the host anyway.
+        # On the CPU, because a plan is some hundred small operations, and the host needs the row counts anyway.
         with single_thread():
             return plan_edit(
                 mask.cpu(),
@@ -217,13 +207,13 @@ class Lowered:
             )
 
     def recording(self, entries: Sequence[CacheEntry], samples: int) -> StageGraph:
-        """The dense graph that also returns the value of each entry; ``samples`` of the batch are conditional."""
+        """The dense graph that also returns the value of each entry; the batch has ``samples`` conditional samples."""
         graph_module = copy_graph(self.dense)
         record_activations(graph_module, entries, samples)
         return StageGraph(graph_module)
 
     def controlled(self) -> StageGraph:
-        """The dense graph whose cross-attention takes the maps of unchanged words from the base."""
+        """The dense graph in which cross-attention takes the maps of unchanged words from the base."""
         graph_module = copy_graph(self.dense)
         control_cross_attention(graph_module, self.config)
         graph_module.recompile()
@@ -231,7 +221,7 @@ class Lowered:
 
 
 def copy_graph(graph_module: GraphModule) -> GraphModule:
-    """A copy that shares parameters and node names, for the next rewriting."""
+    """A copy to rewrite, with the same node names and the very same parameters."""
     graph = Graph()
     graph.output(graph.graph_copy(graph_module.graph, {}))
     return GraphModule(graph_module, graph)

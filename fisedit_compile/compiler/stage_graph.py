@@ -1,4 +1,4 @@
-"""One stage of a rewritten U-Net: a graph whose inputs are known by name or by request."""
+"""A graph with the names of what it takes and returns, so that a caller can look up its inputs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ class StageGraph:
 
     Attributes:
         graph_module: the graph; it takes its inputs in the order of ``names``.
-        names: of each placeholder, in order, the request of the pass that made it, or else its own name.
-        outputs: of a hoisted stage, the requests by which later stages read its results, in the order of the results.
-            Empty for a step and for a dense graph, which return the noise prediction.
+        names: one entry for each placeholder, in order: the request that it carries, or else its own name, which is
+            that of an input of the U-Net.
+        outputs: for ``constant``, ``prompt`` and ``fetch``, the requests by which later stages read the results, in the
+            order of the results. Empty for a step and for a dense graph, which return the noise prediction.
     """
 
     def __init__(self, graph_module: GraphModule) -> None:

@@ -1,4 +1,4 @@
-"""The choices of rows compared on masks: predicted, and measured by running each resolution's layers."""
+"""The ways to cover a mask with rows, compared by their predicted time and by that of running the layers."""
 
 from __future__ import annotations
 
@@ -18,13 +18,20 @@ from fisedit_compile.ir.layout import Size
 from fisedit_compile.planning.apsc import RowCandidate
 from fisedit_compile.planning.edit_plan import EditPlan, plan_edit
 
-#: In the order of the report: the mask itself, the paper's objective, all pixels, the least predicted time.
+#: What may choose the rows, in the order of the report: ``pixel`` takes the mask itself, ``paper`` what the paper's
+#: objective chooses, ``whole`` every pixel, and ``measured`` the candidate with the least predicted time.
 CHOICES = ("pixel", "paper", "whole", "measured")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One choice for one mask at one resolution; times in microseconds, of all its layers together."""
+    """One choice for one mask at one resolution.
+
+    Attributes:
+        name: the rows chosen, as :attr:`RowCandidate.name` has them.
+        rows, halo: how many rows are computed, and how many halo rows are fetched, all samples together.
+        predicted, measured: microseconds that all layers of the resolution take together.
+    """
 
     name: str
     rows: int
@@ -34,7 +41,7 @@ class Outcome:
 
     @property
     def error(self) -> float:
-        """Of the prediction, relative to what was measured."""
+        """How far the prediction is off, relative to the measured time; negative if it is too short."""
         return self.predicted / self.measured - 1 if self.measured else 0.0
 
 
@@ -43,11 +50,12 @@ class Comparison:
     """One choice at one resolution, over the masks of a set.
 
     Attributes:
-        source: of the masks.
-        size: the resolution.
+        source: a name for the set of masks.
+        size: the resolution (height, width).
         choice: one of ``CHOICES``.
         outcomes: one for each mask.
-        layers: of each distinct layer, how many there are and the mean predicted and measured time of one.
+        layers: a dict for each distinct layer: its description, how many of it there are, and the mean predicted and
+            measured microseconds of one, over the masks.
     """
 
     source: str
@@ -58,7 +66,7 @@ class Comparison:
 
     @property
     def blocks(self) -> str:
-        """What was chosen, and for how many masks where that differs."""
+        """The names of the rows chosen; if they differ from mask to mask, with the number of masks for each."""
         names = Counter(outcome.name for outcome in self.outcomes)
         return ", ".join(name if len(names) == 1 else f"{name} ({count})" for name, count in names.most_common())
 
@@ -68,11 +76,11 @@ class Comparison:
 
     @property
     def mean_error(self) -> float:
-        """Mean of the predictions' relative errors without their sign."""
+        """The mean over the masks of the prediction's relative error, without its sign."""
         return fmean(abs(outcome.error) for outcome in self.outcomes)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """The comparison as plain values for JSON; times in microseconds."""
         means = {name: self.mean(name) for name in ("rows", "predicted", "measured")}
         return {
             "masks": self.source,
@@ -87,12 +95,12 @@ class Comparison:
 
 
 class BlockComparer:
-    """Compares the choices for the masks of a U-Net.
+    """Compares the choices of rows for one U-Net on any masks.
 
     Args:
-        lowered: whose layers they are; it may be of a U-Net on the meta device.
-        costs: predictions.
-        timer: measures; the same layer at the same rows is measured once.
+        lowered: the U-Net whose layers are compared; it may be on the meta device.
+        costs: predicts the times.
+        timer: measures the times; each layer is measured once at each number of rows.
     """
 
     def __init__(self, lowered: Lowered, costs: RowCosts, timer: Timer) -> None:
@@ -101,7 +109,7 @@ class BlockComparer:
         self._fetches: dict[tuple[int, int], float] = {}
 
     def compare(self, source: str, masks: Sequence[Tensor]) -> Iterator[Comparison]:
-        """Every choice at every sparse resolution.
+        """Compare every choice at every sparse resolution.
 
         Args:
             source: a name for these masks.
@@ -157,9 +165,9 @@ class BlockComparer:
 
 
 def _candidate(plan: EditPlan, size: Size, choice: str) -> RowCandidate:
-    measured = plan.measured[size]
+    by_cost = plan.cost_choices[size]
     if choice == "measured":
-        return measured.chosen
+        return by_cost.chosen
     if choice == "whole":
-        return measured.candidates[-1]
-    return measured.of_tile((1, 1) if choice == "pixel" else plan.choices[size].chosen.tile)
+        return by_cost.candidates[-1]
+    return by_cost.of_tile((1, 1) if choice == "pixel" else plan.paper_choices[size].chosen.tile)

@@ -1,12 +1,12 @@
-"""How long layers take on a device, from a short measurement: the cost model behind ``blocks="measured"``.
+"""Predicts how long layers take on a device from a short measurement there: the model behind ``blocks="measured"``.
 
-Each distinct layer is timed at a few counts of rows. Two models are fitted, and the one that predicts left out points
-better is used:
+Each distinct layer is timed at a few numbers of rows; a pair of rows and microseconds is a *point*. Two models are
+fitted to the points, and the one that better predicts points left out of the fit is used:
 
-- ``interpolated``: between the measured points, straight in the logarithms of rows and time;
+- ``interpolated``: a line from point to point, straight in the logarithms of rows and time;
 - ``roofline``: ``launch + max(MACs / rate, bytes / bandwidth)`` with three constants for the whole device.
 
-The roofline also carries on beyond the points, and stands in for a layer that was not measured.
+Beyond the last point of a layer, and for a layer that was not timed, the roofline predicts in either case.
 """
 
 from __future__ import annotations
@@ -28,29 +28,35 @@ logger = logging.getLogger(__name__)
 
 Model = Literal["interpolated", "roofline"]
 
-#: Counts of rows at which a layer is timed, as shares of all pixels of its resolution.
-SHARES = (1 / 64, 1 / 20, 1 / 8, 1 / 4, 1 / 2, 1.0)
-_FEWEST = 16
+#: Numbers of rows at which a layer is timed, as shares of all pixels of its resolution, and the fewest rows timed.
+TIMED_SHARES = (1 / 64, 1 / 20, 1 / 8, 1 / 4, 1 / 2, 1.0)
+_FEWEST_TIMED_ROWS = 16
 
-#: On a CPU a point of more multiply-accumulates is left out, unless it is a layer's first.
+#: On a CPU no point takes more multiply-accumulates than this, except a layer's first.
 CPU_MACS = 1e8
 
-#: Rows and channels of the gather whose bandwidth is that of fetching halo rows.
-_FETCH = (4096, 640)
+#: Size of the gather that is timed to get the bandwidth of fetching halo rows.
+_GATHERED_ROWS, _GATHERED_CHANNELS = 4096, 640
 
 Points = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """``launch + max(MACs / rate, bytes / bandwidth)``: microseconds, MACs and bytes a microsecond."""
+    """Predicts ``launch + max(MACs / rate, bytes / bandwidth)`` microseconds.
+
+    Attributes:
+        launch: microseconds of any layer, however small.
+        rate: multiply-accumulates a microsecond.
+        bandwidth: bytes moved a microsecond.
+    """
 
     launch: float
     rate: float
     bandwidth: float
 
     def at(self, shape: LayerShape, rows: int, itemsize: int) -> float:
-        """Microseconds of a layer."""
+        """The microseconds of a layer at ``rows`` output rows, with values of ``itemsize`` bytes."""
         return self.launch + max(shape.macs(rows) / self.rate, shape.bytes(rows, itemsize) / self.bandwidth)
 
 
@@ -59,9 +65,9 @@ class Calibration:
     """What was measured on one device, and what it predicts. Made by :func:`calibrate`.
 
     Attributes:
-        device, dtype, torch_version: that it holds for, and for no others.
-        points: of each layer, (rows, microseconds) in the order of rows.
-        fetch_bandwidth: bytes a microsecond, read and written, at which halo rows are gathered.
+        device, dtype, torch_version: what was measured, and what alone the predictions hold for.
+        points: for each layer its points (rows, microseconds), in the order of rows.
+        fetch_bandwidth: bytes a microsecond, read and written together, at which halo rows are gathered.
     """
 
     device: str
@@ -72,12 +78,12 @@ class Calibration:
 
     @cached_property
     def roofline(self) -> Roofline:
-        """Fitted to all points."""
+        """The roofline fitted to the points of all layers."""
         return _fit(_samples(self.points), self.itemsize)
 
     @cached_property
     def held_out(self) -> dict[str, float]:
-        """Mean relative error of each model at points that it was not given; empty where no layer has three."""
+        """The mean relative error of each model at points left out of its fit; empty if no layer has three points."""
         errors: dict[str, list[float]] = {"interpolated": [], "roofline": []}
         for position in range(1, max(map(len, self.points.values()), default=0) - 1):
             left_out = {shape: p[position] for shape, p in self.points.items() if position < len(p) - 1}
@@ -90,17 +96,17 @@ class Calibration:
 
     @cached_property
     def model(self) -> Model:
-        """The model that predicts left out points better."""
+        """The model that better predicts points left out of its fit."""
         errors = self.held_out
         return "roofline" if errors and errors["roofline"] < errors["interpolated"] else "interpolated"
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a value."""
+        """Bytes of one value of ``dtype``."""
         return int(getattr(torch, self.dtype).itemsize)
 
     def microseconds(self, shape: LayerShape, rows: int) -> float:
-        """The predicted time of a layer at a number of rows; 0 for none."""
+        """The predicted microseconds of a layer at ``rows`` output rows; 0 for no rows."""
         if rows == 0:
             return 0.0
         points = self.points.get(shape, ())
@@ -113,11 +119,11 @@ class Calibration:
         return last * max(grown, 1.0)
 
     def fetch_microseconds(self, channels: int, rows: int) -> float:
-        """The predicted time to gather halo rows."""
+        """The predicted microseconds of gathering ``rows`` halo rows of ``channels`` channels."""
         return 2 * rows * channels * self.itemsize / self.fetch_bandwidth
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON; :meth:`from_dict` reads it. Models and errors are there to be read by people."""
+        """The calibration as plain values for JSON, which :meth:`from_dict` reads; model and errors are for people."""
         return {
             "device": self.device,
             "dtype": self.dtype,
@@ -131,10 +137,10 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Calibration:
-        """The calibration of :meth:`to_dict`.
+        """The calibration that :meth:`to_dict` wrote.
 
         Raises:
-            ValueError: not such a dict.
+            ValueError: ``data`` is not what :meth:`to_dict` writes.
         """
         try:
             points = {
@@ -148,24 +154,25 @@ class Calibration:
             raise ValueError(f"no calibration ({error!r}): give what Calibration.to_dict wrote") from error
 
 
-_of_process: dict[tuple[str, str, str], Calibration] = {}
+#: The calibrations that this process has made, by device name, dtype and version of torch.
+_calibrations: dict[tuple[str, str, str], Calibration] = {}
 
 
 def calibrate(
     layers: Collection[RowLayer], device: torch.device, dtype: torch.dtype, *, timer: Timer | None = None
 ) -> Calibration:
-    """Measure the layers that this process has not measured on this device yet: a second or two on a GPU.
+    """Time those layers that this process has not timed on this device yet, and return all that it knows of the device.
 
-    The first time on a machine compiling the kernels takes longer than that.
+    This takes a second or two on a GPU; the first time on a machine also the seconds of compiling the kernels.
 
     Args:
-        layers: of a program, see :func:`~fisedit_compile.cost_model.row_layers.row_layers`.
+        layers: the layers of a U-Net, see :func:`~fisedit_compile.cost_model.row_layers.row_layers`.
         device: where they run.
-        dtype: of values and weights.
-        timer: what measures, in place of the device; nothing is kept for the process then.
+        dtype: the dtype of values and weights.
+        timer: takes the times instead of a :class:`LayerTimer`; its results are not kept for later calls.
 
     Raises:
-        ValueError: a device without time, such as meta.
+        ValueError: a device that computes nothing, such as meta.
     """
     if device.type not in ("cuda", "cpu"):
         raise ValueError(
@@ -173,7 +180,7 @@ def calibrate(
             "choose 'pixel' or 'paper'"
         )
     key = (device_name(device), str(dtype).removeprefix("torch."), torch.__version__)
-    known = _of_process.get(key) if timer is None else None
+    known = _calibrations.get(key) if timer is None else None
     most: dict[LayerShape, int] = {}
     for layer in layers:
         if known is None or layer.shape not in known.points:
@@ -188,8 +195,8 @@ def calibrate(
         for shape, pixels in most.items()
     }
     if known is None:
-        rows, channels = _FETCH
-        bandwidth = 2 * rows * channels * dtype.itemsize / measuring.fetch(channels, rows)
+        moved = 2 * _GATHERED_ROWS * _GATHERED_CHANNELS * dtype.itemsize
+        bandwidth = moved / measuring.fetch(_GATHERED_CHANNELS, _GATHERED_ROWS)
         result = Calibration(*key, points, bandwidth)
     else:
         result = replace(known, points={**known.points, **points})
@@ -199,19 +206,22 @@ def calibrate(
         len(points), key[0], time.perf_counter() - start, result.model, errors or "unknown",
     )  # fmt: skip
     if timer is None:
-        _of_process[key] = result
+        _calibrations[key] = result
     return result
 
 
 def _counts(shape: LayerShape, pixels: int, largest: float) -> Iterator[int]:
-    """Counts of rows at which to time a layer, each once; at least one."""
-    counts = sorted({min(max(round(share * pixels), _FEWEST), pixels) for share in SHARES})
+    """The numbers of rows at which to time a layer of a resolution of ``pixels``, each once; at least one number."""
+    counts = sorted({min(max(round(share * pixels), _FEWEST_TIMED_ROWS), pixels) for share in TIMED_SHARES})
     yield counts[0]
     yield from (rows for rows in counts[1:] if shape.macs(rows) <= largest)
 
 
 def _between(points: Points, rows: int) -> float:
-    """Straight between points in the logarithms; below the first, on with its slope, but never up."""
+    """The interpolated microseconds at ``rows``, on straight lines between the logarithms of the points.
+
+    Below the first point the first line goes on, with a slope held to 0 to 1 so that fewer rows never take longer.
+    """
     x, y = np.log(np.array(points).T)
     at = float(np.log(rows))
     if at < x[0] and len(x) > 1:
@@ -225,7 +235,7 @@ def _samples(points: Mapping[LayerShape, Points]) -> list[tuple[LayerShape, int,
 
 
 def _fit(samples: Sequence[tuple[LayerShape, int, float]], itemsize: int) -> Roofline:
-    """Least mean relative error, by turns of growing and shrinking each constant."""
+    """The roofline with the least mean relative error, found by growing and shrinking one constant at a time."""
     macs, moved, times = np.array(
         [(shape.macs(rows), shape.bytes(rows, itemsize), time) for shape, rows, time in samples]
     ).T
@@ -234,7 +244,7 @@ def _fit(samples: Sequence[tuple[LayerShape, int, float]], itemsize: int) -> Roo
         launch, rate, bandwidth = constants
         return float(np.mean(np.abs((launch + np.maximum(macs / rate, moved / bandwidth)) / times - 1)))
 
-    # Nothing is slower than its launch, and nothing faster than what was reached.
+    # Start with a launch below the shortest time, and with the greatest rate and bandwidth that any sample reached.
     best = np.array([times.min() / 2, (macs / times).max(), (moved / times).max()])
     least, step = error(best), 2.0
     while step > 1.01:

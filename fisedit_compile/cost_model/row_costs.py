@@ -1,4 +1,4 @@
-"""The predicted time of a resolution's layers at a number of rows: what ``blocks="measured"`` minimises."""
+"""Predicts the time of all layers of a resolution from its rows: the cost that ``blocks="measured"`` minimises."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fisedit_compile.ir.layout import Size
 
 @dataclass(frozen=True)
 class RowCosts:
-    """Predicts each resolution of a lowered U-Net.
+    """Predicts the time of each resolution of a sparse step; a :data:`~fisedit_compile.planning.apsc.CostModel`.
 
     Attributes:
-        layers: of its sparse step.
-        calibration: of the device that it runs on.
+        layers: the layers of the sparse step.
+        calibration: predicts the time of one layer, on the device that the U-Net runs on.
     """
 
     layers: tuple[RowLayer, ...]
@@ -26,7 +26,7 @@ class RowCosts:
 
     @classmethod
     def of(cls, lowered: Lowered) -> RowCosts:
-        """The costs of a lowered U-Net on the device of its weights; layers that were not timed yet are.
+        """The costs of a U-Net on the device of its weights; layers that were not timed there yet are timed now.
 
         Raises:
             ValueError: the U-Net is on the meta device.
@@ -37,25 +37,25 @@ class RowCosts:
 
     @cached_property
     def sizes(self) -> list[Size]:
-        """The resolutions with layers, from the largest."""
+        """The resolutions that have layers, the largest first."""
         return sorted({layer.size for layer in self.layers}, reverse=True)
 
     def __call__(self, size: Size, rows: int, halo: int) -> float:
-        """Microseconds of all layers of a resolution.
+        """The predicted microseconds of all layers of a resolution together.
 
         Args:
             size: the resolution (height, width).
-            rows: computed there, all samples together.
-            halo: rows of it that convolutions read besides.
+            rows: the number of rows computed there, all samples together.
+            halo: the number of halo rows that each convolution reads of it.
         """
         shapes, channels = self.work(size)
         computed = sum(n * self.calibration.microseconds(shape, rows) for shape, n in shapes.items())
         return computed + self.calibration.fetch_microseconds(channels, halo)
 
     def work(self, size: Size) -> tuple[Counter[LayerShape], int]:
-        """How many layers of each shape have their rows at a resolution, and the channels of a halo pixel of it.
+        """How many layers of each shape compute rows of a resolution, and how many channels its halo has.
 
-        The channels are those of all maps together that convolutions read halo rows of.
+        The channels are summed over all convolutions that read halo rows of this resolution.
         """
         return self._work.get(size, (Counter(), 0))
 

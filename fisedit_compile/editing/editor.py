@@ -27,7 +27,7 @@ from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.editing.pipeline_call import in_turn
 from fisedit_compile.editing.pipeline_runs import EditRun, PipelineRun, RecordRun
 from fisedit_compile.editing.pipeline_state import PipelineWatch
-from fisedit_compile.editing.prompt_to_prompt import changed_words
+from fisedit_compile.editing.prompt_alignment import changed_words
 from fisedit_compile.editing.result import Edit, EditReport, summarise_times
 from fisedit_compile.editing.schedule import Schedule
 from fisedit_compile.editing.step_callback import StepCallback

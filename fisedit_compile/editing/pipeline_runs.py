@@ -13,7 +13,7 @@ from fisedit_compile.config import SparsityConfig
 from fisedit_compile.editing.base import Base, RecordedCall
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.editing.pipeline_call import PipelineCall
-from fisedit_compile.editing.prompt_to_prompt import align_batch
+from fisedit_compile.editing.prompt_alignment import align_prompts
 from fisedit_compile.editing.schedule import Schedule, refuse_noise_of_its_own
 from fisedit_compile.editing.step_callback import StepCallback
 from fisedit_compile.editing.step_macs import StepMacs
@@ -214,7 +214,9 @@ class EditRun(PipelineRun):
         self._base, self._given, self._combine = base, given, combine
         self._prepared: dict[Signature, Prepared] = {}  # a callback may take a part of the batch away in the loop
         self.plan_ms = 0.0
-        mapper, keep = align_batch(self.pipe.tokenizer, base.prompts, prompts, device=base.latents.device)
+        mapper, keep = align_prompts(
+            self.pipe, base.prompts, prompts, arguments=base.arguments, device=base.latents.device
+        )
         copies = len(base.latents) // len(prompts)  # num_images_per_prompt: the pipeline repeats each prompt
         self._mapper, self._keep = mapper.repeat_interleave(copies, 0), keep.repeat_interleave(copies, 0)
         if base.dense_steps == 0:
@@ -233,7 +235,7 @@ class EditRun(PipelineRun):
         if recorded.cache:
             controlled = self.unet.controlled
             return self.timer.time("dense", device, lambda: controlled(call, recorded.cache, self._mapper, self._keep))
-        return self.timer.time("dense", device, lambda: self.unet.unet(**call.kwargs, return_dict=False)[0])
+        return self.timer.time("dense", device, lambda: self.unet.dense(call))
 
     def finish_step(self, latents: Tensor) -> Tensor:
         step, dense = self.step, self._base.dense_steps

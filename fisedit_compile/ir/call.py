@@ -1,8 +1,9 @@
-"""A call of the U-Net in one form, and the signature that a graph is valid for."""
+"""A call of the U-Net with its arguments by name, and the signature that says which graph serves it."""
 
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,13 @@ from fisedit_compile.errors import CaptureError
 
 @dataclass(frozen=True)
 class Signature:
-    """What one captured graph is valid for: the tree of the call's arguments and each tensor's shape, dtype, device."""
+    """Says which calls an exported graph serves: those whose arguments have this structure and these shapes.
+
+    Attributes:
+        tree: how the arguments are nested, as text.
+        leaves: one entry for each argument, nested ones included: ``(shape, dtype, device)`` of a tensor, anything else
+            as it is.
+    """
 
     tree: str
     leaves: tuple[Any, ...]
@@ -28,30 +35,42 @@ class Signature:
 
 @dataclass(frozen=True)
 class Call:
-    """A call of the U-Net in one form: its tensors in order, and the signature."""
+    """A call of the U-Net, in the same form however its arguments were given. Made by :func:`bind`.
+
+    Attributes:
+        tensors: all tensors among the arguments, in the order in which an exported graph takes them.
+        signature: says which graph serves the call.
+    """
 
     tensors: tuple[torch.Tensor, ...]
     signature: Signature
     _leaves: tuple[Any, ...]
     _tree: pytree.TreeSpec
+    _positional: tuple[str, ...] = ()
 
     @property
     def kwargs(self) -> dict[str, Any]:
-        """The arguments by name. Lists in them are new ones each time: a U-Net empties that of a T2I-Adapter."""
+        """The arguments by name, with new lists on each access: a U-Net empties the list that a T2I-Adapter gives."""
         named: dict[str, Any] = pytree.tree_unflatten(self._leaves, self._tree)
         return named
 
+    def split(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments that were given by position, as hooks of the U-Net are given them, and the others by name."""
+        named = self.kwargs
+        return tuple(named.pop(name) for name in self._positional), named
+
 
 def bind(unet: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-    """Bring a call of ``unet`` into one form, whether its arguments were positional, keywords or defaults.
+    """Name the arguments of a call of ``unet``, so that positional ones, keywords and defaults give equal calls.
 
-    A number given as timestep becomes a 0-dim tensor. ``return_dict`` is no part of the call: a graph returns a tensor.
+    A timestep that is a number becomes a 0-dim tensor. ``return_dict`` is dropped: a graph always returns a tensor.
 
     Raises:
         CaptureError: ``sample`` is not a ``[B, C, H, W]`` floating-point tensor.
         TypeError: the arguments do not fit ``unet.forward``.
     """
     bound = inspect.signature(unet.forward).bind(*args, **kwargs).arguments
+    positional = list(bound)[: len(args)]
     bound.update(bound.pop("kwargs", {}))
     named = {name: value for name, value in bound.items() if value is not None and name != "return_dict"}
     sample = named.get("sample")
@@ -66,4 +85,5 @@ def bind(unet: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
         (tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves
     )
     tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
-    return Call(tensors, Signature(str(tree), key), tuple(leaves), tree)
+    before_none = itertools.takewhile(named.__contains__, positional)  # a None is left out, so what follows has a name
+    return Call(tensors, Signature(str(tree), key), tuple(leaves), tree, tuple(before_none))

@@ -2,8 +2,8 @@
 
 A feature map travels through a U-Net as ``[B, C, H, W]``, as tokens ``[B, H*W, C]`` and as heads
 ``[B, heads, H*W, C/heads]``. A layout names the role of each dimension, so that a pass can turn any of them into the
-same *rows* ``[M, *channels]``, one row an active pixel, and can tell a view that only regroups channels (free on rows)
-from one that mixes pixels with channels (no meaning on rows).
+same *rows* ``[M, *channels]``, one row for each active pixel, and can tell a view that only regroups channels (free on
+rows) from one that mixes pixels with channels (no meaning on rows).
 """
 
 from __future__ import annotations
@@ -13,16 +13,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-#: Height and width.
+#: (height, width) of a feature map or a picture, in its own pixels.
 Size = tuple[int, int]
 
-#: b batch, c a channel dimension (there may be several), h height, w width, s height and width merged (tokens).
+
+def size_text(size: Size) -> str:
+    """``(96, 64)`` -> ``96x64``, for messages and reports."""
+    return f"{size[0]}x{size[1]}"
+
+
+#: What a dimension may be: b batch, c channels (there may be several such), h height, w width, s height and width
+#: merged into one dimension of tokens.
 ROLES = "bchws"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Roles of a value's dimensions, one letter of :data:`ROLES` each, and the resolution it lives at.
+    """The roles of a value's dimensions, one letter of :data:`ROLES` for each, and the resolution of its pixels.
 
     ``Layout("bchw", (64, 64))`` is a feature map, ``Layout("bsc", (64, 64))`` its tokens.
     """
@@ -49,6 +56,10 @@ class Layout:
     def channels(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The sizes of the channel dimensions of a value of ``shape``."""
         return tuple(shape[i] for i, role in enumerate(self.roles) if role == "c")
+
+    def pixel_major(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """``(B*H*W, *channels)``: the shape of a value of ``shape`` with one row a pixel, every pixel among them."""
+        return (math.prod(shape[dim] for dim in self.order[: self.pixel_dims]), *self.channels(shape))
 
     def row_dim(self, dim: int) -> int:
         """The dimension of the rows that holds channel dimension ``dim`` of the dense value."""
@@ -90,3 +101,8 @@ class Layout:
         if dims:
             raise ValueError(f"the view {tuple(old)} -> {tuple(new)} leaves {tuple(dims)} without a role")
         return Layout(roles, self.size)
+
+
+def inverse_permutation(order: Sequence[int]) -> list[int]:
+    """The dimensions that undo ``permute(order)``."""
+    return sorted(range(len(order)), key=lambda dim: order[dim])

@@ -1,13 +1,17 @@
-"""What a rewritten graph asks of the outside, as placeholders: of the plan, of the base, of an earlier stage."""
+"""What a rewritten graph needs beside the U-Net's own inputs, as requests that its placeholders carry.
+
+A request names one tensor: of the edit's plan, of the base's cache, of the prompts' alignment, or of an earlier stage.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch.fx import Graph, Node
 
+from fisedit_compile.ir.meta_interpreter import on_meta
 from fisedit_compile.ir.plan_tensor import PlanTensor
 
 
@@ -15,11 +19,13 @@ from fisedit_compile.ir.plan_tensor import PlanTensor
 class CacheEntry:
     """One tensor that the base keeps of a U-Net call.
 
-    ``map``: the value of the captured graph's node ``node``, pixel-major ``[B*H*W, *channels]``.
-    ``scale``, ``shift``: what group norm ``node`` does to each channel of each sample, fp32 ``[B, C]``: its
-    statistics, weight and bias in one (paper A.2).
-    ``value``: a value that depends on the timestep alone, as it is.
-    ``attention``: the maps of cross-attention ``node``, ``[n, heads, H*W, tokens]`` of the conditional half.
+    Attributes:
+        node: the node of the dense graph that the tensor comes from.
+        kind: what is kept of it. ``map`` is its value with one row for each pixel, ``[B*H*W, *channels]``. ``scale``
+            and ``shift``, at least fp32 ``[B, C]``, are what a group norm does to each channel of each sample: its
+            statistics, weight and bias folded together (paper A.2). ``value`` is its value unchanged, kept where that
+            depends on nothing but the timestep. ``attention`` has the maps of a cross-attention for the n conditional
+            samples, ``[n, heads, H*W, tokens]``.
     """
 
     node: str
@@ -32,7 +38,7 @@ class CacheEntry:
 
 @dataclass(frozen=True)
 class ControlTensor:
-    """One tensor of the token alignments of the samples' prompts, see ``prompt_to_prompt.align_batch``."""
+    """One tensor of the token alignments of the samples' prompts, see ``prompt_alignment.align_batch``."""
 
     kind: Literal["mapper", "keep"]
 
@@ -43,7 +49,7 @@ class ControlTensor:
 
 @dataclass(frozen=True)
 class Hoisted:
-    """A value that an earlier stage computes: node ``node`` of the graph before it was split."""
+    """A value that the stage named ``stage`` computes for later ones: that of ``node`` before the graph was split."""
 
     stage: str
     node: str
@@ -57,7 +63,7 @@ Request = PlanTensor | CacheEntry | ControlTensor | Hoisted
 
 
 class Inputs:
-    """The placeholders of a graph under rewriting: one for each request, whoever asks for it."""
+    """The placeholders of a graph that passes rewrite. Passes that make the same request share one placeholder."""
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
@@ -68,22 +74,35 @@ class Inputs:
             if "request" in node.meta:
                 self._known[node.meta["request"]] = node
 
-    def __call__(self, request: Request) -> Node:
-        """The placeholder of ``request``, made on first use behind those that are there."""
+    def __call__(self, request: Request, val: Any = None) -> Node:
+        """The placeholder of ``request``, made on first use behind those that are there.
+
+        Args:
+            request: what the placeholder asks for.
+            val: a tensor of the shape and dtype of what it will be given, for ``meta["val"]``. A tensor of the plan
+                needs none: its request says them.
+        """
         if request not in self._known:
             if isinstance(request, PlanTensor):
                 name = "_".join(("plan", request.kind, *re.findall(r"\d+|dense(?==True)", repr(request.where))))
+                val = request.of_full_mask(self._batch)
             else:
                 name = request.name
             first = next(iter(self._graph.nodes))
             with self._graph.inserting_after(self._last) if self._last else self._graph.inserting_before(first):
                 node = self._graph.placeholder(name)
-            node.meta["request"] = request
+            node.meta.update(request=request, val=on_meta(val), module_path="")
             self._known[request] = self._last = node
         return self._known[request]
 
+    @property
+    def _batch(self) -> int:
+        """Samples of the U-Net's batch: those of its latents, the first input that lies in space."""
+        latents = next(node for node in self._graph.find_nodes(op="placeholder") if "layout" in node.meta)
+        return int(latents.meta["val"].shape[0])
+
 
 def requests_of(graph: Graph) -> list[Request]:
-    """What the placeholders of a graph ask of a plan and of a base, in the order of the placeholders."""
+    """The requests that a graph's placeholders carry, in the order of the placeholders."""
     nodes = graph.find_nodes(op="placeholder")
     return [node.meta["request"] for node in nodes if "request" in node.meta]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fisedit_compile.ir.layout import Size
+from fisedit_compile.ir.layout import Size, size_text
 
 
 @dataclass(frozen=True)
@@ -14,10 +14,11 @@ class Taps:
     Attributes:
         source: size of the map that is stored; with ``upsampled``, the map before upsampling.
         target: size of the convolution's output.
-        kernel, stride, padding, dilation: of the convolution, zero padding on both sides alike.
-        upsampled: the source is nearest-upsampled to this size before the convolution. The table reads the small
-            map itself, so the upsampled map is never made.
-        dense: the source is a dense pixel-major map: entries are pixel ids of ``source``, there is no halo.
+        kernel, stride, padding, dilation: those of the convolution; it pads with zeros, the same on both sides.
+        upsampled: the size to which the source is nearest-upsampled before the convolution; None if it is not. The
+            table reads the small map itself, so the upsampled map is never made.
+        dense: whether the source is a whole pixel-major map. The table then holds pixel ids of ``source``, and there
+            is no halo.
 
     Raises:
         ValueError: a value out of range, or ``target`` is not what this convolution gives for the source.
@@ -57,12 +58,9 @@ class Taps:
             )
 
     def __str__(self) -> str:
-        def x(size: Size) -> str:
-            return f"{size[0]}x{size[1]}"
-
-        upsampled = f" upsampled to {x(self.upsampled)}" if self.upsampled else ""
+        upsampled = f" upsampled to {size_text(self.upsampled)}" if self.upsampled else ""
+        names = ("kernel", "stride", "padding", "dilation")
         return (
-            f"{'dense ' if self.dense else ''}{x(self.source)}{upsampled} -> {x(self.target)}, "
-            f"kernel {x(self.kernel)}, stride {x(self.stride)}, padding {x(self.padding)}, "
-            f"dilation {x(self.dilation)}"
+            f"{'dense ' if self.dense else ''}{size_text(self.source)}{upsampled} -> {size_text(self.target)}, "
+            + ", ".join(f"{name} {size_text(getattr(self, name))}" for name in names)
         )

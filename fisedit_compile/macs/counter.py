@@ -1,12 +1,11 @@
-"""Multiply-accumulates (MACs) of a U-Net call and of a sparse step, counted on the meta device: no weights are read,
-nothing is computed.
+"""Counts the multiply-accumulates (MACs) of a U-Net call and of a sparse step.
 
-What is counted, and by which conventions, is written down in docs/macs.md.
+Counting runs on the meta device, where nothing is computed and no weight is read. docs/macs.md says what is counted and
+by which conventions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -20,13 +19,13 @@ from fisedit_compile.compiler.lowered import Lowered, copy_graph, lower
 from fisedit_compile.config import AttentionMode, SparsityConfig
 from fisedit_compile.cost_model.row_costs import RowCosts
 from fisedit_compile.ir.call import Call, bind
-from fisedit_compile.ir.layout import Size
 from fisedit_compile.macs.report import MacCount, MacReport
 from fisedit_compile.macs.walk import GraphCounter, count_graph
 from fisedit_compile.masks.sample_masks import latent_mask, square_mask
 from fisedit_compile.masks.user_mask import MaskLike
 from fisedit_compile.passes.region.annotate_layout import annotate_layout
 from fisedit_compile.passes.rewriting import prune
+from fisedit_compile.planning.apsc import CostModel
 from fisedit_compile.planning.edit_plan import EditPlan
 
 __all__ = [
@@ -52,27 +51,27 @@ def count_macs(
     attention: AttentionMode | None = None,
     config: SparsityConfig | dict[str, Any] | None = None,
 ) -> MacReport:
-    """MACs of one call of a U-Net for images of ``height`` x ``width`` pixels, and with an edit of a sparse step.
+    """MACs of one call of a U-Net for images of ``height`` x ``width`` pixels; with an edit, of its sparse steps, too.
 
-    For several edits of one model make one :class:`MacCounter`: it captures the U-Net once.
+    For several edits of one model make one :class:`MacCounter`, which exports the U-Net only once.
 
     Args:
         unet_or_model: a U-Net, a pipeline with one, or the name of an architecture
             (:data:`fisedit_compile.architectures.ARCHITECTURES`).
-        height: of the image, in pixels; a U-Net on its own is taken to see latents of an eighth of that.
-        width: of the image, in pixels.
-        batch: samples of the call; classifier-free guidance makes two of an image.
-        mask: what is edited, see :meth:`MacCounter.report`.
-        edit_size: instead of a mask, the share of the picture that a square in its middle has.
+        height: height of the image in pixels; a U-Net on its own is taken to see latents of an eighth of that.
+        width: width of the image in pixels.
+        batch: samples of the call; classifier-free guidance takes two for each image.
+        mask: the mask of an edit, see :meth:`MacCounter.report`.
+        edit_size: the edit instead of a mask: a square in the middle with this share of the picture, in (0, 1].
         attention: ``"full"`` or ``"masked"``; None leaves it to ``config``.
-        config: what becomes sparse and how; None for the defaults.
+        config: what becomes sparse and how; None takes the defaults.
 
     Raises:
-        ValueError: an unknown architecture, a model without U-Net, a size that is no multiple of a latent pixel's, an
-            edit size outside (0, 1], or both of mask and edit size.
-        MaskError: a mask of another shape.
-        CaptureError: the U-Net cannot be captured as one graph, or has an operation that cannot be counted.
-        SparsifyError: with an edit, where no operation can be made sparse.
+        ValueError: the architecture is unknown, the model has no U-Net, the image is no whole number of latent pixels,
+            the edit size is outside (0, 1], or both mask and edit size are given.
+        MaskError: the mask has other proportions than the image.
+        CaptureError: the U-Net cannot be exported as one graph, or has an operation that cannot be counted.
+        SparsifyError: an edit is given, and no operation can be made sparse.
     """
     sparsity = _config(config, attention)
     unet, scale_factor = _unet_of(unet_or_model)
@@ -81,34 +80,34 @@ def count_macs(
         graph_module = export(unet, call)
         annotate_layout(graph_module, sparsity)
         return MacReport(count_graph(graph_module, call.tensors), height=height, width=width, batch=batch)
-    # Before the graphs are built: what is wrong with an edit is said at once.
+    # Check the edit first: building the graphs takes seconds.
     edit = _edit_mask(mask, edit_size, latent_size(height, width, scale_factor=scale_factor))
     return MacCounter.of_call(unet, call, sparsity, scale_factor).report(mask=edit)
 
 
 def count_dense(lowered: Lowered, *, check: bool = True) -> MacCount:
-    """MACs of one dense call; ``check`` holds them to fvcore's count, which takes seconds for a large U-Net."""
+    """MACs of one dense call; ``check`` compares them with fvcore's count, which takes seconds for a large U-Net."""
     return MacCounter(lowered, check=check).dense
 
 
 def count_step(lowered: Lowered, plan: EditPlan, *, check: bool = True) -> MacCount:
-    """MACs of one sparse step of an edit, what depends on the prompt alone (:func:`count_prompt`) left out."""
+    """MACs of one sparse step of an edit, without those that depend on the prompt alone (:func:`count_prompt`)."""
     return MacCounter(lowered, check=check).step(plan)
 
 
 def count_prompt(lowered: Lowered, *, check: bool = True) -> MacCount:
-    """MACs that are done once an edit, for the new prompt: the keys and values of cross-attention."""
+    """MACs that an edit does once, for its new prompt: the keys and values of cross-attention."""
     return MacCounter(lowered, check=check).prompt
 
 
 class MacCounter:
-    """Counts one captured U-Net: its dense call, and sparse steps of any number of masks.
+    """Counts the dense call of one U-Net, and its sparse steps for any number of masks.
 
     Args:
-        lowered: its graphs, on any device.
-        scale_factor: image pixels that a latent pixel is wide.
-        check: hold the first count of each graph to fvcore's.
-        costs: predicted microseconds, which ``blocks="measured"`` chooses by.
+        lowered: the graphs of the U-Net, on any device.
+        scale_factor: how many image pixels a latent pixel is wide.
+        check: whether the first count of each graph is compared with fvcore's.
+        costs: predicts microseconds, by which ``blocks="measured"`` chooses the rows.
     """
 
     def __init__(
@@ -117,7 +116,7 @@ class MacCounter:
         *,
         scale_factor: int = VAE_SCALE_FACTOR,
         check: bool = True,
-        costs: Callable[[Size, int, int], float] | None = None,
+        costs: CostModel | None = None,
     ) -> None:
         self.lowered = lowered
         self.latents = height, width = lowered.latents
@@ -146,24 +145,24 @@ class MacCounter:
     def of_call(
         cls, unet: UNet2DConditionModel, call: Call, config: SparsityConfig, scale_factor: int = VAE_SCALE_FACTOR
     ) -> MacCounter:
-        """A counter for the signature of a U-Net's call; its layers are timed first with ``blocks="measured"``."""
+        """A counter for one call of a U-Net; with ``blocks="measured"`` the U-Net's layers are timed first."""
         lowered = lower(unet, call, config)
         costs = RowCosts.of(lowered) if lowered.config.blocks == "measured" else None
         return cls(lowered, scale_factor=scale_factor, costs=costs)
 
     @cached_property
     def dense(self) -> MacCount:
-        """One call of the whole U-Net."""
+        """MACs of one call of the whole U-Net."""
         return count_graph(self.lowered.dense, [self.shapes[name] for name in self.lowered.inputs], check=self._check)
 
     @property
     def prompt(self) -> MacCount:
-        """What the new prompt costs once an edit."""
+        """MACs that an edit does once, for its new prompt."""
         return self._once_an_edit[0]
 
     @cached_property
     def timestep(self) -> MacCount:
-        """What depends on the timestep alone: a base does it once for the steps of all its edits."""
+        """MACs that depend on the timestep alone, which a base does once at each step for all its edits."""
         names = {entry.node for entry in self.lowered.cache_entries if entry.kind == "value"}
         graph_module = copy_graph(self.lowered.dense)
         graph = graph_module.graph
@@ -173,7 +172,7 @@ class MacCounter:
         return count_graph(graph_module, inputs, check=self._check and bool(names))
 
     def step(self, plan: EditPlan) -> MacCount:
-        """One sparse step: reading the base's cache (stage ``fetch``) and the step itself."""
+        """MACs of one sparse step: of reading the base's cache (stage ``fetch``) and of the step itself."""
         values = {**self.shapes, **self._once_an_edit[1]}
         values.update((request, plan.tensor(request)) for request in self.lowered.plan_requests)
         fetch = self._run("fetch", values)
@@ -184,16 +183,17 @@ class MacCounter:
         return self.lowered.plan(latent_mask(mask, self.latents), costs=self._costs)
 
     def report(self, *, mask: MaskLike | None = None, edit_size: float | None = None) -> MacReport:
-        """Dense call and sparse step of an edit side by side.
+        """MACs of the dense call and of an edit's sparse step, side by side.
 
         Args:
-            mask: see :func:`~fisedit_compile.masks.sample_masks.latent_mask`. Sample b of the batch has mask ``b % n``.
-            edit_size: instead, the share in (0, 1] that a square in the middle has, see
+            mask: what :func:`~fisedit_compile.masks.sample_masks.latent_mask` takes; of n masks, sample b of the batch
+                has mask ``b % n``.
+            edit_size: the edit instead of a mask: a square in the middle with this share of the picture, in (0, 1], see
                 :func:`~fisedit_compile.masks.sample_masks.square_mask`.
 
         Raises:
-            ValueError: not exactly one of the two, or an edit size outside (0, 1].
-            MaskError: a mask of other proportions, or for another number of samples.
+            ValueError: none or both of the two are given, or the edit size is outside (0, 1].
+            MaskError: the mask has other proportions than the image, or n does not divide the batch.
         """
         plan = self.plan(_edit_mask(mask, edit_size, self.latents))
         height, width = self.image
@@ -210,13 +210,13 @@ class MacCounter:
 
     @cached_property
     def _once_an_edit(self) -> tuple[MacCount, dict[Any, Tensor]]:
-        """The prompt's MACs, and what the stages before the step's own give it, whatever the mask."""
+        """The MACs of the stage ``prompt``, and the inputs of later stages that do not depend on the mask."""
         values = dict(self.shapes)
-        self._run("constant", values)  # weights rearranged once a model: of no edit
+        self._run("constant", values)  # not counted: it rearranges weights, once for each model
         return self._run("prompt", values), values
 
     def _run(self, name: str, values: dict[Any, Tensor]) -> MacCount:
-        """Count a stage, and add what later ones read of it to ``values``."""
+        """The MACs of a stage; adds to ``values`` what later stages read of its results."""
         stage = self.lowered.stages[name]
         count, out = self._stages[name].count([values[each] for each in stage.names])
         if stage.outputs:
@@ -243,7 +243,7 @@ def _call(unet: UNet2DConditionModel, scale_factor: int, *, height: int, width: 
 
 
 def _unet_of(model: Any) -> tuple[UNet2DConditionModel, int]:
-    """The U-Net of a name, a pipeline or a U-Net, and how many image pixels a latent pixel is wide."""
+    """The U-Net that a name, a pipeline or a U-Net stands for, and how many image pixels a latent pixel is wide."""
     if isinstance(model, str):
         return build_unet(model, device="meta"), VAE_SCALE_FACTOR
     if isinstance(model, UNet2DConditionModel):

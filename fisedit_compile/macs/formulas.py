@@ -1,8 +1,8 @@
-"""How many multiply-accumulates (MACs) each operator does: every formula that the counters use, in this file alone.
+"""How many multiply-accumulates (MACs) each operator does: this file has every formula that the counters use.
 
-A formula takes the operator's result and then its own arguments, and looks at shapes only; any tensors do (real, fake,
-meta). One fused multiply-add is one MAC; biases, norms, activations and softmax are not counted, which is the
-convention of the paper's tables (FISEdit, Yu et al. 2023, section B.2) and of fvcore.
+A formula takes the operator's result and then the operator's arguments. It looks at shapes only, so that real, fake and
+meta tensors do alike. One fused multiply-add is one MAC; biases, norms, activations and softmax are not counted, which
+is the convention of the paper's tables (FISEdit, Yu et al. 2023, section B.2) and of fvcore.
 
 The formulas of our own operators are also registered with torch's ``FlopCounterMode``, at 2 FLOPs a MAC.
 """
@@ -19,22 +19,23 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 import fisedit_compile.kernels.ops  # noqa: F401  (defines torch.ops.fisedit)
+from fisedit_compile.passes.arguments import named_arguments
 
 OpKind = Literal["convolution", "linear", "attention"]
 
-#: The kinds, in the order in which reports list them.
+#: All kinds of operators, in the order in which reports list them.
 OP_KINDS: tuple[OpKind, ...] = ("convolution", "linear", "attention")
 
 
 class OpFormula(NamedTuple):
-    """What an operator counts as, and ``macs(out, *args, **kwargs)``."""
+    """The kind that an operator is counted under, and its formula ``macs(out, *args, **kwargs)``."""
 
     kind: OpKind
     macs: Callable[..., int]
 
 
 def conv2d(out: Tensor, x: Tensor, weight: Tensor, *_: Any) -> int:
-    """out [B, Cout, H, W], weight [Cout, Cin / groups, kh, kw]: taps that fall on the padding are counted."""
+    """out [B, Cout, H, W], weight [Cout, Cin / groups, kh, kw]; taps that fall on the padding are counted, too."""
     return prod(out.shape) * prod(weight.shape[1:])
 
 
@@ -49,7 +50,7 @@ def convolution(
     transposed: bool,
     *_: Any,
 ) -> int:
-    """As :func:`conv2d`; transposed, each input pixel meets the whole weight [Cin, Cout / groups, kh, kw] once."""
+    """As :func:`conv2d`; transposed, each pixel of x is multiplied by the whole weight [Cin, Cout / groups, kh, kw]."""
     return conv2d(x if transposed else out, x, weight)
 
 
@@ -69,20 +70,19 @@ def addmm(out: Tensor, bias: Tensor, a: Tensor, b: Tensor, *_: Any, **__: Any) -
 
 
 def attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
-    """q [..., n, d], k [..., m, d], v [..., m, e]: q k^T and the sum of v. A causal or other mask saves nothing."""
+    """q [..., n, d], k [..., m, d], v [..., m, e]: both products. A mask, causal or not, saves nothing."""
     return prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1])
 
 
-def conv2d_rows(
-    out: Any, rows: Tensor, halo: Tensor | None, weight: Tensor, bias: Any, table: Tensor, *epilogue: Any, **named: Any
-) -> int:
-    """table [M, K], rows [R, Cin], weight [Cout, K * Cin]: M * K * Cin * Cout; and what ``beside_weight`` does.
+def conv2d_rows(out: Any, *args: Any, **kwargs: Any) -> int:
+    """table [M, K], rows [R, Cin], weight [Cout, K * Cin]: M * K * Cin * Cout; a shortcut's M * Cin * Cout on top.
 
     Every tap counts, one outside the picture (entry -1) too: the dense convolution's padding is counted as well, so
     that the ratio of the two is that of their active pixels.
     """
-    side_weight = named.get("beside_weight", epilogue[8] if len(epilogue) > 8 else None)
-    return table.shape[0] * (prod(weight.shape) + (0 if side_weight is None else prod(side_weight.shape)))
+    product = named_arguments(torch.ops.fisedit.conv2d_rows.default, args, kwargs)
+    weights = [product[name] for name in ("weight", "shortcut_weight") if product[name] is not None]
+    return int(product["table"].shape[0]) * sum(prod(weight.shape) for weight in weights)
 
 
 def linear_rows(out: Any, rows: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
@@ -93,9 +93,10 @@ def linear_rows(out: Any, rows: Tensor, weight: Tensor, *_: Any, **__: Any) -> i
 def attention_rows(out: Tensor, q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, *_: Any) -> int:
     """q [M, heads, d], k [Mk, heads, d], v [Mk, heads, e]: the queries of a sample meet that sample's keys only.
 
-    Exact where the offsets have values, or either side has as many rows in each sample: cross-attention, and one mask
-    for the whole batch. Otherwise equal counts are assumed, which is no more than the true number as long as the
-    samples with more queries are those with more keys (as in self-attention, by Chebyshev's sum inequality).
+    The count is exact if the offsets have values, or if all samples have equally many queries or equally many keys, as
+    in cross-attention or with one mask for the whole batch. Otherwise all samples are taken to have equally many of
+    both, which gives at most the true count where samples with more queries have more keys, as in self-attention
+    (Chebyshev's sum inequality).
     """
     q_rows, k_rows = _row_counts(q_offsets), _row_counts(k_offsets)
     if q_rows is not None and k_rows is not None:
@@ -108,22 +109,23 @@ def attention_rows(out: Tensor, q: Tensor, k: Tensor, v: Tensor, q_offsets: Tens
 def attention_cached(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, base_k: Tensor, base_v: Tensor, index: Any, offsets: Tensor, *_: Any
 ) -> int:
-    """q [M, heads, d], base_k and base_v [P, heads, d]: a query meets the P / B pixels of its own sample.
+    """q [M, heads, d], base_k and base_v [P, heads, d]: a query meets the P / B pixels of its own sample, of B samples.
 
-    B = len(offsets) - 1. Fresh keys take the place of cached ones, so their number changes nothing.
+    B is ``len(offsets) - 1``. New keys take the place of cached ones, so that their number does not matter.
     """
     pixels = base_k.shape[0] // (offsets.shape[0] - 1)
     return q.shape[0] * pixels * q.shape[1] * (q.shape[2] + base_v.shape[2])
 
 
 def _row_counts(offsets: Tensor) -> list[int] | None:
-    """Rows of each sample, None where the offsets are a shape without values."""
+    """How many rows each sample has; None if the offsets are a tensor without values."""
     if offsets.device.type == "meta" or isinstance(offsets, FakeTensor):
         return None
     return offsets.diff().tolist()
 
 
-#: By qualified name, as in FX (``target._schema.name``) and in a TorchScript trace (``node.kind()``).
+#: The formula of each operator by its qualified name, which FX has as ``target._schema.name`` and a TorchScript trace
+#: as ``node.kind()``.
 FORMULAS: dict[str, OpFormula] = {
     "aten::conv2d": OpFormula("convolution", conv2d),
     "aten::convolution": OpFormula("convolution", convolution),
@@ -131,7 +133,7 @@ FORMULAS: dict[str, OpFormula] = {
     "aten::linear": OpFormula("linear", linear),
     "aten::mm": OpFormula("linear", mm),
     "aten::addmm": OpFormula("linear", addmm),
-    # The batched products of a U-Net are those of attention that is not written as one operator.
+    # A U-Net has batched products only where attention is written out instead of being one operator.
     "aten::bmm": OpFormula("attention", mm),
     "aten::baddbmm": OpFormula("attention", addmm),
     "aten::scaled_dot_product_attention": OpFormula("attention", attention),
@@ -149,13 +151,13 @@ _UNKNOWN_PRODUCTS = (
     "conv1d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
 )  # fmt: skip
 
-#: Operators that multiply and accumulate but have no formula here: a counter must refuse them, not take them for zero.
+#: Operators that multiply and accumulate but have no formula here; a counter must refuse them instead of counting zero.
 REFUSED = (
     {f"aten::{name}" for name in _UNKNOWN_PRODUCTS} | {str(target).replace(".", "::", 1) for target in flop_registry}
 ) - set(FORMULAS)
 
 
-#: Our operators that multiply and accumulate nothing, or only what a norm does.
+#: Operators of this project that count nothing, because they only move values or compute a norm.
 UNCOUNTED = {
     "fisedit::gather_rows", "fisedit::scatter_rows", "fisedit::cat_norm_rows",
     "fisedit::group_norm_rows", "fisedit::group_norm_whole", "fisedit::layer_norm_rows",
@@ -163,12 +165,12 @@ UNCOUNTED = {
 
 
 def is_refused(name: str) -> bool:
-    """Whether an operator may do work that no formula here counts; any of ours that is not listed may."""
+    """Whether an operator may do work that no formula counts, as any of this project's that is not listed here may."""
     return name in REFUSED or (name.startswith("fisedit::") and name not in FORMULAS and name not in UNCOUNTED)
 
 
 def _register_with_torch() -> None:
-    """Teach ``FlopCounterMode`` our operators, and the attention operator of the CPU that torch counts as 0."""
+    """Teach ``FlopCounterMode`` the operators of this project, and attention on the CPU, which torch counts as 0."""
     packets: dict[Any, Callable[..., int]] = {
         torch.ops.fisedit.conv2d_rows: conv2d_rows,
         torch.ops.fisedit.conv2d_rows_and_norm: conv2d_rows,

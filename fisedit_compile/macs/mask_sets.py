@@ -1,4 +1,4 @@
-"""MACs of many masks, such as real ones: their mean and how they spread."""
+"""Counts the MACs of many masks, such as those of real edits: their mean, and how they spread."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ class MaskCounts:
     """The counts of a set of masks.
 
     Attributes:
-        reports: one for each mask that has an active pixel.
-        empty: how many have none.
-        of_empty: MACs of a sparse step of an empty mask: the dense resolutions alone.
+        reports: one report for each mask with an active pixel.
+        empty: how many masks have no active pixel.
+        of_empty: MACs of a sparse step with such a mask, which are those of the resolutions computed whole; 0 if there
+            is no such mask.
     """
 
     reports: Sequence[MacReport]
@@ -33,23 +34,23 @@ class MaskCounts:
 
     @property
     def mean(self) -> MacReport:
-        """The mean of the masks that are not empty, rounded to whole MACs; its ratio is that of the means."""
+        """The mean over the masks that are not empty, in whole MACs; its ratio is dense MACs over mean sparse MACs."""
         total = reduce(add, (report.counted for report in self.reports))
         edit_size = sum(report.edit_size or 0.0 for report in self.reports) / len(self.reports)
         return replace(self.reports[0], sparse=_divided(total, len(self.reports)), edit_size=edit_size)
 
     @property
     def mean_with_empty(self) -> float:
-        """Mean MACs of a sparse step over all masks."""
+        """The mean MACs of a sparse step over all masks, empty ones included."""
         total = sum(report.total for report in self.reports) + self.empty * self.of_empty
         return total / (len(self.reports) + self.empty)
 
     def percentile(self, q: float) -> float:
-        """MACs of a sparse step that ``q`` percent of the masks that are not empty stay below."""
+        """The ``q``-th percentile of the MACs of a sparse step over the masks that are not empty."""
         return float(np.percentile([report.total for report in self.reports], q))
 
     def to_dict(self) -> dict[str, Any]:
-        """Numbers for JSON: those above, and size, MACs and ratio of ``each`` mask."""
+        """Plain numbers for JSON; ``each`` has the edit size, MACs and ratio of every mask that is not empty."""
         return {
             "used": len(self.reports),
             "empty": self.empty,
@@ -60,15 +61,15 @@ class MaskCounts:
 
 
 def count_masks(counter: MacCounter, masks: Tensor) -> MaskCounts:
-    """Count a sparse step for each mask by itself; all samples of the batch share it.
+    """Count a sparse step for each mask by itself, with that mask for all samples of the batch.
 
     Args:
-        counter: of the model.
-        masks: bool ``[n, h, w]`` of the latents' proportions; any-pooled to the latents' size.
+        counter: counts the model.
+        masks: bool ``[n, h, w]`` with the proportions of the latents, to whose size they are any-pooled.
 
     Raises:
         ValueError: no mask has an active pixel.
-        MaskError: masks of other proportions.
+        MaskError: the masks have other proportions than the latents.
     """
     filled = masks[masks.flatten(1).any(1)]
     if not len(filled):

@@ -1,4 +1,4 @@
-"""What a count of MACs reports: totals by operator, resolution and module, dense beside sparse, as text and JSON."""
+"""MACs by operator, resolution and module, those of a sparse step beside those of a dense call, as text and JSON."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from functools import partial
 from math import prod
 from typing import Any
 
-#: The resolution of what has none: time embedding and text.
+#: Stands for a resolution where there is none, as in the layers of the time embedding and of the text.
 NO_RESOLUTION = "none"
 
 
 def by_area(item: tuple[str, int]) -> int:
-    """Sorts ``(resolution, MACs)``: the largest resolution first, what has none last."""
+    """The key that sorts ``(resolution, MACs)`` by resolution, the largest first and :data:`NO_RESOLUTION` last."""
     name, _ = item
     return 0 if name == NO_RESOLUTION else -prod(map(int, name.split("x")))
 
 
 def lineage(path: str) -> tuple[str, ...]:
-    """The lines that a module belongs to: its block and, where there are several alike, its numbered part of that.
+    """The lines of a report that a module is part of: its block and, if the block has such, its numbered part of that.
 
     ``down_blocks.0.resnets.1.conv1`` -> ``("down_blocks.0", "down_blocks.0.resnets.1")``
     """
@@ -34,13 +34,14 @@ def lineage(path: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class MacCount:
-    """MACs of one call of a graph.
+    """MACs of one call of a graph, broken down in three ways.
 
     Attributes:
-        by_op: of ``"convolution"``, ``"linear"`` and ``"attention"`` (the matrix products of attention, whose
-            projections are linear).
-        by_resolution: of ``"HxW"`` in latent pixels, and ``"none"`` for time embedding and text.
-        by_module: of the path of each innermost module, such as ``"down_blocks.0.resnets.0.conv1"``.
+        by_op: by ``"convolution"``, ``"linear"`` and ``"attention"``; the last has the two matrix products of
+            attention, whose projections are linear.
+        by_resolution: by the resolution ``"HxW"`` of the result, in latent pixels; ``"none"`` has time embedding and
+            text.
+        by_module: by the path of the innermost module, such as ``"down_blocks.0.resnets.0.conv1"``.
     """
 
     by_op: Mapping[str, int]
@@ -53,11 +54,11 @@ class MacCount:
 
     @property
     def without_attention(self) -> int:
-        """The total without attention's matrix products, as counters without a formula for them have it."""
+        """The total without attention's matrix products, which many counters have no formula for."""
         return self.total - self.by_op["attention"]
 
     def __add__(self, other: MacCount) -> MacCount:
-        """Both together."""
+        """The sum of both, in each breakdown."""
 
         def add(by: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:
             return {key: by.get(key, 0) + more.get(key, 0) for key in {**by, **more}}
@@ -66,17 +67,25 @@ class MacCount:
         return MacCount(add(self.by_op, other.by_op), by_resolution, add(self.by_module, other.by_module))
 
     def of_module(self, path: str) -> int:
-        """MACs of a module and everything in it; ``""`` is the whole."""
+        """MACs of a module and of everything in it; ``""`` stands for the whole U-Net."""
         return sum(macs for module, macs in self.by_module.items() if not path or f"{module}.".startswith(f"{path}."))
 
 
 @dataclass(frozen=True)
 class MacReport:
-    """MACs of one U-Net call: dense, and those of a sparse step where an edit was given.
+    """MACs of one dense U-Net call and, if an edit was given, of one of its sparse steps.
 
-    Sizes are those of the image in pixels. ``edit_size`` is the share of active latent pixels. ``prompt`` is what a
-    dense call does for the text in each step, and an edit once. ``total``, ``by_op``, ``by_resolution`` and
-    ``by_module`` are those of the sparse step where there is one, else of the dense call.
+    ``total``, ``by_op``, ``by_resolution`` and ``by_module`` are those of the sparse step if there is one, else those
+    of the dense call.
+
+    Attributes:
+        dense: MACs of the dense call.
+        height, width: size of the image, in pixels.
+        batch: samples of the call.
+        sparse: MACs of the sparse step; None without an edit, as are the following.
+        edit_size: the share of latent pixels that are active.
+        attention: the mode of self-attention in the sparse step, ``"full"`` or ``"masked"``.
+        prompt: MACs for the text, which an edit does once and a dense call does every time.
     """
 
     dense: MacCount
@@ -110,7 +119,7 @@ class MacReport:
 
     @property
     def ratio(self) -> float | None:
-        """Dense over sparse MACs, None without an edit or where nothing is left to compute."""
+        """Dense MACs divided by sparse ones; None without an edit, or if the sparse step has none."""
         return self.dense.total / self.sparse.total if self.sparse and self.sparse.total else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -132,7 +141,7 @@ class MacReport:
         return json.dumps(self.to_dict(), indent=indent)
 
     def __str__(self) -> str:
-        """As text for people, in G (1e9) MACs; modules are summed to blocks."""
+        """A table for people, in G (1e9) MACs, with one line for each block instead of its modules."""
         head = f"MACs of one U-Net call, image {self.height}x{self.width}, batch {self.batch}"
         if self.sparse:
             head += f", {self.edit_size:.1%} edited, {self.attention} attention"
@@ -155,7 +164,7 @@ class MacReport:
         }
 
     def _rows(self) -> Iterator[tuple[str, int | None, int | None]]:
-        """Label, dense and sparse MACs of each line of the table; a heading has no numbers."""
+        """The label, dense and sparse MACs of each line of the table; a heading has None for both numbers."""
 
         def row(label: str, of: Callable[[MacCount], int]) -> tuple[str, int, int | None]:
             return label, of(self.dense), of(self.sparse) if self.sparse else None

@@ -1,8 +1,8 @@
-"""fvcore's count of a flat FX graph, on the meta device: nothing is computed and no weight is read.
+"""Counts the MACs of a flat FX graph with fvcore, on the meta device: nothing is computed and no weight is read.
 
-fvcore counts the operators of a TorchScript trace. Tracing needs three things to work on meta tensors: a graph that
-runs there wherever its weights are, shape functions that run outside the trace, and convolutions in the form that the
-tracer records.
+fvcore counts the operators of a TorchScript trace. Tracing works on meta tensors under three conditions: the graph runs
+there wherever its weights are, the functions that compute shapes are not traced, and convolutions have the form that
+the tracer knows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def fvcore_by_kind(graph_module: GraphModule, inputs: Sequence[Tensor]) -> Count
 
     Args:
         graph_module: a graph of ATen and ``fisedit`` operators, on any device.
-        inputs: one tensor a placeholder, of any device. Of tensors with values, those of row offsets are used.
+        inputs: one tensor for each placeholder, on any device. Only their shapes count, and the values of row offsets
+            if they have any.
     """
     values = {i: tensor for i, tensor in enumerate(inputs) if tensor.device.type != "meta"}
     handles = {name: _handle(formula, values) for name, formula in FORMULAS.items()}
@@ -41,11 +42,14 @@ def fvcore_by_kind(graph_module: GraphModule, inputs: Sequence[Tensor]) -> Count
 
 
 def _handle(formula: OpFormula, values: Mapping[int, Tensor]) -> Callable[[list[Any], list[Any]], Counter[str]]:
-    """The formula as an fvcore handle, which gets TorchScript values; inputs of the graph are found by position."""
+    """The formula as a handle for fvcore, which is called with TorchScript values.
+
+    ``values`` has the graph's inputs that have values, by position.
+    """
 
     def argument(value: Any) -> Any:
         if not value.isCompleteTensor():
-            return value.toIValue()  # a number or None; a list is never read by a formula
+            return value.toIValue()  # a number or None; no formula reads a list
         if value.type().scalarType() == "Int" and value.node().kind() == "prim::Param":  # offsets are int32
             position = [output.unique() for output in value.node().outputs()].index(value.unique())
             if position in values:
@@ -59,7 +63,7 @@ def _handle(formula: OpFormula, values: Mapping[int, Tensor]) -> Callable[[list[
 
 
 class _Replay(torch.nn.Module):
-    """A graph as the module that is traced, node by node."""
+    """The module that is traced: it runs a graph node by node."""
 
     def __init__(self, graph_module: GraphModule) -> None:
         super().__init__()
@@ -71,7 +75,7 @@ class _Replay(torch.nn.Module):
 
 
 class _WithTraceableConvolutions(MetaInterpreter):
-    """Calls convolutions as ``aten::_convolution``, the one form of them that the tracer records."""
+    """Calls convolutions as ``aten::_convolution``, the only form of them that appears in a trace."""
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is aten.conv2d.default:
@@ -79,7 +83,7 @@ class _WithTraceableConvolutions(MetaInterpreter):
             args = (*args, *defaults[len(args) :])
             target, args = aten.convolution.default, (*args[:6], False, [0, 0], args[6])
         if target is aten.convolution.default:
-            target, args = aten._convolution.default, (*args, False, False, False, False)  # cuDNN's own options
+            target, args = aten._convolution.default, (*args, False, False, False, False)  # options of cuDNN
         return super().call_function(target, args, kwargs)
 
 
@@ -93,7 +97,7 @@ class _ShapesOutsideTheTrace(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is aten._convolution.default:  # which has no shape function of its own
+        if func is aten._convolution.default:  # this form has no kernel for the meta device
             func, args = aten.convolution.default, args[:9]
         with _untraced():
             return func(*args, **kwargs or {})
@@ -101,12 +105,12 @@ class _ShapesOutsideTheTrace(TorchDispatchMode):
 
 @contextmanager
 def _untraced() -> Iterator[None]:
-    # The dispatcher excludes the tracer here already; the state that sizes ask cannot be set while it does.
+    # In a dispatch mode the tracer's key is excluded, and while it is, the tracing state cannot be set.
     trace = torch._C._get_tracing_state()
     torch._C._dispatch_tls_set_dispatch_key_excluded("Tracer", False)
     torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
-        # The tracer adds what autograd keeps of a view; a result that already has it is refused.
+        # The tracer adds autograd's record of views itself, and refuses results that already have one.
         with torch._C._AutoDispatchBelowADInplaceOrView():
             yield
     finally:

@@ -1,7 +1,7 @@
-"""MACs of one flat FX graph, node by node: by operator, by resolution, by module.
+"""Counts the MACs of one flat FX graph node by node, so that they can be told apart by operator, resolution and module.
 
-The total is counted by fvcore, too; both use :mod:`fisedit_compile.macs.formulas`, and a count on which they differ is
-refused.
+fvcore can count the same graph as a check. Both use :mod:`fisedit_compile.macs.formulas`; if they differ, that is an
+error.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def count_graph(graph_module: GraphModule, inputs: Sequence[Tensor], *, check: b
     """MACs of one run of a flat FX graph of ATen and ``fisedit`` operators.
 
     Args:
-        graph_module: resolutions are read from ``meta["layout"]`` or ``meta["rows"]``, module paths from
+        graph_module: resolutions are read from ``meta["layout"]`` or ``meta["row_layout"]``, module paths from
             ``meta["module_path"]``.
-        inputs: one tensor a placeholder, of any device. Their shapes are all that counts, with one exception: inputs
-            that are row offsets should have values, see :func:`fisedit_compile.macs.formulas.attention_rows`.
-        check: hold the count to fvcore's, which takes many times as long.
+        inputs: one tensor for each placeholder, on any device. Only their shapes count, except that row offsets should
+            have values, see :func:`fisedit_compile.macs.formulas.attention_rows`.
+        check: whether the count is compared with fvcore's, which takes many times as long.
 
     Raises:
         CaptureError: an operation that multiplies and accumulates has no formula.
@@ -42,14 +42,14 @@ def count_graph(graph_module: GraphModule, inputs: Sequence[Tensor], *, check: b
 
 
 class GraphCounter:
-    """Counts a graph for any number of inputs; with ``check``, fvcore counts the first of them, too."""
+    """Counts one graph for inputs of any sizes; with ``check``, the first count is compared with fvcore's."""
 
     def __init__(self, graph_module: GraphModule, *, check: bool = True) -> None:
         self._graph_module = graph_module
         self._check = check
 
     def count(self, inputs: Sequence[Tensor]) -> tuple[MacCount, Any]:
-        """The MACs of a run, and what it returns, on the meta device. See :func:`count_graph`."""
+        """The MACs of a run of the graph, and what it returns on the meta device; see :func:`count_graph`."""
         walk = _Walk(self._graph_module, inputs)
         with torch.no_grad():
             out = walk.run(*(tensor.to("meta") for tensor in inputs))
@@ -64,7 +64,7 @@ class GraphCounter:
 
 
 class _Walk(MetaInterpreter):
-    """Runs a graph on the meta device and counts each node by its formula."""
+    """Counts the MACs of each node while it runs a graph on the meta device."""
 
     def __init__(self, graph_module: GraphModule, inputs: Sequence[Tensor]) -> None:
         super().__init__(graph_module)
@@ -81,7 +81,7 @@ class _Walk(MetaInterpreter):
         name = n.target._schema.name
         path = n.meta.get("module_path") or module_path(n)
         if is_refused(name):
-            raise CaptureError(f"{name} in {path or 'the graph'} has no MAC formula: add one to mac_formulas.FORMULAS")
+            raise CaptureError(f"{name} in {path or 'the graph'} has no MAC formula: add one to macs/formulas.py")
         if name in FORMULAS:
             self._count(n, name, path, out)
         return out
@@ -93,7 +93,7 @@ class _Walk(MetaInterpreter):
     def _count(self, node: Node, name: str, path: str, out: Any) -> None:
         args, kwargs = map_arg((node.args, node.kwargs), lambda arg: self._given.get(arg, self.env[arg]))
         macs = FORMULAS[name].macs(out, *args, **kwargs)
-        layout = node.meta.get("layout") or node.meta.get("rows")
+        layout = node.meta.get("layout") or node.meta.get("row_layout")
         self.by_op[FORMULAS[name].kind] += macs
         self.by_resolution["{}x{}".format(*layout.size) if layout else NO_RESOLUTION] += macs
         self.by_module[path] += macs
@@ -103,8 +103,8 @@ def _like_first(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-#: Shapes of results that torch works out slowly on the meta device, through decompositions in Python. Without these a
-#: walk over a sparse step of Stable Diffusion 2 takes three times as long.
+#: Computes the results of operators whose shapes torch works out slowly on the meta device, through decompositions in
+#: Python. Without these a walk over a sparse step of Stable Diffusion 2 takes three times as long.
 _SHAPES: dict[Any, Callable[..., Tensor]] = {
     aten.linear.default: lambda x, weight, *_: x.new_empty(*x.shape[:-1], weight.shape[0]),
     aten.layer_norm.default: _like_first,

@@ -25,6 +25,10 @@ _WANTED = (
 #: Resizing a soft mask leaves values this far outside [0, 1].
 _SLACK = 1e-3
 
+#: What can be compared with a threshold on every device. Quantized, 8-bit float and sub-byte types cannot.
+_DTYPES = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+_DTYPES |= {torch.uint16, torch.uint32, torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
 
 def as_mask(
     mask: MaskLike, *, samples: int, size: tuple[int, int], device: torch.device | str | None = None
@@ -33,7 +37,8 @@ def as_mask(
 
     A pixel is active from 0.5 on (128 of 255); a latent cell is active if any active pixel lies on it. The
     mask is stretched over the picture, so any image size fits; one that is smaller than the latents is
-    enlarged by the same rule (for whole factors: nearest). PIL images are read as greyscale, white is edited.
+    enlarged by the same rule (for whole factors: nearest). PIL images are read as greyscale, white is edited;
+    of strokes on a transparent layer, in the layer's colour or in white, what is opaque is edited.
 
     Args:
         mask: torch tensor, numpy array, PIL image, or a sequence with one of them (sizes may differ) for each
@@ -48,7 +53,9 @@ def as_mask(
 
     Raises:
         MaskError: another type or rank, another number of samples, NaN or infinity, values outside the range,
-            or a sample without an active pixel. It says what was given, what is wanted and what to do.
+            a sample without an active pixel, an image whose colours and alpha mark different regions, or a tensor
+            without readable values (meta, sparse, quantized, 8-bit floats). It says what was given, what is wanted
+            and what to do.
     """
     if isinstance(mask, (list, tuple)):
         if not mask:
@@ -67,8 +74,8 @@ def as_mask(
         cells = _pool(_active_pixels(mask), size)
     if cells.shape[0] not in (1, samples):
         raise MaskError(
-            f"{cells.shape[0]} masks were given for {samples} sample(s); give one for all or one for each "
-            "(an image array with colour channels [H, W, 3] has to be made greyscale first)"
+            f"{cells.shape[0]} masks were given for {samples} sample(s); give one for all or one for each (of an "
+            "image array with colour channels [H, W, 3] or with alpha [H, W, 4], give the greyscale or the alpha alone)"
         )
     active = cells.flatten(1).any(dim=1)
     if not active.all():
@@ -90,16 +97,54 @@ def _as_tensor(mask: object) -> torch.Tensor:
     from PIL import Image  # imported by then if the user has one
 
     if isinstance(mask, torch.Tensor):
-        return mask.detach()
+        return _readable(mask)
     if isinstance(mask, Image.Image):
-        # A conversion to 8 bits would clip wider images: their own values are checked.
-        mask = np.asarray(mask if mask.mode in ("F", "I", "I;16", "I;16B", "I;16L") else mask.convert("L"))
+        mask = _grey_or_alpha(mask)
+    if isinstance(mask, np.ma.MaskedArray):
+        raise MaskError(
+            "a masked numpy array was given as mask; say what its hidden cells are by mask.filled(0) or (1)"
+        )
     if isinstance(mask, np.ndarray) and mask.dtype.kind in "biuf":
         native = mask.astype(np.int64) if mask.dtype.kind in "iu" and mask.dtype != np.uint8 else mask
         native = native.astype(np.float64) if mask.dtype.kind == "f" else native
         return torch.from_numpy(np.array(native))  # a copy: arrays of PIL are read-only
     what = f"a numpy array of {mask.dtype}" if isinstance(mask, np.ndarray) else f"a {type(mask).__name__}"
     raise MaskError(f"{what} was given as mask; {_WANTED}")
+
+
+def _readable(mask: torch.Tensor) -> torch.Tensor:
+    """The tensor, if it holds values that can be compared."""
+    if mask.layout != torch.strided:
+        raise MaskError(f"a mask of layout {mask.layout} was given; give a dense tensor: mask.to_dense()")
+    if mask.is_meta:
+        raise MaskError("the mask lies on the meta device, so it has no values; give it on the CPU or a GPU")
+    if mask.is_quantized:
+        raise MaskError(f"a quantized mask ({mask.dtype}) was given; give mask.dequantize()")
+    if mask.dtype not in _DTYPES:
+        raise MaskError(f"a mask of {mask.dtype} was given; give mask.float(), or another of these: {_WANTED}")
+    return mask.detach()
+
+
+def _grey_or_alpha(image: Image.Image) -> np.ndarray:
+    """The one channel of an image that is the mask: its greyscale, or its alpha where only that varies."""
+    if image.mode in ("F", "I", "I;16", "I;16B", "I;16L"):  # a conversion to 8 bits would clip: their own values count
+        return np.asarray(image)
+    try:
+        if not image.has_transparency_data or 0 in image.size:
+            return np.asarray(image.convert("L"))
+        pixels = np.asarray(image.convert("RGBA"))
+        colours, alpha = pixels[..., :3], pixels[..., 3]
+    except ValueError as error:  # Pillow converts LAB, say, to nothing that has a greyscale
+        raise MaskError(f"a mask image of mode {image.mode} was given; give mask.convert('L')") from error
+    if alpha.min() == alpha.max() != 0:
+        return np.asarray(image.convert("RGB").convert("L"))
+    if (colours == colours[0, 0]).all() or (colours[alpha > 0] == 255).all():
+        return alpha
+    raise MaskError(
+        f"the mask image ({image.mode}) has an alpha channel that marks another region than its colours do, so it is "
+        "unclear what to edit; give mask.convert('RGBA').getchannel('A') to edit what is opaque, PIL.ImageOps.invert "
+        "of that to edit what is transparent, or mask.convert('RGB') to edit what is white"
+    )
 
 
 def _active_pixels(mask: object) -> torch.Tensor:
@@ -116,8 +161,6 @@ def _active_pixels(mask: object) -> torch.Tensor:
         return values
     if values.dtype == torch.uint8:
         return values >= 128
-    if values.is_complex():
-        raise MaskError(f"a mask of {values.dtype} was given; {_WANTED}")
     if values.is_floating_point():
         if not values.isfinite().all():
             raise MaskError("the mask holds NaN or infinity; give finite values in [0, 1]")

@@ -2,15 +2,16 @@
 
 A convolution of kernel ``(hk, wk)`` is computed in input blocks of ``(h, w)`` pixels, each giving an output tile of
 ``(h - hk + 1, w - wk + 1)``. Tiles lie side by side from the top left corner of the map, and a tile is computed if it
-holds an active pixel. The block chosen minimises ``f(h, w) = (h - hk + 1) (w - wk + 1) N(h, w, mask)`` with N the
-number of such tiles: the output pixels that are computed.
+holds an active pixel. The block chosen minimises ``f(h, w) = (h - hk + 1) (w - wk + 1) N(h, w, mask)``, the number
+of output pixels that are computed; N is the number of computed tiles.
 
 As printed, f is zero for h = 2 under a 3x3 kernel, which gives no output at all: those sizes are no candidates here.
 The tiles that remain for 3x3 have sides 2, 6, 14 and 30. All grids start at the corner and 2 divides the others, so a
 tile of any size is a union of 2x2 tiles and no block has a lesser objective than 4x4: larger ones can only tie.
 
-Output pixels are not time. :func:`choose_rows` chooses by a cost in microseconds instead, and has two candidates more:
-the 1x1 tile, which is the mask itself, and one tile as large as the map, which makes the layers dense again.
+Fewer output pixels are not always less time. :func:`choose_rows` therefore minimises a cost in microseconds, and has
+two more candidates: the 1x1 tile, which is the mask itself, and one tile as large as the map, with which layers are
+dense.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fisedit_compile.ir.layout import Size
+from fisedit_compile.ir.layout import Size, size_text
 
-#: The paper's candidates, {2, 4, 8, 16, 32} squared.
+#: The paper's candidates (h, w): both sides from {2, 4, 8, 16, 32}.
 PAPER_BLOCKS: tuple[Size, ...] = tuple((h, w) for h in (2, 4, 8, 16, 32) for w in (2, 4, 8, 16, 32))
 
 
 @dataclass(frozen=True)
 class BlockCandidate:
-    """One block size and what it costs for a mask.
+    """One block size and what it costs for a mask, all samples together.
 
     Attributes:
-        block: input block (h, w).
-        tile: its output (h - hk + 1, w - wk + 1).
-        tiles: N(h, w, mask), tiles with an active pixel over all samples.
-        objective: f(h, w), output pixels computed, those of a tile beyond the map's edge included.
+        block: (h, w) of the input block, in pixels.
+        tile: (h - hk + 1, w - wk + 1), the output pixels that a block gives.
+        tiles: N(h, w, mask), the number of tiles with an active pixel.
+        objective: f(h, w), the output pixels computed, counting those of a tile that lie beyond the map's edge.
     """
 
     block: Size
@@ -61,10 +62,12 @@ class BlockChoice:
     candidates: tuple[BlockCandidate, ...]
 
     def __str__(self) -> str:
-        lines = [f"kernel {_x(self.kernel)}: {'block':>7} {'tile':>7} {'tiles':>8} {'objective':>10}"]
+        lines = [f"kernel {size_text(self.kernel)}: {'block':>7} {'tile':>7} {'tiles':>8} {'objective':>10}"]
         for c in self.candidates:
             mark = "  <- chosen" if c is self.chosen else ""
-            lines.append(f"            {_x(c.block):>7} {_x(c.tile):>7} {c.tiles:>8} {c.objective:>10}{mark}")
+            lines.append(
+                f"            {size_text(c.block):>7} {size_text(c.tile):>7} {c.tiles:>8} {c.objective:>10}{mark}"
+            )
         return "\n".join(lines)
 
 
@@ -77,8 +80,9 @@ def output_tile(block: Size, kernel: Size) -> Size:
     tile = block[0] - kernel[0] + 1, block[1] - kernel[1] + 1
     if min(kernel) < 1 or min(tile) < 1:
         raise ValueError(
-            f"a block of {_x(block)} under a kernel of {_x(kernel)} has no output (tile {_x(tile)}); "
-            f"give a block of at least the kernel's size, or {_x(kernel)} itself for pixel-exact 1x1 tiles"
+            f"a block of {size_text(block)} under a kernel of {size_text(kernel)} has no output "
+            f"(tile {size_text(tile)}); give a block of at least the kernel's size, or {size_text(kernel)} itself for "
+            "pixel-exact 1x1 tiles"
         )
     return tile
 
@@ -106,8 +110,9 @@ def choose_block(mask: Tensor, kernel: Size, blocks: Collection[Size] | None = N
     Args:
         mask: active output pixels of the convolution, bool ``[n, h, w]``.
         kernel: (hk, wk).
-        blocks: the candidates. None: those of the paper that have an output under this kernel. ``[kernel]`` is
-            pixel-exact: 1x1 tiles, whose objective is the number of active pixels and the least of all.
+        blocks: the candidates; None takes those of the paper's that have an output under this kernel. With
+            ``[kernel]`` the choice is pixel-exact: its tiles are 1x1, and its objective, the number of active pixels,
+            is the least that any block has.
 
     Raises:
         ValueError: a block in ``blocks`` has no output under this kernel, ``blocks`` is empty, or no block of the paper
@@ -116,7 +121,9 @@ def choose_block(mask: Tensor, kernel: Size, blocks: Collection[Size] | None = N
     if blocks is None:
         blocks = [b for b in PAPER_BLOCKS if b[0] >= kernel[0] and b[1] >= kernel[1]]
     if not blocks:
-        raise ValueError(f"no block to choose from for a kernel of {_x(kernel)}; give blocks of at least its size")
+        raise ValueError(
+            f"no block to choose from for a kernel of {size_text(kernel)}; give blocks of at least its size"
+        )
     tiles = [output_tile(block, kernel) for block in blocks]
     # One host sync for all candidates together, should the mask be on an accelerator.
     counts = torch.stack([active_tiles(mask, tile).sum() for tile in tiles]).tolist()
@@ -128,8 +135,11 @@ def choose_block(mask: Tensor, kernel: Size, blocks: Collection[Size] | None = N
     return BlockChoice(kernel, chosen, candidates)
 
 
-#: Microseconds of rows and of halo rows beside them, all samples together.
+#: Predicts the microseconds of the layers at one resolution from (rows, halo rows), all samples together.
 RowCost = Callable[[int, int], float]
+
+#: The same for every resolution, from (resolution, rows, halo rows).
+CostModel = Callable[[Size, int, int], float]
 
 
 @dataclass(frozen=True)
@@ -137,13 +147,13 @@ class RowCandidate:
     """One way to cover a mask, and what it is predicted to cost.
 
     Attributes:
-        kind: ``pixel`` is the mask itself, ``tiles`` those of a paper's block, ``whole`` every pixel of each sample
-            that has an active one.
-        tile: output tile (h, w); that of ``whole`` is the map.
-        rows: output pixels computed, all samples together. Unlike in the paper's objective, what a tile has beyond the
-            map's edge is no row.
-        halo: pixels that the kernel reads beside the rows.
-        microseconds: predicted.
+        kind: ``pixel`` computes the mask itself, ``tiles`` the tiles of one of the paper's blocks, and ``whole`` every
+            pixel of each sample that has an active one.
+        tile: (h, w) of the output tile; with ``whole`` it is the size of the map.
+        rows: output pixels computed, all samples together. Unlike in the paper's objective, the part of a tile beyond
+            the map's edge does not count.
+        halo: pixels that are no rows but that the kernel reads, all samples together.
+        microseconds: the predicted cost.
     """
 
     kind: Literal["pixel", "tiles", "whole"]
@@ -154,19 +164,19 @@ class RowCandidate:
 
     @property
     def name(self) -> str:
-        """For people."""
-        return self.kind if self.kind != "tiles" else f"tiles {_x(self.tile)}"
+        """The candidate as reports print it."""
+        return self.kind if self.kind != "tiles" else f"tiles {size_text(self.tile)}"
 
 
 @dataclass(frozen=True)
 class RowChoice:
-    """The candidate of the least predicted time, and all that it was chosen from."""
+    """The candidate with the least predicted cost, and every candidate that it was chosen from."""
 
     chosen: RowCandidate
     candidates: tuple[RowCandidate, ...]
 
     def of_tile(self, tile: Size) -> RowCandidate:
-        """The candidate of a tile: (1, 1) is pixel-exact, one that covers the map is the whole map."""
+        """The candidate with this tile; (1, 1) is pixel-exact, and a tile that is none of them means the whole map."""
         return next((each for each in self.candidates if each.tile == tile), self.candidates[-1])
 
     def __str__(self) -> str:
@@ -178,17 +188,18 @@ class RowChoice:
 
 
 def choose_rows(mask: Tensor, cost: RowCost, kernel: Size = (3, 3), *, copies: int = 1) -> RowChoice:
-    """The rows of the least predicted cost, for all samples of a mask together.
+    """The rows with the least predicted cost, for all samples of a mask together.
 
     Candidates are the 1x1 tile, the tiles of the paper's blocks that have an output under the kernel and do not cover
-    the map, and the whole map. Between equal costs the one of fewer rows wins, then of fewer halo rows, then the
-    smaller tile.
+    the map, and the whole map. Between equal costs the candidate with fewer rows wins, then the one with fewer halo
+    rows, then the smaller tile.
 
     Args:
         mask: active output pixels, bool ``[n, h, w]``.
         cost: predicted microseconds of (rows, halo rows).
         kernel: (hk, wk) of the convolutions, for the blocks' tiles and the halo.
-        copies: how often the U-Net's batch repeats the mask's samples: ``cost`` is asked for so many times the rows.
+        copies: how often the U-Net's batch repeats the mask's samples. All rows and halo rows, those that ``cost`` is
+            given among them, are counted that many times.
 
     Raises:
         ValueError: a cost that is negative or no number.
@@ -215,11 +226,7 @@ def choose_rows(mask: Tensor, cost: RowCost, kernel: Size = (3, 3), *, copies: i
 
 
 def _halo(rows: Tensor, kernel: Size) -> Tensor:
-    """bool ``[n, h, w]``: what a kernel of odd sides, or one more, reads around bool ``rows [n, h, w]``."""
+    """bool ``[n, h, w]``: what a kernel reads around bool ``rows [n, h, w]``; its even sides count as one more."""
     sides = (kernel[0] // 2 * 2 + 1, kernel[1] // 2 * 2 + 1)
     read = F.max_pool2d(rows[:, None].float(), sides, stride=1, padding=(sides[0] // 2, sides[1] // 2))
     return (read[:, 0] > 0) & ~rows
-
-
-def _x(size: Size) -> str:
-    return f"{size[0]}x{size[1]}"

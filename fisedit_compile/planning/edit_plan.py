@@ -1,12 +1,13 @@
-"""From a mask to the index tensors that a sparse graph takes as inputs: made once an edit, at preprocessing.
+"""From a mask to the index tensors that a sparse graph takes as inputs; made once for each edit, before its steps.
 
-Inside the sparse region a spatial value is *rows* ``[M, *C]``: one row an active pixel of any sample of the U-Net
-batch, sorted by (sample, y, x). The pixel id of (sample b, y, x) at a resolution (H, W) is ``(b * H + y) * W + x``.
+Inside the sparse region a spatial value is *rows* ``[M, *C]``: one row for each active pixel of any sample of the
+U-Net's batch, sorted by (sample, y, x). At a resolution (H, W) the pixel id of (sample b, y, x) is
+``(b * H + y) * W + x``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fisedit_compile.config import BlockMode
+from fisedit_compile.config import BlockMode, is_whole
 from fisedit_compile.errors import MaskError
-from fisedit_compile.ir.layout import Size
+from fisedit_compile.ir.layout import Size, size_text
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.taps import Taps
 from fisedit_compile.planning.apsc import (
     BlockChoice,
+    CostModel,
     RowChoice,
     choose_block,
     choose_rows,
@@ -34,29 +36,30 @@ class EditPlan:
     """The rows, halos and neighbour tables of one mask. Made by :func:`plan_edit`.
 
     Attributes:
-        mask: as given, bool ``[n, h, w]``.
-        batch: U-Net batch B; sample b is edited by ``mask[b % n]``.
-        counts: rows M of each resolution, all samples together.
-        pixel_counts: the rows that pixel-exact planning would have.
-        choices: the block that the paper's objective chooses at each resolution, and its candidates. Only with
-            ``blocks="paper"`` or with costs.
-        measured: the rows that a predicted time chooses at each resolution, and their candidates. Only with costs.
+        mask: the mask as it was given, bool ``[n, h, w]``.
+        batch: samples B of the U-Net's batch; sample b is edited by ``mask[b % n]``.
+        counts: the number of rows M at each resolution, all samples together.
+        pixel_counts: the number of rows that pixel-exact planning would give.
+        paper_choices: for each resolution, the block that the paper's objective chooses and its candidates; empty
+            unless ``blocks="paper"`` or costs were given.
+        cost_choices: for each resolution, the rows with the least predicted cost and their candidates; empty unless
+            costs were given.
     """
 
     mask: Tensor
     batch: int
     counts: Mapping[Size, int]
     pixel_counts: Mapping[Size, int]
-    choices: Mapping[Size, BlockChoice]
-    measured: Mapping[Size, RowChoice]
+    paper_choices: Mapping[Size, BlockChoice]
+    cost_choices: Mapping[Size, RowChoice]
     _active: Mapping[Size, Tensor]
     _tensors: Mapping[PlanTensor, Tensor]
 
     def tensor(self, request: PlanTensor) -> Tensor:
-        """The tensor of one request.
+        """The tensor that a request asks for.
 
         Raises:
-            ValueError: the request was not among those planned.
+            ValueError: the request was not among those that the plan was made for.
         """
         try:
             return self._tensors[request]
@@ -64,10 +67,10 @@ class EditPlan:
             raise ValueError(f"{request} was not planned; add it to the requests of plan_edit") from None
 
     def active(self, size: Size) -> Tensor:
-        """bool ``[B, height, width]``: the pixels that are rows at a resolution.
+        """bool ``[B, height, width]``: which pixels are rows at a resolution.
 
         Raises:
-            ValueError: no request was at this resolution.
+            ValueError: no request of the plan has rows at this resolution.
         """
         if size not in self._active:
             raise ValueError(f"resolution {size} was not planned; planned are {list(self._active)}")
@@ -83,22 +86,22 @@ class EditPlan:
         )
 
     def report(self) -> str:
-        """Rows of each resolution and halo rows of each convolution, as text for people.
+        """The rows of each resolution and the halo rows of each convolution, as text for people.
 
-        With ``blocks="paper"`` also the block chosen at each resolution and the rows that it adds to pixel-exact ones.
-        With costs, what the mask itself, the paper's block, the whole map and the best of all candidates are predicted
-        to take.
+        With ``blocks="paper"`` it also has the block chosen at each resolution and the rows that it adds to the
+        pixel-exact ones. With costs it has the predicted time of the mask itself, of the paper's block, of the whole
+        map and of the best candidate instead.
         """
         lines = [f"{self.batch} samples, {len(self.mask)} masks of {self.mask.shape[1]}x{self.mask.shape[2]}"]
         for size in sorted(self.counts, reverse=True):
             rows, exact, total = self.counts[size], self.pixel_counts[size], self.batch * size[0] * size[1]
-            line = f"{size[0]}x{size[1]}: {rows} of {total} rows ({rows / total:.1%})"
-            if size in self.measured:
+            line = f"{size_text(size)}: {rows} of {total} rows ({rows / total:.1%})"
+            if size in self.cost_choices:
                 lines += [line, *self._compared(size)]
                 continue
-            if size in self.choices:
-                chosen = self.choices[size].chosen
-                line += f", block {chosen.block[0]}x{chosen.block[1]} (tile {chosen.tile[0]}x{chosen.tile[1]})"
+            if size in self.paper_choices:
+                chosen = self.paper_choices[size].chosen
+                line += f", block {size_text(chosen.block)} (tile {size_text(chosen.tile)})"
                 line += f", {rows - exact} over pixel-exact"
                 line += f" ({(rows - exact) / exact:+.1%})" if exact else ""
             lines.append(line)
@@ -108,7 +111,7 @@ class EditPlan:
         return "\n".join(lines)
 
     def _compared(self, size: Size) -> Iterator[str]:
-        choice, paper = self.measured[size], self.choices[size].chosen
+        choice, paper = self.cost_choices[size], self.paper_choices[size].chosen
         named = {
             "pixel": choice.of_tile((1, 1)),
             "paper": choice.of_tile(paper.tile),
@@ -116,7 +119,7 @@ class EditPlan:
             "measured": choice.chosen,
         }
         for name, each in named.items():
-            block = f"block {paper.block[0]}x{paper.block[1]}" if name == "paper" else ""
+            block = f"block {size_text(paper.block)}" if name == "paper" else ""
             block = each.name if name == "measured" else block
             yield f"  {name:<8} {block:<12} {each.rows:>7} rows {each.microseconds:>10.1f} us predicted"
 
@@ -128,32 +131,33 @@ def plan_edit(
     batch: int,
     blocks: BlockMode = "pixel",
     dense_below: int = 1,
-    costs: Callable[[Size, int, int], float] | None = None,
+    costs: CostModel | None = None,
 ) -> EditPlan:
-    """Plan an edit: every tensor that the sparse graph asks for, on the mask's device.
+    """Plan an edit: make every tensor that the sparse graph asks for, on the mask's device.
 
-    A resolution's active pixels are the mask any-pooled to it: a pixel is active if anything under it is; below
-    ``dense_below`` cells on the shorter side all are. A sample whose mask is empty has no rows; a mask of no active
-    pixel at all gives a valid plan of zero rows.
+    At each resolution the mask is any-pooled: a pixel is active if anything under it is. Where the shorter side has
+    fewer than ``dense_below`` cells, every pixel is active. A sample whose mask is empty has no rows at the other
+    resolutions; a mask without any active pixel gives a valid plan, too.
 
-    With ``blocks="paper"`` (APSC, paper A.1) they grow to the union of the tiles chosen for a 3x3 kernel at that
-    resolution, all samples together. One row set is kept a resolution, not one a layer: rows pass from convolution to
-    norm, residual sum and attention with no gather between, which only holds while they are the same pixels. Nothing
-    is lost by it: the objective depends on mask and kernel alone, and a U-Net's spatial kernels are all 3x3.
+    With ``blocks="paper"`` (APSC, paper A.1) the active pixels grow to the union of the tiles chosen for a 3x3 kernel
+    at that resolution, all samples together. There is one set of rows for each resolution, not one for each layer,
+    because rows pass from convolution to norm, residual sum and attention with no gather between, which requires the
+    same pixels everywhere. Nothing is lost by it: the objective depends on mask and kernel alone, and all spatial
+    kernels of a U-Net are 3x3.
 
-    With ``blocks="measured"`` they grow to the candidate of the least cost, see
+    With ``blocks="measured"`` they grow to the candidate with the least cost, see
     :func:`~fisedit_compile.planning.apsc.choose_rows`.
 
     Args:
         mask: what to recompute, bool ``[n, h, w]``.
-        requests: what the sparse graph's inputs ask for. Resolutions with rows are those of its size requests and the
-            target and (unless dense) source of its taps.
-        batch: U-Net batch, a multiple of n: sample b uses ``mask[b % n]`` (classifier-free guidance: 2 n, all
-            unconditional samples first).
+        requests: the tensors that the sparse graph takes; which resolutions have rows follows from them, see
+            :func:`row_resolutions`.
+        batch: samples of the U-Net's batch, a multiple of n: sample b uses ``mask[b % n]``. Under classifier-free
+            guidance it is 2 n, all unconditional samples first.
         blocks: ``"pixel"`` for pixel-exact rows, ``"paper"`` or ``"measured"``.
         dense_below: see :class:`~fisedit_compile.SparsityConfig`.
-        costs: predicted microseconds of (resolution, rows, halo rows), such as a
-            :class:`~fisedit_compile.cost_model.row_costs.RowCosts`. With other ``blocks`` only the report reads them.
+        costs: predicts microseconds from (resolution, rows, halo rows), such as a
+            :class:`~fisedit_compile.cost_model.row_costs.RowCosts`. With other ``blocks`` only the report reads it.
 
     Raises:
         MaskError: the mask is not bool ``[n, h, w]`` with n, h, w at least 1, or ``batch`` is not a multiple of n.
@@ -166,17 +170,17 @@ def plan_edit(
         raise ValueError("blocks='measured' chooses by costs; give them, for example RowCosts.of(program)")
 
     pooled = {
-        size: _any_pool(mask, size) if min(size) >= dense_below else mask.new_ones(len(mask), *size)
-        for size in _resolutions(requests)
+        size: mask.new_ones(len(mask), *size) if is_whole(size, dense_below) else _any_pool(mask, size)
+        for size in row_resolutions(requests)
     }
     copies = batch // len(mask)
-    sparse = [size for size in pooled if min(size) >= dense_below]
-    choices = {size: choose_block(pooled[size], (3, 3)) for size in sparse if blocks == "paper" or costs}
-    measured = {size: choose_rows(pooled[size], partial(costs, size), copies=copies) for size in sparse if costs}
+    sparse = [size for size in pooled if not is_whole(size, dense_below)]
+    paper = {size: choose_block(pooled[size], (3, 3)) for size in sparse if blocks == "paper" or costs}
+    cheapest = {size: choose_rows(pooled[size], partial(costs, size), copies=copies) for size in sparse if costs}
     if blocks == "paper":
-        tiles = {size: choice.chosen.tile for size, choice in choices.items()}
+        tiles = {size: choice.chosen.tile for size, choice in paper.items()}
     else:
-        tiles = {size: choice.chosen.tile for size, choice in measured.items() if blocks == "measured"}
+        tiles = {size: choice.chosen.tile for size, choice in cheapest.items() if blocks == "measured"}
     grown = {size: expand_to_tiles(m, tiles[size]) if size in tiles else m for size, m in pooled.items()}
     active = {size: m.repeat(copies, 1, 1) for size, m in grown.items()}
     index = {size: a.view(-1).nonzero().squeeze(1) for size, a in active.items()}
@@ -197,17 +201,20 @@ def plan_edit(
 
     counts = {size: len(i) for size, i in index.items()}
     pixel_counts = {s: copies * int(m.sum()) for s, m in pooled.items()} if tiles else counts
-    return EditPlan(mask, batch, counts, pixel_counts, choices, measured, active, tensors)
+    return EditPlan(mask, batch, counts, pixel_counts, paper, cheapest, active, tensors)
 
 
 def row_of_pixels(index: Tensor, pixels: int) -> Tensor:
-    """int32 ``[pixels]``: the row of each pixel, -1 where none is; ``index`` int64 ``[M]`` has the rows' pixel ids."""
+    """int32 ``[pixels]``: the row of each pixel, -1 where it is none; int64 ``index [M]`` has the rows' pixel ids."""
     row_of = torch.full((pixels,), -1, dtype=torch.int32, device=index.device)
     return row_of.scatter_(0, index, torch.arange(len(index), dtype=torch.int32, device=index.device))
 
 
-def _resolutions(requests: Collection[PlanTensor]) -> list[Size]:
-    """The resolutions that have rows, each once, in the order of the requests."""
+def row_resolutions(requests: Collection[PlanTensor]) -> list[Size]:
+    """The resolutions that have rows, each once, in the order of the requests.
+
+    They are those that a request names, and the target and source of each convolution; a dense source has no rows.
+    """
     sizes: dict[Size, None] = {}
     for where in (request.where for request in requests):
         if not isinstance(where, Taps):

@@ -1,4 +1,4 @@
-"""Which source pixels an active target pixel of a convolution reads, as an index table made once an edit."""
+"""Which source pixels each active output pixel of a convolution reads, as an index table made once for each edit."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from fisedit_compile.ir.taps import Taps
 
 
 def neighbour_table(taps: Taps, index: Tensor, source_index: Tensor | None, batch: int) -> tuple[Tensor, Tensor | None]:
-    """The neighbour table of the active target pixels and the halo it reads.
+    """The neighbour table of a convolution's active output pixels, and the halo that they read.
 
     Args:
-        taps: the convolution.
-        index: pixel ids of the active target pixels, int64 ``[M]``, sorted.
-        source_index: those of the active source pixels, int64 ``[R]``, sorted. Not read, and may be None, if
-            ``taps.dense``.
-        batch: samples in the U-Net batch.
+        taps: the geometry of the convolution.
+        index: pixel ids of the active output pixels, int64 ``[M]``, sorted.
+        source_index: pixel ids of the active source pixels, int64 ``[R]``, sorted. With ``taps.dense`` it is not read
+            and may be None.
+        batch: samples of the U-Net's batch.
 
     Returns:
-        ``table`` int32 ``[M, kernel_h * kernel_w]``, taps in the order of a weight's last two dims, and ``halo``
-        int64 ``[Hh]``, sorted pixel ids of the source: the pixels that the table reads and that are not rows. An entry
-        in ``[0, R)`` is a row, in ``[R, R + Hh)`` a halo row, and -1 lies outside the picture. For a dense source
-        entries are pixel ids and halo is None.
+        ``table`` int32 ``[M, kernel_h * kernel_w]``, its taps in the order of a weight's last two dimensions, and
+        ``halo`` int64 ``[H]``, sorted: the ids of source pixels that the table reads and that are no rows. An entry in
+        ``[0, R)`` is a row, one in ``[R, R + H)`` a halo row, and -1 lies outside the picture. For a dense source the
+        entries are pixel ids, and the halo is None.
     """
     reads = _reads(taps, batch, index.device).index_select(0, index)  # [M, K]
     outside = batch * taps.source[0] * taps.source[1]
@@ -34,26 +34,26 @@ def neighbour_table(taps: Taps, index: Tensor, source_index: Tensor | None, batc
 
     assert source_index is not None
     needed = torch.zeros(outside + 1, dtype=torch.bool, device=index.device)
-    needed.scatter_(0, reads.view(-1), True)  # a third of what needed[reads] = True takes, and an edit waits for it
+    needed.scatter_(0, reads.view(-1), True)  # three times as fast as needed[reads] = True, and an edit waits for it
     needed.scatter_(0, source_index, False)
     halo = needed[:outside].nonzero().squeeze(1)
-    stored = torch.cat((source_index, halo))  # in the order in which the convolution finds them
+    stored = torch.cat((source_index, halo))  # rows first, then halo rows: as the convolution numbers them
     entry = torch.full_like(needed, -1, dtype=torch.int32)
     entry.scatter_(0, stored, torch.arange(len(stored), dtype=torch.int32, device=index.device))
     return entry.index_select(0, reads.view(-1)).view_as(reads), halo
 
 
-@lru_cache(maxsize=64)  # the geometry of a U-Net's convolutions is that of all its edits
+@lru_cache(maxsize=64)  # all edits of a U-Net share the geometry of its convolutions
 def _reads(taps: Taps, batch: int, device: torch.device) -> Tensor:
-    """int64 ``[batch * target_h * target_w, kernel_h * kernel_w]``: the source pixel that each tap of a pixel reads.
+    """int64 ``[batch * target_h * target_w, kernel_h * kernel_w]``: the id of the source pixel that each tap reads.
 
-    One id past the last pixel stands for all that is outside the picture, so that one lookup serves all entries.
+    A tap outside the picture has the id behind the last pixel's, so that one lookup serves all taps.
     """
     height, width = taps.source
     y, x = (_axis_reads(taps, axis) for axis in (0, 1))  # [TH, kh], [TW, kw]
     outside = (y < 0)[:, None, :, None] | (x < 0)[None, :, None, :]  # [TH, TW, kh, kw]
     reads = (y * width)[:, None, :, None] + x[None, :, None, :]
-    first = torch.arange(batch)[:, None, None, None, None] * (height * width)  # of each sample
+    first = torch.arange(batch)[:, None, None, None, None] * (height * width)  # each sample's first pixel id
     reads = (reads + first).masked_fill_(outside, batch * height * width)  # [B, TH, TW, kh, kw]
     return reads.flatten(3).flatten(0, 2).to(device)
 
@@ -63,7 +63,7 @@ def _axis_reads(taps: Taps, axis: int) -> Tensor:
     starts = torch.arange(taps.target[axis])[:, None] * taps.stride[axis] - taps.padding[axis]
     reads = starts + torch.arange(taps.kernel[axis]) * taps.dilation[axis]
     extent = (taps.upsampled or taps.source)[axis]
-    # torch's own nearest rule: it rounds its scale to fp32, so floor(i * in / out) in integers is not always the same
+    # torch rounds the scale of nearest upsampling to fp32, so only torch itself picks the same pixels in every case
     source = torch.arange(taps.source[axis], dtype=torch.float32)[None, None]
     nearest = F.interpolate(source, size=extent, mode="nearest").long().view(-1)
     return nearest[reads.clamp(0, extent - 1)].masked_fill_((reads < 0) | (reads >= extent), -1)

@@ -105,9 +105,6 @@ class StaticStage:
 
     def __init__(self, stage: Stage, recorder: GraphRecorder) -> None:
         self._stage, self._recorder = stage, recorder
-        module = stage.graph_module
-        self._weights = [*module.parameters(), *module.buffers()]
-        self._addresses: list[int] = []
         self._recorded: dict[object, tuple[list[Tensor], Callable[[], Any]]] = {}
 
     def __call__(self, values: Mapping[Any, Tensor]) -> Any:
@@ -115,15 +112,15 @@ class StaticStage:
         given = [values[name] for name in self._stage.names]
         shapes = tuple((each.shape, each.dtype) for each in given)
         with self._recorder.in_turn():
-            addresses = [each.data_ptr() for each in self._weights]
-            if addresses != self._addresses:  # a graph reads the weights where they were
-                self._recorded.clear()
-                self._addresses = addresses
             if shapes not in self._recorded:
                 self._recorded[shapes] = self._record(given)
             inputs, replay = self._recorded[shapes]
             torch._foreach_copy_(inputs, given)
             return pytree.tree_map(torch.clone, replay())
+
+    def forget(self) -> None:
+        """Record anew at the next call: a graph reads the weights where they were."""
+        self._recorded.clear()
 
     def _record(self, given: list[Tensor]) -> tuple[list[Tensor], Callable[[], Any]]:
         """What the graph reads, filled with what is given now, and the graph."""

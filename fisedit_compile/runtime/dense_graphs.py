@@ -35,11 +35,17 @@ class DenseGraphs:
     def controlled(self, inputs: dict[Any, Tensor], cache: StepCache, mapper: Tensor, keep: Tensor) -> Tensor:
         """The U-Net's output with the base's cross-attention maps of unchanged words.
 
-        ``mapper`` and ``keep`` are those of :func:`~fisedit_compile.editing.prompt_to_prompt.align_batch`.
+        ``mapper`` and ``keep`` are those of :func:`~fisedit_compile.editing.prompt_alignment.align_batch`.
         """
         control: dict[Any, Tensor] = {ControlTensor("mapper"): mapper, ControlTensor("keep"): keep}
         result: Tensor = self._stage("control", self._lowered.controlled)({**inputs, **cache, **control})
         return result
+
+    def forget(self) -> None:
+        """Capture CUDA graphs anew: the weights have moved."""
+        for stage in self._stages.values():
+            if isinstance(stage, StaticStage):
+                stage.forget()
 
     def _stage(self, key: object, build: Callable[[], StageGraph]) -> Stage | StaticStage:
         if key not in self._stages:

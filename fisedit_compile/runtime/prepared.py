@@ -12,6 +12,7 @@ from fisedit_compile.planning.buckets import Bucket
 from fisedit_compile.planning.edit_plan import EditPlan
 
 if TYPE_CHECKING:
+    from fisedit_compile.runtime.model_state import ModelState
     from fisedit_compile.runtime.static_step import Packed
 
 
@@ -24,6 +25,7 @@ class Prepared:
         plan: the rows of the mask.
         values: the plan's tensors, where steps have the mask's own sizes.
         bucket, packed: the bucket of the mask and the padded tensors, where steps run at fixed sizes.
+        model: the state of the U-Net that it was prepared in.
         dense: the mask is larger than ``config.dense_above``: steps run the dense U-Net.
     """
 
@@ -32,6 +34,7 @@ class Prepared:
     values: dict[Any, Tensor] = field(default_factory=dict)
     bucket: Bucket | None = None
     packed: Packed | None = None
+    model: ModelState | None = None
     dense: bool = False
     prompt: dict[Any, Tensor] = field(default_factory=dict)
     prompt_inputs: tuple[Tensor, ...] = ()

@@ -14,11 +14,11 @@ from fisedit_compile.cache.step_cache import CacheDescription, Recorded, StepCac
 from fisedit_compile.compiler.lowered import Lowered
 from fisedit_compile.cost_model.row_costs import RowCosts
 from fisedit_compile.ir.call import Call, Signature
-from fisedit_compile.kernels.indexing.gather_scatter import inverse_permutation
+from fisedit_compile.ir.layout import inverse_permutation
 from fisedit_compile.planning.buckets import Bucket
 from fisedit_compile.planning.edit_plan import EditPlan
 from fisedit_compile.runtime.dense_graphs import DenseGraphs
-from fisedit_compile.runtime.fingerprint import Weights, WeightWatch
+from fisedit_compile.runtime.model_state import Live, ModelState
 from fisedit_compile.runtime.prepared import Prepared
 from fisedit_compile.runtime.stage import Stage
 from fisedit_compile.runtime.static_step import Shared, StaticStep
@@ -53,7 +53,8 @@ class Program:
             for name, graph in lowered.stages.items()
         }
         self.fixed_sizes = self._device.type == "cuda" and call.tensors[0].dtype is not torch.float64
-        self._weights = WeightWatch(lowered.dense)
+        self._weights: Live | None = None  # as they are
+        self._folded: Live | None = None  # as they were when the constants were computed
         self._constants: dict[Any, Tensor] = {}
         self._static: dict[Bucket, StaticStep] = {}
 
@@ -70,6 +71,13 @@ class Program:
     def captures(self) -> int:
         """How many CUDA graphs were recorded: one for each bucket that a mask has met."""
         return self._shared.captures
+
+    def follow(self, state: ModelState) -> None:
+        """Run with the weights as they lie now; ``state`` is the one that the graphs were made for, or equals it."""
+        assert state.live is not None
+        if self._weights is not None and self._weights.addresses != state.live.addresses:
+            self._dense_graphs.forget()
+        self._weights = state.live
 
     def record(self, call: Call, *, samples: int, activations: bool, attention: bool) -> tuple[Tensor, Recorded]:
         """The dense U-Net's output, and what a base keeps of the call.
@@ -168,17 +176,20 @@ class Program:
             prepared.prompt_inputs, prepared.prompt_versions = inputs, versions
 
     def _refresh_constants(self) -> None:
-        """Fold what depends on the weights alone; again when a weight was written to."""
-        weights = self._weights.look()
-        if weights is Weights.SAME:
+        """Fold what depends on the weights alone; again when a weight was written to or moved."""
+        assert self._weights is not None
+        before, self._folded = self._folded, self._weights
+        moved = before is None or before.addresses != self._weights.addresses
+        if before is not None and not moved and before.stamps == self._weights.stamps:
             return
         constants = self._stages["constant"].values({})
-        if weights is Weights.WRITTEN:  # the CUDA graphs read the old ones' memory
-            for request, old in self._constants.items():
-                old.copy_(constants[request])
-        else:
+        if moved:
             self._static.clear()
             self._constants = constants
+        else:  # the CUDA graphs read the old ones' memory
+            for request, old in self._constants.items():
+                if old.data_ptr() != constants[request].data_ptr():  # else it is the weight itself
+                    old.copy_(constants[request])
 
     @cached_property
     def _shared(self) -> Shared:

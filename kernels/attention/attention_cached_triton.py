@@ -1,4 +1,7 @@
-"""Active queries over all keys of their picture on the GPU: the base's keys and values, with fresh rows in place."""
+"""Attention of the active queries over all keys of their picture on the GPU, as ``kernels/ops.py`` calls it.
+
+The keys and values are those of the base, but for the active pixels, which have fresh ones.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ from fisedit_compile.kernels.attention.attention_tiles import AttentionTile
 from fisedit_compile.kernels.attention.merge_rows_triton import merge_rows
 from fisedit_compile.kernels.launch.triton_launch import check_dtypes
 
-#: Of a sample, from which bringing keys in order pays for itself.
-_MANY_QUERIES, _MANY_KEYS = 256, 1024
+#: Queries and keys of a sample from which it takes less time to bring keys and values in order first.
+_MERGE_FROM_QUERIES, _MERGE_FROM_KEYS = 256, 1024
 
 
 def attention_cached_triton(
@@ -25,15 +28,17 @@ def attention_cached_triton(
     tile: AttentionTile | None = None,
     merged: bool | None = None,
 ) -> torch.Tensor:
-    """Attend over base and fresh keys; arguments as of the reference in ``attention_rows``, on one GPU.
+    """``attention_cached`` on one GPU; its reference describes the arguments.
 
-    ``tile`` None takes one by size, and so does ``merged``: whether keys and values are brought in order first.
+    Args:
+        tile: of the kernel; None chooses one by size.
+        merged: bring keys and values in order first, instead of choosing each by address; None decides by size.
 
     Returns:
         [M, heads, hd], contiguous.
 
     Raises:
-        ValueError: dtypes that differ or that the kernel does not take.
+        ValueError: the dtypes differ, or are none that the kernel takes, or the scale is not positive.
     """
     check_dtypes("attention_cached", q, k, v, base_k, base_v)
     if q.numel() == 0:
@@ -41,7 +46,7 @@ def attention_cached_triton(
     k, v, base_k, base_v = (head_last(each) for each in (k, v, base_k, base_v))
     row_of, offsets, samples = row_of.contiguous(), offsets.contiguous(), offsets.shape[0] - 1
     if merged is None:
-        merged = q.shape[0] >= _MANY_QUERIES * samples and base_k.shape[0] >= _MANY_KEYS * samples
+        merged = q.shape[0] >= _MERGE_FROM_QUERIES * samples and base_k.shape[0] >= _MERGE_FROM_KEYS * samples
     if merged:
         return launch_attention(q, *merge_rows(k, v, base_k, base_v, row_of), None, offsets, None, scale, tile)
     return launch_attention(q, k, v, (base_k, base_v, row_of), offsets, None, scale, tile)

@@ -1,4 +1,4 @@
-"""How attention is launched: which tile, how many splits of the keys, and the kernel that joins them."""
+"""Launches attention on the GPU: chooses a tile and the splits of the keys, and joins what the splits computed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from fisedit_compile.kernels.attention.attention_tiles import AttentionTile, cho
 from fisedit_compile.kernels.attention.attention_triton import attention_kernel, join_splits_kernel
 from fisedit_compile.kernels.launch.triton_launch import aligned, input_precision, launch, multiprocessors
 
-#: Of a sample, from which blocks without a mask are worth a loop of their own.
-_MANY_KEYS = 1024
+#: Keys of a sample from which blocks of keys that need no mask are worth a loop of their own.
+_UNMASKED_LOOP_FROM_KEYS = 1024
 
 
 def head_last(tensor: torch.Tensor) -> torch.Tensor:
-    """[M, heads, hd] with the heads of a row one after the other; rows may lie apart (a part of a merged q, k, v)."""
+    """The same values [M, heads, hd], with all channels of a row in one piece; a copy where they are not yet.
+
+    Rows need not follow each other: the queries, keys and values of a merged projection lie side by side in wider rows.
+    """
     heads_together = tensor.stride(2) == 1 and tensor.stride(1) == tensor.shape[2]
     return tensor if heads_together else tensor.contiguous()
 
@@ -31,9 +34,20 @@ def launch_attention(
     scale: float | None,
     tile: AttentionTile | None,
 ) -> torch.Tensor:
-    """Launch the kernel; ``base`` is (base_k, base_v, row_of).
+    """Attention of the queries of each sample over its keys, [M, heads, hd].
 
-    ``k_offsets`` None: each sample has as many keys, one a pixel; always so with a base.
+    Args:
+        q: [M, heads, hd].
+        k, v: [Mk, heads, hd].
+        base: ``(base_k, base_v, row_of)``: keys are the pixels of the base, some of them replaced by rows of k and v,
+            see ``attention_cached_reference``. None: keys are the rows of k and v.
+        q_offsets: int32 [B + 1], cumulative counts of queries.
+        k_offsets: int32 [B + 1], cumulative counts of keys. None: every sample has as many; always so with a base.
+        scale: of the scores; None for ``hd ** -0.5``.
+        tile: of the kernel; None chooses one by size.
+
+    Raises:
+        ValueError: the scale is not positive.
     """
     if scale is not None and scale <= 0.0:
         raise ValueError(f"attention with scale={scale}: the kernel takes a positive one")
@@ -44,7 +58,7 @@ def launch_attention(
     tile = tile or choose_attention_tile(
         count, keys.shape[0], samples, heads, head_dim, q.dtype, multiprocessors(q.device), cached=base is not None
     )
-    pixels = keys.shape[0] // samples  # read without k_offsets alone
+    pixels = keys.shape[0] // samples  # the kernel reads it only without k_offsets
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     split = tile.splits > 1
     parts = q.new_empty(tile.splits, *q.shape, dtype=torch.float32) if split else out
@@ -53,7 +67,7 @@ def launch_attention(
     strides = [0 if t is None else t.stride(0) for t in (q, k, v, base_k, base_v)]
     vectors = [t for t in (k, v, base_k, base_v) if t is not None]
     even = aligned(head_dim, *vectors) and all(t.stride(0) * t.element_size() % 16 == 0 for t in vectors)
-    # A sample may end in a part of a block: at most one more for each but the last.
+    # Each sample may end within a block, so that there may be one more block for each sample but the last.
     launch(attention_kernel, (triton.cdiv(count, tile.queries) + samples - 1, heads, tile.splits), q)(
         q,
         k,
@@ -75,7 +89,7 @@ def launch_attention(
         WIDTH=width,
         BM=tile.queries,
         BN=tile.keys,
-        LONG=keys.shape[0] > _MANY_KEYS * samples,
+        LONG=keys.shape[0] > _UNMASKED_LOOP_FROM_KEYS * samples,
         ALIGNED=even,
         PRECISION=input_precision(q.dtype),
         num_warps=tile.warps,

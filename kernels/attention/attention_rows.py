@@ -1,9 +1,9 @@
 """Attention between rows: ragged self- and cross-attention, and active queries over all keys of their picture.
 
-Rows are sorted by sample; ``offsets`` int32 [B + 1] are cumulative counts of rows, sample b owning the rows
-[offsets[b], offsets[b + 1]). Rows behind the last offset are padding: their results are unspecified. FISEdit (Yu et al.
-2023, section A.3) attends among the active tokens only; with the keys and values of the cached run the active queries
-see the whole picture.
+Rows are sorted by sample. ``offsets``, int32 [B + 1], are cumulative counts of rows: sample b has the rows from
+``offsets[b]`` to ``offsets[b + 1]``, the last not included. Rows behind the last offset are padding, whose results are
+unspecified. FISEdit (Yu et al. 2023, section A.3) lets active tokens attend to active tokens alone. With the keys and
+values of the base's run, the active queries see the whole picture.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
-    """Batched attention, head-last: q [B, n, heads, hd], k and v [B, m, heads, hd] -> [B, n, heads, hd]."""
+    """Batched attention of q [B, n, heads, hd] over k and v [B, m, heads, hd], which gives [B, n, heads, hd]."""
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
     return out.transpose(1, 2)
 
@@ -37,7 +37,8 @@ def attention_rows_reference(
     q_counts, k_counts = q_offsets.diff().tolist(), k_offsets.diff().tolist()
     padding = q.shape[0] - sum(q_counts)
     q, k, v = q[: sum(q_counts)], k[: sum(k_counts)], v[: sum(k_counts)]
-    if len(set(q_counts)) == len(set(k_counts)) == 1:  # one batched call: the halves of guidance share their mask
+    # All samples have as many rows, as the two halves of classifier-free guidance do: one batched call serves them.
+    if len(set(q_counts)) == len(set(k_counts)) == 1:
         batch = len(q_counts)
         q, k, v = (t.unflatten(0, (batch, n)) for t, n in ((q, q_counts[0]), (k, k_counts[0]), (v, k_counts[0])))
         parts = [_attend(q, k, v, scale).flatten(0, 1)]
@@ -61,8 +62,12 @@ def attention_cached_reference(
 ) -> torch.Tensor:
     """Active queries attend to every pixel of their picture: fresh keys at the active pixels, the base's elsewhere.
 
-    Shapes: q, k and v [M, heads, hd]; base_k and base_v [P, heads, hd], pixel-major over B = len(offsets) - 1 samples
-    of P / B pixels, only read; row_of int32 [P], the row that replaces a pixel, -1 for none; offsets int32 [B + 1].
+    Args:
+        q, k, v: [M, heads, hd], the active pixels.
+        base_k, base_v: [P, heads, hd], all pixels of the base: B = len(offsets) - 1 samples of P / B pixels; only read.
+        row_of: int32 [P], the row that replaces a pixel, -1 for none.
+        offsets: int32 [B + 1], cumulative counts of active pixels.
+        scale: of the scores; None means 1 / sqrt(hd).
 
     Returns:
         [M, heads, hd], contiguous.

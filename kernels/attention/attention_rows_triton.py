@@ -1,4 +1,4 @@
-"""Ragged attention between rows on the GPU."""
+"""Attention between rows on the GPU, as ``kernels/ops.py`` calls it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ def attention_rows_triton(
     scale: float | None,
     tile: AttentionTile | None = None,
 ) -> torch.Tensor:
-    """Ragged attention by the kernel of ``attention_triton``, on one GPU; arguments as of the reference.
+    """``attention_rows`` on one GPU; its reference describes the arguments.
 
-    torch's own ragged attention (``varlen_attn``, flash attention) took 1.2 to 2.5 times as long at the sizes of sparse
-    steps (H100, bf16, 5 to 20 heads of 64, 36 to 2800 queries a sample; ``docs/decisions.md``).
+    torch's own ragged attention (``varlen_attn``, flash attention) takes 1.2 to 2.5 times as long at the sizes of
+    sparse steps (H100, bf16, 5 to 20 heads of 64, 36 to 2800 queries a sample; ``docs/measurements/attention.md``).
+
+    Args:
+        tile: of the kernel; None chooses one by size.
 
     Returns:
         [M, heads, hd], contiguous; zeros for queries of a sample without keys.
 
     Raises:
-        ValueError: dtypes that differ or that the kernel does not take.
+        ValueError: the dtypes differ, or are none that the kernel takes, or the scale is not positive.
     """
     check_dtypes("attention_rows", q, k, v)
     if q.numel() == 0:

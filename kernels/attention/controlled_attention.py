@@ -1,4 +1,9 @@
-"""Cross-attention that keeps the base's maps of unchanged words (Prompt-to-Prompt, Hertz et al. 2022; paper 3.1)."""
+"""Cross-attention that keeps the base's maps of unchanged words (Prompt-to-Prompt, Hertz et al. 2022; paper 3.1).
+
+The controlled layer is plain attention plus what the exchange of maps changes. Where nothing is exchanged for
+something else, because both prompts have the same words, the change is exactly 0, so that a controlled step then
+repeats the base's arithmetic bit for bit and the difference of the two generations holds no rounding.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +16,25 @@ _LEAST_SHARE = 1e-4
 
 
 def attention_probabilities(
-    query: torch.Tensor, key: torch.Tensor, *, samples: int, scale: float | None = None
+    query: torch.Tensor, key: torch.Tensor, *, samples: int, part: int = -1, scale: float | None = None
 ) -> torch.Tensor:
-    """Cross-attention maps of the conditional half, to be recorded from the base run.
+    """Cross-attention maps of the conditional part of the batch, to be recorded from the base run.
 
     Args:
-        query: ``[B, heads, N, head_dim]``; the last ``samples`` of the batch are the conditional half.
+        query: ``[B, heads, N, head_dim]``. Under guidance the batch consists of parts of ``samples`` each, one of
+            which is conditional; without, it is that part alone.
         key: ``[B, heads, T, head_dim]``.
-        samples: samples of the picture batch, ``n``: B without classifier-free guidance, else B / 2.
+        samples: samples of the picture batch, ``n``.
+        part: place of the conditional part in the batch, counted as Python counts: -1 is the last.
         scale: of the scores; default ``head_dim ** -0.5``.
 
     Returns:
         ``[n, heads, N, T]`` in the dtype of ``query``, summing to 1 over T (computed in at least fp32).
     """
-    return _softmax_scores(query[-samples:], key[-samples:], scale).to(query.dtype)
+    rows = _rows_of_part(query.shape[0], samples, part)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = query[rows].to(wide) @ key[rows].to(wide).transpose(-2, -1)
+    return (scores * (query.shape[-1] ** -0.5 if scale is None else scale)).softmax(dim=-1).to(query.dtype)
 
 
 def controlled_attention(
@@ -35,50 +45,51 @@ def controlled_attention(
     mapper: torch.Tensor,
     keep: torch.Tensor,
     scale: float | None = None,
+    part: int = -1,
 ) -> torch.Tensor:
-    """Cross-attention in which unchanged words keep the base's maps, in the conditional half of the batch
-    only.
+    """Cross-attention in which unchanged words keep the base's maps, in the conditional part of the batch only.
 
-    ``probs = keep * (base_probs @ mapper) + (1 - keep) * fresh``, then scaled so that each query's sum to 1.
-    A query that gave all its attention to words that are gone keeps its fresh ones. Plain torch operations:
-    exports, compiles.
+    ``probs = keep * (base_probs @ mapper) + (1 - keep) * own``, then scaled so that each query's sum to what its own
+    do, and ``out = attention(query, key, value) + (probs - own) @ value``. A query that gave all its attention to
+    words that are gone keeps its own. Both kinds of maps are rounded to the dtype of ``query``, as recorded ones are.
+    Plain torch operations: exports, compiles.
 
     Args:
-        query: ``[B, heads, N, head_dim]``, B = n, or 2n with the unconditional half first.
+        query: ``[B, heads, N, head_dim]``, see :func:`attention_probabilities`.
         key, value: ``[B, heads, T_edit, head_dim]``.
-        base_probs: ``[n, heads, N, T_base]``, from ``attention_probabilities`` of the base's same step and
-            layer.
+        base_probs: ``[n, heads, N, T_base]``, from ``attention_probabilities`` of the base's same step and layer.
         mapper: ``[n, T_base, T_edit]`` and
         keep: ``[n, T_edit]``, from ``align_batch``.
         scale: of the scores; default ``head_dim ** -0.5``.
+        part: place of the conditional part in the batch.
 
     Returns:
         ``[B, heads, N, head_dim]`` in the dtype of ``value``.
 
     Raises:
-        ValueError: the batch is neither n nor 2n.
+        ValueError: the batch does not consist of whole parts of n samples, or has no such part.
     """
-    batch, samples = query.shape[0], base_probs.shape[0]
-    if batch != samples and batch != 2 * samples:
-        raise ValueError(
-            f"attention maps of {samples} sample(s) were given for a batch of {batch}; the batch has to be "
-            "as long, or twice as long under classifier-free guidance"
-        )
-    fresh = _softmax_scores(query[-samples:], key[-samples:], scale)  # [n, heads, N, T_edit]
-    kept = base_probs.to(fresh.dtype) @ mapper[:, None].to(fresh.dtype)
-    share = keep[:, None, None, :].to(fresh.dtype)
-    probs = share * kept + (1 - share) * fresh
+    rows = _rows_of_part(query.shape[0], base_probs.shape[0], part)
+    out = F.scaled_dot_product_attention(query, key, value, scale=scale)
+    own = attention_probabilities(query, key, samples=base_probs.shape[0], part=part, scale=scale)
+    own = own.to(torch.promote_types(query.dtype, torch.float32))  # [n, heads, N, T_edit]
+    kept = base_probs.to(own.dtype) @ mapper[:, None].to(own.dtype)
+    share = keep[:, None, None, :].to(own.dtype)
+    probs = share * kept + (1 - share) * own
     total = probs.sum(dim=-1, keepdim=True)
-    probs = torch.where(total > _LEAST_SHARE, probs / total.clamp_min(_LEAST_SHARE), fresh)
-    conditional = probs.to(value.dtype) @ value[-samples:]
-    if batch == samples:
-        return conditional
-    plain = F.scaled_dot_product_attention(query[:-samples], key[:-samples], value[:-samples], scale=scale)
-    return torch.cat([plain, conditional])
+    scaled = probs * (own.sum(dim=-1, keepdim=True) / total.clamp_min(_LEAST_SHARE))
+    probs = torch.where(total > _LEAST_SHARE, scaled, own)
+    change = (probs - own).to(value.dtype) @ value[rows]
+    return torch.cat([out[: rows.start], out[rows] + change, out[rows.stop :]])
 
 
-def _softmax_scores(query: torch.Tensor, key: torch.Tensor, scale: float | None) -> torch.Tensor:
-    """``softmax(query @ key^T * scale)`` in fp32 (fp64 for fp64)."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    scores = query.to(dtype) @ key.to(dtype).transpose(-2, -1)
-    return (scores * (query.shape[-1] ** -0.5 if scale is None else scale)).softmax(dim=-1)
+def _rows_of_part(batch: int, samples: int, part: int) -> slice:
+    """The rows of one part of a batch of several parts of ``samples`` each."""
+    parts = batch // samples
+    if batch % samples or not -parts <= part < parts:
+        raise ValueError(
+            f"part {part} of {samples} sample(s) is not in a batch of {batch}: the batch has to be as long as the "
+            "samples, or a multiple of that under guidance"
+        )
+    start = part % parts * samples
+    return slice(start, start + samples)

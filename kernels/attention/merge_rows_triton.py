@@ -1,7 +1,7 @@
-"""Keys and values of a picture on the GPU: the base's, with fresh rows in their pixels' places, as new tensors.
+"""Copies a base's keys and values on the GPU, with fresh rows in the places of their pixels.
 
-Attention that chooses each key by address takes longer than over keys that lie in order, and from a few hundred queries
-on one pass that brings them in order costs less than that: docs/decisions.md, 2026-11-26, has both times by size.
+Attention that chooses each key by its address is slower than attention over keys that lie in order. From a few hundred
+queries on, this copy takes less time than it saves: ``docs/measurements/attention.md`` has both times by size.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from fisedit_compile.kernels.launch.triton_launch import aligned, launch
 
-_PIXELS, _CHANNELS = 64, 64  # of a program
+_PIXELS, _CHANNELS = 64, 64  # that a program copies
 
 
 @triton.jit(do_not_specialize=["pixels"])
@@ -36,15 +36,15 @@ def merge_rows_kernel(
 ) -> None:
     pixel = tl.program_id(0) * BP + tl.arange(0, BP)  # [BP]
     channel = tl.program_id(1) * BC + tl.arange(0, BC)  # [BC]
-    there = pixel < pixels
-    row = tl.load(row_of + pixel, mask=there, other=-1)
+    valid = pixel < pixels
+    row = tl.load(row_of + pixel, mask=valid, other=-1)
     fresh, row, at = row >= 0, row.to(tl.int64), pixel.to(tl.int64)
     k_at = tl.where(fresh, k + row * k_stride, base_k + at * base_k_stride)
     v_at = tl.where(fresh, v + row * v_stride, base_v + at * base_v_stride)
-    if ALIGNED:  # a choice of two pointers hides it, and unaligned loads are narrow
+    if ALIGNED:  # the choice of two pointers hides it from the compiler, whose loads would be narrow
         k_at = tl.multiple_of(k_at, [16])
         v_at = tl.multiple_of(v_at, [16])
-    inside = there[:, None] & (channel < channels)[None, :]
+    inside = valid[:, None] & (channel < channels)[None, :]
     out_at = at[:, None] * channels + channel[None, :]  # [BP, BC]
     tl.store(out_k + out_at, tl.load(k_at[:, None] + channel[None, :], mask=inside), mask=inside)
     tl.store(out_v + out_at, tl.load(v_at[:, None] + channel[None, :], mask=inside), mask=inside)
@@ -53,12 +53,12 @@ def merge_rows_kernel(
 def merge_rows(
     k: torch.Tensor, v: torch.Tensor, base_k: torch.Tensor, base_v: torch.Tensor, row_of: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The keys and values of all pixels: ``row_of`` names the row of k and v that replaces a pixel's, or -1.
+    """The keys and values of all pixels.
 
     Args:
-        k, v: [M, heads, hd], the channels of a row one after the other; rows may lie apart.
-        base_k, base_v: [P, heads, hd], likewise; only read.
-        row_of: int32 [P].
+        k, v: [M, heads, hd], fresh rows. All channels of a row are in one piece; rows need not follow each other.
+        base_k, base_v: [P, heads, hd], the base's pixels, in the same form; only read.
+        row_of: int32 [P], the row of k and v that replaces a pixel, -1 for none.
 
     Returns:
         [P, heads, hd] each, contiguous.

@@ -1,8 +1,9 @@
 """A 2-D convolution whose pixels are rows: each output row reads its taps through a table of neighbours.
 
-This is the sparse convolution of FISEdit (Yu et al. 2023, section A.1) as an implicit GEMM. Stride, padding, dilation
-and a nearest upsampling before the convolution are all in the table, so one op serves all of them. A linear layer
-(:mod:`linear_rows`) is the case of one tap, the row itself.
+This is the sparse convolution of FISEdit (Yu et al. 2023, section A.1) as an implicit GEMM: a matrix product whose left
+factor is never stored. Stride, padding, dilation and a nearest upsampling before the convolution are all in the table,
+so that one operator serves every combination of them. A linear layer of rows (:mod:`linear_rows`) is the same product
+with one tap, the row itself, and so without a table.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from fisedit_compile.kernels.implicit_gemm.epilogue import finish_rows_reference
+from fisedit_compile.kernels.implicit_gemm.row_product_arguments import check_shortcut
 
-# The columns are gathered in blocks of at most this size. Larger buffers are mapped afresh by malloc at every call, and
-# their page faults cost more than the gather: 960 -> 320 at 64x64, batch 2, 30 %: 73 ms in one block, 54 ms in three.
+# Most bytes of gathered neighbours that are held at once. malloc maps larger buffers afresh at every call, and their
+# page faults cost more than the gather: 960 -> 320 channels at 64x64, batch 2, 30 %, takes 73 ms in one block and 54 in
+# three.
 COLUMNS_BYTES = 30 * 2**20
 
 
@@ -37,7 +40,8 @@ def conv2d_rows_reference(
         bias: [Cout] or None.
         table: int32 [M, K]; an entry in [0, R) is a row, in [R, R + Hh) a halo row, -1 is outside the picture (zero).
         epilogue, named: ``count, sample, sample_bias, residual, scale, shift, activation``, see ``epilogue``, and
-            ``beside`` [M, Cb] and ``beside_weight`` [Cout, Cb], whose product is added: a 1x1 convolution beside it.
+            ``shortcut`` [M, Cs] and ``shortcut_weight`` [Cout, Cs]: a 1x1 convolution of other rows at the same pixels,
+            whose result is added to this one's.
 
     Returns:
         [M, Cout], half as wide for ``geglu``. R, Hh and M may each be 0.
@@ -45,7 +49,7 @@ def conv2d_rows_reference(
     Raises:
         IndexError: an entry of ``table`` is over R + Hh.
         RuntimeError: the channels or dtypes of the arguments do not fit.
-        ValueError: arguments of the epilogue that do not go together, or those of a shortcut do not fit.
+        ValueError: arguments of the epilogue do not go together, or those of the shortcut do not fit.
     """
     return conv2d_rows_and_norm_reference(rows, halo, weight, bias, table, *epilogue, **named)[1]
 
@@ -63,34 +67,15 @@ def conv2d_rows_and_norm_reference(
     scale: torch.Tensor | None = None,
     shift: torch.Tensor | None = None,
     activation: str = "none",
-    beside: torch.Tensor | None = None,
-    beside_weight: torch.Tensor | None = None,
+    shortcut: torch.Tensor | None = None,
+    shortcut_weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`conv2d_rows_reference`, with the result both before and after norm and activation."""
     product = _convolve(rows, halo, weight, bias, table)
-    check_beside("conv2d_rows", beside, beside_weight, outputs=table.shape[0], filters=weight.shape[0])
-    if beside is not None and beside_weight is not None:
-        product = torch.addmm(product, beside, beside_weight.t())
+    check_shortcut("conv2d_rows", shortcut, shortcut_weight, outputs=table.shape[0], filters=weight.shape[0])
+    if shortcut is not None and shortcut_weight is not None:
+        product = torch.addmm(product, shortcut, shortcut_weight.t())
     return finish_rows_reference(product, count, sample, sample_bias, residual, scale, shift, activation)
-
-
-def check_beside(
-    op: str, beside: torch.Tensor | None, beside_weight: torch.Tensor | None, *, outputs: int, filters: int
-) -> None:
-    """Raises ValueError unless the arguments of a shortcut beside a convolution fit it and each other."""
-    if beside is None and beside_weight is None:
-        return
-    if beside is None or beside_weight is None:
-        raise ValueError(f"{op}: rows beside a convolution and their weight belong together; give both or neither")
-    if beside.shape[0] != outputs:
-        raise ValueError(
-            f"{op}: {beside.shape[0]} rows beside a convolution of {outputs}; give one for each output row"
-        )
-    if beside_weight.shape != (filters, beside.shape[1]):
-        raise ValueError(
-            f"{op}: beside_weight {list(beside_weight.shape)} does not fit {filters} filters and {beside.shape[1]} "
-            f"channels beside; give [{filters}, {beside.shape[1]}]"
-        )
 
 
 def _convolve(

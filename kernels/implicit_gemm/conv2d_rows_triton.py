@@ -1,4 +1,4 @@
-"""The convolution over rows on the GPU: see ``row_product_launch``."""
+"""The convolution of rows on the GPU, as ``kernels/ops.py`` calls it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from fisedit_compile.kernels.implicit_gemm.row_product_tiles import Library, Til
 
 
 def conv2d_rows_triton(*arguments: Any, tile: Tile | Library | None = None, **named: Any) -> torch.Tensor:
-    """Convolve at the rows of ``table``; arguments as of the reference in ``conv2d_rows``, on one GPU.
+    """``conv2d_rows`` on one GPU; its reference describes the arguments. Entries of the table are not checked.
 
-    ``tile`` None takes the best of the nearest size that was measured. Entries of the table are not checked.
+    Args:
+        tile: what computes it; None takes the fastest of the nearest size that was measured.
 
     Returns:
         [M, Cout] (half as wide for ``geglu``), contiguous.
 
     Raises:
-        ValueError: arguments that do not fit, or dtypes that differ or that the kernel does not take.
+        ValueError: the arguments do not fit each other, or their dtypes differ or are none that the kernel takes.
     """
     return launch_row_product("conv2d_rows", *arguments, keep_raw=False, tile=tile, **named)[1]
 

@@ -1,11 +1,11 @@
-"""What the row products (convolution, linear layer) do to a result before it is stored: one definition for all of them.
+"""The epilogue: what a product of rows does to its result before it is stored, the same for every such operator.
 
     raw    = product + bias + sample_bias[sample] + residual
     normed = activation(raw * scale[sample] + shift[sample])       without scale: activation(raw)
 
-A group norm with the base's statistics (FISEdit, Yu et al. 2023, section A.2) is one scale and shift for each sample
-and channel, so that it needs no pass over the rows of its own. ``geglu`` halves the width: the first half of the
-product's columns times the GELU of the second.
+A group norm with the base's statistics (FISEdit, Yu et al. 2023, section A.2) is one scale and one shift for each
+sample and channel. As a part of the epilogue it needs no pass over the rows of its own. ``geglu`` halves the width: its
+result is the first half of the product's columns times the GELU of the second half.
 """
 
 from __future__ import annotations
@@ -13,31 +13,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-#: The arguments of the epilogue in an operator's schema; ``count`` is described in ``ops``.
-SCHEMA = (
-    "Tensor? count=None, Tensor? sample=None, Tensor? sample_bias=None, Tensor? residual=None, Tensor? scale=None, "
-    'Tensor? shift=None, str activation="none"'
-)
-
-
-def check_epilogue(
-    op: str,
-    sample: torch.Tensor | None,
-    sample_bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    activation: str,
-) -> None:
-    """Raises ValueError for arguments that do not go together."""
-    if activation not in ("none", "silu", "geglu"):
-        raise ValueError(f"{op}: activation={activation!r}; give 'none', 'silu' or 'geglu'")
-    if (scale is None) != (shift is None):
-        raise ValueError(f"{op}: a norm takes scale and shift; give both or neither")
-    if sample is None and not (sample_bias is None and scale is None):
-        raise ValueError(f"{op}: sample_bias and scale are of samples; give the sample of each row, too")
-    if activation == "geglu" and not (sample_bias is None and residual is None and scale is None):
-        raise ValueError(f"{op}: geglu halves the width; it takes no sample_bias, residual or norm")
+from fisedit_compile.kernels.implicit_gemm.row_product_arguments import check_epilogue
 
 
 def finish_rows_reference(
@@ -50,16 +26,16 @@ def finish_rows_reference(
     shift: torch.Tensor | None = None,
     activation: str = "none",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``raw`` and ``normed`` of a product that has its bias.
+    """``raw`` and ``normed`` of a product to which its bias has been added.
 
     Args:
         product: [M, N].
-        count: int32 [1], see ``ops``; not read here.
-        sample: int64 [M], the batch element of each row.
-        sample_bias: [B, N].
-        residual: [M, N].
-        scale, shift: [B, N], fp32 or better; the norm is computed in fp32 or better.
-        activation: of ``normed``: ``"none"``, ``"silu"`` or ``"geglu"``.
+        count: int32 [1], how many rows are real, see ``ops``; a reference computes padded rows as well.
+        sample: int64 [M], the batch element that each row belongs to.
+        sample_bias: [B, N], added to every row of a sample: the time embedding.
+        residual: [M, N], added to the rows.
+        scale, shift: [B, N], fp32 or better, of a norm with known statistics; it is computed in fp32 or better.
+        activation: what is applied last, to ``normed`` alone: ``"none"``, ``"silu"`` or ``"geglu"``.
 
     Returns:
         [M, N] each; ``normed`` is [M, N / 2] for ``geglu``.

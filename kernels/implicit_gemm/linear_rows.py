@@ -1,4 +1,4 @@
-"""A linear layer of rows with what follows it: the product of ``conv2d_rows`` with one tap, the row itself."""
+"""A linear layer of rows with its epilogue: the product of ``conv2d_rows`` with one tap, the row itself."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def linear_rows_reference(
 
     Raises:
         RuntimeError: the shapes or dtypes do not fit.
-        ValueError: arguments of the epilogue that do not go together.
+        ValueError: arguments of the epilogue do not go together.
     """
     return linear_rows_and_norm_reference(rows, weight, bias, *epilogue, **named)[1]
 
@@ -51,7 +51,7 @@ def linear_rows_and_layer_norm_reference(
     Args:
         rows, weight, bias: [M, K], [N, K], [N] or None.
         norm_weight, norm_bias: [N] or None, see ``layer_norm_rows``.
-        count: int32 [1], see ``ops``; not read here.
+        count: int32 [1], how many rows are real, see ``ops``; the reference computes padded rows as well.
 
     Returns:
         [M, N] each: the result before and after the norm.

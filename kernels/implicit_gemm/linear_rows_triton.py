@@ -1,4 +1,4 @@
-"""The linear layer of rows on the GPU: see ``row_product_launch``."""
+"""The linear layer of rows on the GPU, as ``kernels/ops.py`` calls it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ def linear_rows_triton(
     tile: Tile | Library | None = None,
     **named: Any,
 ) -> torch.Tensor:
-    """Multiply rows; arguments as of the reference in ``linear_rows``, on one GPU.
+    """``linear_rows`` on one GPU; its reference describes the arguments.
 
-    ``tile`` None takes the best of the nearest size that was measured, cuBLAS included.
+    Args:
+        tile: what computes it, a tile or cuBLAS; None takes the fastest of the nearest size that was measured.
 
     Returns:
         [M, N] (half as wide for ``geglu``), contiguous.
 
     Raises:
-        ValueError: arguments that do not fit, or dtypes that differ or that the kernel does not take.
+        ValueError: the arguments do not fit each other, or their dtypes differ or are none that the kernel takes.
     """
     product = (rows, None, weight, bias, None)
     return launch_row_product("linear_rows", *product, *epilogue, keep_raw=False, tile=tile, **named)[1]
@@ -59,10 +60,13 @@ def linear_rows_and_layer_norm_triton(
     *,
     tile: Tile | Library | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Multiply rows and normalise; arguments as of the reference in ``linear_rows``, ``tile`` as above.
+    """``linear_rows_and_layer_norm`` on one GPU; its reference describes the arguments.
+
+    Args:
+        tile: as of :func:`linear_rows_triton`.
 
     Raises:
-        ValueError: arguments that do not fit, or dtypes that differ or that the kernel does not take.
+        ValueError: the arguments do not fit each other, or their dtypes differ or are none that the kernel takes.
     """
     raw, out = launch_row_product(
         "linear_rows_and_layer_norm", rows, None, weight, bias, None, count, residual=residual, keep_raw=True,

@@ -1,4 +1,9 @@
-"""How a product of rows is launched: which tile or library, how many splits, and the epilogue in it or behind it."""
+"""Launches a product of rows on the GPU: chooses its tile or cuBLAS, its splits, and which kernel does the epilogue.
+
+A product takes one kernel, or two. One that is split, and whose programs do not add their partial sums themselves,
+leaves them to a second kernel, which adds them and does the epilogue. The same kernel does the epilogue of a product
+that cuBLAS multiplies.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +14,28 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from fisedit_compile.kernels.implicit_gemm.conv2d_rows import check_beside
-from fisedit_compile.kernels.implicit_gemm.epilogue import check_epilogue
+from fisedit_compile.kernels.implicit_gemm.row_product_arguments import check_epilogue, check_shortcut
 from fisedit_compile.kernels.implicit_gemm.row_product_finish_triton import finish_kernel
 from fisedit_compile.kernels.implicit_gemm.row_product_layer_norm_triton import finish_layer_norm_kernel
 from fisedit_compile.kernels.implicit_gemm.row_product_tiles import Library, Tile, choose_tile
 from fisedit_compile.kernels.implicit_gemm.row_product_triton import row_product_kernel
-from fisedit_compile.kernels.launch.semaphores import semaphores
+from fisedit_compile.kernels.launch.semaphores import semaphores, zero_row
 from fisedit_compile.kernels.launch.triton_launch import aligned, check_dtypes, input_precision, launch
 
-# Tiles of rows that run one after the other over all filters: together they read a few MB, which stay in L2.
+# Tiles of rows that are computed for all filters before the next tiles of rows begin. What they read, a few MB, stays
+# in the L2 cache meanwhile.
 _GROUP = 8
-# Of a sum that a thread holds beside what its epilogue reads.
-_REGISTERS = 64
-# Of a program of the second kernel.
+# Accumulator registers a thread above which the epilogue runs in two halves, one after the other.
+_ACCUMULATORS = 64
+# Rows and filters that a program of the second kernel computes.
 _FINISH_ROWS, _FINISH_FILTERS = 8, 128
-_FINISH_VALUES = 4096  # where it needs whole rows
+# Values that a program of the second kernel computes where a layer norm needs whole rows.
+_LAYER_NORM_VALUES = 4096
 
 
 @dataclass(frozen=True)
 class LayerNorm:
-    """A layer norm of the result."""
+    """The layer norm that follows a product: weight and bias ``[filters]`` or None, and eps."""
 
     weight: torch.Tensor | None
     bias: torch.Tensor | None
@@ -50,17 +56,20 @@ def launch_row_product(
     scale: torch.Tensor | None = None,
     shift: torch.Tensor | None = None,
     activation: str = "none",
-    beside: torch.Tensor | None = None,
-    beside_weight: torch.Tensor | None = None,
+    shortcut: torch.Tensor | None = None,
+    shortcut_weight: torch.Tensor | None = None,
     *,
     keep_raw: bool,
     tile: Tile | Library | None,
     layer_norm: LayerNorm | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Launch the kernel for ``conv2d_rows``, or without a table for ``linear_rows``.
+    """Compute a product of rows: ``conv2d_rows``, or without a table ``linear_rows``, whose references describe it.
 
     Args:
-        layer_norm: of the result, which has no norm or activation then and is kept (``keep_raw``).
+        op: the operator's name, for errors.
+        keep_raw: return the result before norm and activation as well.
+        tile: what computes it; None takes the fastest of the nearest size that was measured.
+        layer_norm: a layer norm that follows. The epilogue has no norm and no activation then, and ``keep_raw`` is set.
 
     Returns:
         The result before norm and activation (None unless ``keep_raw``) and the result.
@@ -68,37 +77,39 @@ def launch_row_product(
     Raises:
         ValueError: arguments that do not fit, or dtypes that differ or that the kernel does not take.
     """
-    check_dtypes(op, rows, halo, weight, bias, sample_bias, residual, beside, beside_weight)
+    check_dtypes(op, rows, halo, weight, bias, sample_bias, residual, shortcut, shortcut_weight)
     check_epilogue(op, sample, sample_bias, residual, scale, shift, activation)
     (active, channels), filters = rows.shape, weight.shape[0]
-    there, taps = (active, 1) if table is None else table.shape
+    padded, taps = (active, 1) if table is None else table.shape
     if weight.shape[1] != taps * channels or (halo is not None and halo.shape[1] != channels):
         raise ValueError(
             f"{op}: weight [{filters}, {weight.shape[1]}] does not fit rows of {channels} channels and {taps} taps; "
             f"give [Cout, {taps * channels}], and a halo with the channels of the rows"
         )
-    check_beside(op, beside, beside_weight, outputs=there, filters=filters)
-    side_channels = 0
-    if beside is not None and beside_weight is not None:
+    if weight.numel() >= 2**31:
+        raise ValueError(f"{op}: a weight of {weight.numel()} values, which has to have fewer than {2**31}")
+    check_shortcut(op, shortcut, shortcut_weight, outputs=padded, filters=filters)
+    shortcut_channels = 0
+    if shortcut is not None and shortcut_weight is not None:
         if table is None:
-            raise ValueError(f"{op}: rows beside a convolution need its neighbour table")
-        side_channels = beside.shape[1]
-        beside, beside_weight = beside.contiguous(), beside_weight.contiguous()
+            raise ValueError(f"{op}: a shortcut needs the neighbour table of a convolution")
+        shortcut_channels = shortcut.shape[1]
+        shortcut, shortcut_weight = shortcut.contiguous(), shortcut_weight.contiguous()
     geglu = activation == "geglu"
     if geglu and keep_raw:
         raise ValueError(f"{op}: geglu has another width than what it reads; use the operator without a norm")
     width = filters // 2 if geglu else filters
     epilogue = (bias, sample, sample_bias, residual, scale, shift)
-    finish = _Finish(there, width, rows, count, epilogue, activation, keep_raw, layer_norm)
+    finish = _Finish(padded, width, rows, count, epilogue, activation, keep_raw, layer_norm)
     if finish.out.numel() == 0:
         return finish.raw, finish.out
     if tile is None:
         tile = choose_tile(
-            there, taps, channels, width, rows.dtype, side_channels=side_channels, geglu=geglu, linear=table is None,
-            plain=finish.plain, apart=layer_norm is not None,
+            padded, taps, channels, width, rows.dtype, shortcut_channels=shortcut_channels, geglu=geglu,
+            linear=table is None, plain=finish.plain, second_kernel=layer_norm is not None,
         )  # fmt: skip
     if isinstance(tile, Library):
-        product = F.linear(rows, weight, bias)  # its own epilogue adds the bias
+        product = F.linear(rows, weight, bias)  # cuBLAS adds the bias in an epilogue of its own
         if finish.plain:
             return None, product
         finish.epilogue[0] = None
@@ -110,34 +121,35 @@ def launch_row_product(
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     weight, table = weight.contiguous(), None if table is None else table.contiguous()
     halo = halo.contiguous() if halo is not None and halo.numel() else None
-    steps = taps * triton.cdiv(channels, tile.channels) + triton.cdiv(side_channels, tile.channels)
+    steps = taps * triton.cdiv(channels, tile.channels) + triton.cdiv(shortcut_channels, tile.channels)
     span = triton.cdiv(steps, tile.splits)
-    splits = triton.cdiv(steps, span)  # none without a step
-    tiles = triton.cdiv(there, tile.rows) * triton.cdiv(width, tile.filters)
+    splits = triton.cdiv(steps, span)  # fewer than the tile's where the last splits would have no step
+    tiles = triton.cdiv(padded, tile.rows) * triton.cdiv(width, tile.filters)
     parts = arrived = None
-    apart = layer_norm is not None or (splits > 1 and (tile.second_kernel or tile.more_rows > 0))
-    if apart:
-        parts = rows.new_empty(splits * (1 + geglu), there, width, dtype=_dtype_of_parts(rows.dtype))
+    second_kernel = layer_norm is not None or (splits > 1 and (tile.second_kernel or tile.more_rows > 0))
+    if second_kernel:
+        parts = rows.new_empty(splits * (1 + geglu), padded, width, dtype=_dtype_of_parts(rows.dtype))
     elif splits > 1:
         parts = rows.new_empty(tiles * splits * (1 + geglu), tile.rows, tile.filters, dtype=_dtype_of_parts(rows.dtype))
         arrived = semaphores(rows.device, tiles)
     launch(row_product_kernel, (tiles, splits), rows)(
         rows,
         halo,
-        beside,
+        shortcut,
+        None if table is None else zero_row(rows, channels),
         weight,
-        beside_weight,
+        shortcut_weight,
         table,
         count,
-        *([None] * len(finish.epilogue) if apart else finish.epilogue),
-        None if apart else finish.raw,
+        *([None] * len(finish.epilogue) if second_kernel else finish.epilogue),
+        None if second_kernel else finish.raw,
         finish.out,
         parts,
         arrived,
-        there,
+        padded,
         active,
         channels,
-        side_channels,
+        shortcut_channels,
         width,
         rows.stride(0),
         span,
@@ -148,27 +160,27 @@ def launch_row_product(
         BK=tile.channels,
         ACROSS=tile.across,
         GROUP=_GROUP,
-        WHOLE=channels % tile.channels == 0 and side_channels % tile.channels == 0,
+        WHOLE=channels % tile.channels == 0 and shortcut_channels % tile.channels == 0,
         ALIGNED=aligned(channels, halo, weight)
         and aligned(rows.stride(0), rows)
-        and aligned(side_channels, beside, beside_weight),
-        SPLITS=2 if apart else splits,
-        HALVES=not apart and tile.rows * tile.filters > _REGISTERS * 32 * tile.warps,
-        SILU=activation == "silu" and not apart,
+        and aligned(shortcut_channels, shortcut, shortcut_weight),
+        SPLITS=2 if second_kernel else splits,
+        HALVES=not second_kernel and tile.rows * tile.filters > _ACCUMULATORS * 32 * tile.warps,
+        SILU=activation == "silu" and not second_kernel,
         GEGLU=geglu,
         PRECISION=input_precision(rows.dtype),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    if apart:
-        finish.launch(parts, splits, part_stride=width, to_gate=splits * there * width)
+    if second_kernel:
+        finish.launch(parts, splits, part_stride=width, to_gate=splits * padded * width)
     return finish.raw, finish.out
 
 
 def _dtype_of_parts(dtype: torch.dtype) -> torch.dtype:
-    """Of partial sums in memory: that of the rows where torch allows it for its own products, else fp32.
+    """The dtype of partial sums in memory: the rows' own where torch allows that for its own products, else fp32.
 
-    They are read and written once more, and their rounding is of the size of the result's own.
+    Half as many bytes are written and read again. What it costs is one more rounding, of the size of the result's own.
     """
     matmul = torch.backends.cuda.matmul
     allowed = {
@@ -179,11 +191,18 @@ def _dtype_of_parts(dtype: torch.dtype) -> torch.dtype:
 
 
 class _Finish:
-    """The results of a product, the arguments of its epilogue, and its launch as a kernel of its own."""
+    """The results of a product, the arguments of its epilogue, and how the second kernel is launched.
+
+    Attributes:
+        out: [padded, width], the result.
+        raw: [padded, width], the result before norm and activation; None unless it is kept.
+        epilogue: bias, sample, sample_bias, residual, scale and shift, contiguous or None.
+        plain: nothing but a bias follows the product.
+    """
 
     def __init__(
         self,
-        there: int,
+        padded: int,
         width: int,
         rows: torch.Tensor,
         count: torch.Tensor | None,
@@ -192,7 +211,7 @@ class _Finish:
         keep_raw: bool,
         layer_norm: LayerNorm | None,
     ) -> None:
-        self.out = rows.new_empty(there, width)
+        self.out = rows.new_empty(padded, width)
         self.raw = torch.empty_like(self.out) if keep_raw else None
         self.epilogue: list[Any] = [None if each is None else each.contiguous() for each in epilogue]
         self.plain = (
@@ -201,12 +220,19 @@ class _Finish:
         self._count, self._activation, self._layer_norm = count, activation, layer_norm
 
     def launch(self, parts: torch.Tensor | None, splits: int, *, part_stride: int, to_gate: int) -> None:
-        there, width = self.out.shape
+        """Add the partial sums of ``splits`` splits, or take the one product that cuBLAS computed, and finish it.
+
+        Args:
+            parts: [splits, padded, width] partial sums, or [padded, filters].
+            part_stride: elements from a row of parts to the next.
+            to_gate: elements from a value to its gate; for geglu.
+        """
+        padded, width = self.out.shape
         if self._layer_norm is not None:
             bias, _, _, residual, _, _ = self.epilogue
             whole = triton.next_power_of_2(width)
-            height = max(1, _FINISH_VALUES // whole)
-            launch(finish_layer_norm_kernel, (triton.cdiv(there, height),), self.out)(
+            height = max(1, _LAYER_NORM_VALUES // whole)
+            launch(finish_layer_norm_kernel, (triton.cdiv(padded, height),), self.out)(
                 parts,
                 self._count,
                 bias,
@@ -215,7 +241,7 @@ class _Finish:
                 self._layer_norm.bias,
                 self.raw,
                 self.out,
-                there,
+                padded,
                 self._layer_norm.eps,
                 C=width,
                 BM=height,
@@ -225,13 +251,13 @@ class _Finish:
             )
             return
         block = _FINISH_ROWS if splits > 1 else 2 * _FINISH_ROWS
-        launch(finish_kernel, (triton.cdiv(there, block), triton.cdiv(width, _FINISH_FILTERS)), self.out)(
+        launch(finish_kernel, (triton.cdiv(padded, block), triton.cdiv(width, _FINISH_FILTERS)), self.out)(
             parts,
             self._count,
             *self.epilogue,
             self.raw,
             self.out,
-            there,
+            padded,
             width,
             part_stride,
             to_gate,

@@ -1,6 +1,7 @@
-"""Where a product of rows reads from: the rows that a neighbour table names, a shortcut's beside them, and the filters.
+"""The operands that a step of a product of rows reads: the rows that the neighbour table names, and the filters.
 
-Rows run down the matrix unit's product and filters across it, or with ACROSS the reverse; see ``Tile``.
+Rows run down the matrix unit's product and filters across it; with ACROSS it is the other way round, see ``Tile``. So a
+shape is given twice here: "[BM, BK], across [BK, BM]" is [BM, BK] without ACROSS and [BK, BM] with it.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ import triton.language as tl
 
 
 @triton.jit
-def places(rows, table, m, inside, real, row_stride, begin, TAPS: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where the table has the entries of rows m [BM], and those of the first tap; without a table where they lie."""
+def places(rows, table, m, row_stride, begin, TAPS: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Addresses and first entries of rows m [BM], each [BM].
+
+    With a table, the address of each row's entries in it, and the entry of the tap that the loop begins with. Without
+    one, the address of each row itself.
+    """
     if table is not None:
         at = table + m.to(tl.int64) * TAPS
-        entry = tl.load(at + begin % TAPS, mask=inside, other=-1)
+        entry = tl.load(at + begin % TAPS)
     else:
-        # Rows past the last read a real one, as filters do.
-        at = rows + tl.minimum(m, real - 1).to(tl.int64) * row_stride
+        at = rows + m.to(tl.int64) * row_stride
         entry = m
         if ALIGNED:
             at = tl.multiple_of(at, [16])
@@ -26,55 +30,57 @@ def places(rows, table, m, inside, real, row_stride, begin, TAPS: tl.constexpr, 
 
 @triton.jit
 def row_values(  # type: ignore[no-untyped-def]
-    rows, halo, beside, at, entry, m, inside, aside, active, row_stride, channels, side_channels, first, last, step,
-    TABLE: tl.constexpr, ALIGNED: tl.constexpr, WHOLE: tl.constexpr, ACROSS: tl.constexpr,
+    rows, halo, shortcut, zeros, at, entry, m, in_shortcut, active, row_stride, channels, shortcut_channels, first,
+    last, step, TABLE: tl.constexpr, ALIGNED: tl.constexpr, WHOLE: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """Channels ``first + step`` [BK] of the rows that entries [BM] name: [BM, BK], across [BK, BM].
+    """Channels ``first + step`` [BK] of the rows that a step reads: [BM, BK], across [BK, BM].
 
-    Without a table, of the rows at ``at``; ``aside``, of the rows m of ``beside``.
+    These are the rows that the entries [BM] name, without a table those at the addresses ``at`` [BM], and in a step of
+    the shortcut (``in_shortcut``) the rows m [BM] of ``shortcut``. Channels from ``last`` on are zero.
     """
     channel = first + step
     if TABLE:
-        source = rows + entry.to(tl.int64) * row_stride
-        present = entry >= 0
+        at = rows + entry.to(tl.int64) * row_stride
         if halo is not None:
-            source = tl.where(entry < active, source, halo + (entry - active).to(tl.int64) * channels)
-        if beside is not None:
-            source = tl.where(aside, beside + m.to(tl.int64) * side_channels, source)
-            present = tl.where(aside, inside, present)
-        if ALIGNED:  # a choice of two pointers hides it, and unaligned loads are narrow and not pipelined
-            source = tl.multiple_of(source, [16])
-        present = down(present, ACROSS)
-        if not WHOLE:
-            present = present & along(channel < last, ACROSS)
-        values = tl.load(down(source, ACROSS) + along(channel, ACROSS), mask=present, other=0.0)
-    else:
-        values = _load(down(at, ACROSS) + along(channel, ACROSS), along(channel < last, ACROSS), WHOLE)
-    return values
+            at = tl.where(entry < active, at, halo + (entry - active).to(tl.int64) * channels)
+        # Absent neighbours read a row of zeros. A mask instead would go from the thread that has the entry to those
+        # that copy its row, through shared memory and behind a barrier, in every step of the loop.
+        at = tl.where(entry >= 0, at, zeros)
+        if shortcut is not None:
+            at = tl.where(in_shortcut, shortcut + m.to(tl.int64) * shortcut_channels, at)
+        # The choice between pointers hides their alignment from the compiler, whose loads would be narrow then and not
+        # pipelined.
+        if ALIGNED:
+            at = tl.multiple_of(at, [16])
+    return _load(down(at, ACROSS) + along(channel, ACROSS), along(channel < last, ACROSS), WHOLE)
 
 
 @triton.jit
 def filter_values(  # type: ignore[no-untyped-def]
-    weight, side_weight, n, aside, tap, channels, side_channels, first, last, step,
+    weight, shortcut_weight, n, in_shortcut, tap, channels, shortcut_channels, first, last, step,
     TAPS: tl.constexpr, ALIGNED: tl.constexpr, WHOLE: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """Channels ``first + step`` [BK] of a tap, or ``aside``, in filters n [BN]: [BK, BN], across [BN, BK]."""
+    """Channels ``first + step`` [BK] of one tap in the filters n [BN]: [BK, BN], across [BN, BK].
+
+    In a step of the shortcut (``in_shortcut``) they are those of ``shortcut_weight``. From ``last`` on they are zero.
+    """
     channel = first + step
+    # Offsets in 32 bits, for which the launcher holds weights to 2^31 values.
     start, stride, depth = weight, TAPS * channels, tap * channels + channel
-    if side_weight is not None:
-        start = tl.where(aside, side_weight, weight)
-        stride = tl.where(aside, side_channels, stride)
-        depth = tl.where(aside, 0, tap * channels) + channel
+    if shortcut_weight is not None:
+        start = tl.where(in_shortcut, shortcut_weight, weight)
+        stride = tl.where(in_shortcut, shortcut_channels, stride)
+        depth = tl.where(in_shortcut, 0, tap * channels) + channel
     at = start + n * stride  # [BN]
-    if side_weight is not None:  # noqa: SIM102 - Triton compiles no branch that a constant rules out
-        if ALIGNED:  # a choice of two pointers hides it
+    if shortcut_weight is not None:  # noqa: SIM102 - Triton compiles no branch that a constant rules out
+        if ALIGNED:  # the choice between two pointers hides it from the compiler
             at = tl.multiple_of(at, [16])
     return _load(along(at, ACROSS) + down(depth, ACROSS), down(channel < last, ACROSS), WHOLE)
 
 
 @triton.jit
 def _load(at, within, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What lies there, and zeros where a step goes past the last channel."""
+    """The values at the addresses ``at``, and zeros where a step goes past the last channel."""
     if WHOLE:  # noqa: SIM108 - Triton compiles one branch alone
         values = tl.load(at)
     else:
@@ -84,11 +90,11 @@ def _load(at, within, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def down(vector, ACROSS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """[M] as [M, 1], across [1, M]."""
+    """A vector of rows or of a filter's channels [M] along the first axis of an operand: [M, 1], across [1, M]."""
     return vector[None, :] if ACROSS else vector[:, None]
 
 
 @triton.jit
 def along(vector, ACROSS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """[N] as [1, N], across [N, 1]."""
+    """A vector [N] along the second axis of an operand: [1, N], across [N, 1]."""
     return vector[:, None] if ACROSS else vector[None, :]

@@ -1,4 +1,4 @@
-"""Many copies and row gathers at once: the base's tensors of a step into the buffers that a recorded step reads."""
+"""Many copies and gathers of rows at once: they bring the base's tensors to the buffers that a CUDA graph reads."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 
 
 class RowCopies:
-    """Fills the same targets again and again, each time from other sources, on a GPU by one launch.
+    """Fills the same targets again and again, each time from other sources; on a GPU by one launch.
 
     Args:
         targets: contiguous ``[H, *C]`` each, all on one device; written by :meth:`run`.
         indices: for each target the rows of its source that it takes, int64 ``[H]``; None takes all, in order.
-        counts: int32 ``[len(targets)]`` on the device: how many rows of each target that has an index are real. It is
-            read by each run, and what lies behind is left as it is.
+        counts: int32 ``[len(targets)]`` on the device: how many rows are real, of each target that has an index. Each
+            run reads it anew, and leaves the rows behind as they are.
 
     Raises:
-        ValueError: a target that is not contiguous, or numbers of targets, indices and counts that differ.
+        ValueError: a target is not contiguous, or there are not as many targets as indices and counts.
     """
 
     def __init__(self, targets: Sequence[Tensor], indices: Sequence[Tensor | None], counts: Tensor) -> None:
@@ -37,11 +37,13 @@ class RowCopies:
             self._launch = CopyLaunch(self.targets, self.indices, counts)
 
     def addresses(self, sources: Sequence[Tensor]) -> Sequence[Tensor] | Tensor:
-        """Sources in the form that :meth:`run` takes; made once for sources that are used again. They must stay alive.
+        """The sources in the form that :meth:`run` takes, to be made once for sources that are used again.
+
+        The sources have to stay alive as long as it is used: on a GPU it is a tensor of their addresses.
 
         Args:
-            sources: one for each target, contiguous, with the target's dtype and channels, and without an index its
-                shape.
+            sources: one for each target, contiguous, of the target's dtype and channels. Where the target has no index,
+                of its shape.
 
         Raises:
             ValueError: a source of another shape, dtype or device.
@@ -58,7 +60,7 @@ class RowCopies:
         return list(sources) if self._launch is None else self._launch.addresses(sources)
 
     def run(self, sources: Sequence[Tensor] | Tensor) -> None:
-        """Copy, on the current stream; ``sources`` are of :meth:`addresses`."""
+        """Copy, on the current stream; ``sources`` is a result of :meth:`addresses`."""
         if self._launch is not None:
             assert isinstance(sources, Tensor)
             self._launch.run(sources)

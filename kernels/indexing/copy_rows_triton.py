@@ -1,4 +1,4 @@
-"""The one launch behind ``RowCopies``: each program copies some rows of one target, which a table names."""
+"""The launch behind ``RowCopies``: each program copies some rows of one target; a table says which."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor
 
 from fisedit_compile.kernels.launch.triton_launch import launch
 
-_ROWS, _WORDS = 16, 128  # of a program
+_ROWS, _WORDS = 16, 128  # that a program copies
 
 
 @triton.jit
 def _copy_rows_kernel(
-    sources: tl.tensor,  # int64 [N]: addresses
-    targets: tl.tensor,  # int64 [N]: addresses
-    indices: tl.tensor,  # int64 [N]: addresses of int64 rows; 0 takes all, in order
-    counts: tl.tensor,  # int32 [N]: real rows of a target that has an index
+    sources: tl.tensor,  # int64 [N]: the address of each source
+    targets: tl.tensor,  # int64 [N]: the address of each target
+    indices: tl.tensor,  # int64 [N]: the address of the rows that a target takes, int64 each; 0 for all, in order
+    counts: tl.tensor,  # int32 [N]: how many rows are real, of a target that has an index
     widths: tl.tensor,  # int32 [N]: words of a row
     totals: tl.tensor,  # int64 [N]: words of a target
     programs: tl.tensor,  # int32 [programs, 3]: target, first row, first word of the row
-    WORD: tl.constexpr,
-    BYTES: tl.constexpr,  # that all addresses and rows are multiples of
+    WORD: tl.constexpr,  # the dtype of a word
+    BYTES: tl.constexpr,  # all addresses and lengths of rows are multiples of it
     BR: tl.constexpr,
     BW: tl.constexpr,
 ) -> None:
@@ -51,13 +51,13 @@ def _copy_rows_kernel(
 
 
 class CopyLaunch:
-    """The tables of a launch, made once."""
+    """The tables of a launch, which depend on the targets and are made once; arguments as of ``RowCopies``."""
 
     def __init__(self, targets: Sequence[Tensor], indices: Sequence[Tensor | None], counts: Tensor) -> None:
         self._keep = (targets, indices)
         self._counts, device = counts, counts.device
         row_bytes = [math.prod(target.shape[1:]) * target.element_size() for target in targets]
-        # Without an index a target is one run of bytes, and is cut into rows of a program's width.
+        # A target without an index is copied as one run of bytes, cut into rows as wide as a program.
         sizes = [
             target.numel() * target.element_size() if index is None else size
             for target, index, size in zip(targets, indices, row_bytes, strict=True)
@@ -80,7 +80,7 @@ class CopyLaunch:
         self._indices = _table([0 if index is None else index.data_ptr() for index in indices], device)
 
     def addresses(self, sources: Sequence[Tensor]) -> Tensor:
-        """The sources' addresses on the device; pinned, so that nobody waits for the copy."""
+        """The addresses of the sources, on the device. They come from pinned memory, so that the host need not wait."""
         if any(source.data_ptr() % self.bytes for source in sources):
             raise ValueError(
                 f"a source does not start at a multiple of {self.bytes} bytes, as the targets do: clone it"
@@ -88,7 +88,7 @@ class CopyLaunch:
         return _table([source.data_ptr() for source in sources], self._counts.device)
 
     def run(self, addresses: Tensor) -> None:
-        """Launch on the current stream."""
+        """Launch on the current stream; ``addresses`` is a result of :meth:`addresses`."""
         if not len(self._programs):
             return
         launch(_copy_rows_kernel, (len(self._programs),), self._counts)(

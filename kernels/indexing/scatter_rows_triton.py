@@ -1,4 +1,4 @@
-"""Leaving the sparse region on the GPU: a copy of the base, and the real rows over it."""
+"""Leaving the sparse region on the GPU, as ``kernels/ops.py`` calls it: a copy of the base with the real rows in it."""
 
 from __future__ import annotations
 
@@ -9,26 +9,23 @@ import torch
 import triton
 import triton.language as tl
 
-from fisedit_compile.kernels.indexing.gather_scatter import inverse_permutation
-from fisedit_compile.kernels.launch.triton_launch import launch
+from fisedit_compile.ir.layout import inverse_permutation
+from fisedit_compile.kernels.launch.real_rows_triton import real_rows
+from fisedit_compile.kernels.launch.triton_launch import POINTWISE_VALUES, launch
 
-_TILE = 2048  # elements of a program
 
-
-@triton.jit(do_not_specialize=["there"])
+@triton.jit(do_not_specialize=["padded"])
 def _scatter_rows_kernel(
-    rows: tl.tensor,  # [there, width]
-    index: tl.tensor,  # int64 [there]
+    rows: tl.tensor,  # [padded, width]
+    index: tl.tensor,  # int64 [padded]
     count: tl.tensor,  # int32 [1] or None: how many of the rows are real
     out: tl.tensor,  # [pixels, width]
-    there: tl.tensor,
+    padded: tl.tensor,  # how many rows there are, those of padding included
     width: tl.tensor,
     BM: tl.constexpr,
     BC: tl.constexpr,
 ) -> None:
-    real = there
-    if count is not None:
-        real = tl.minimum(there, tl.load(count))
+    real = real_rows(padded, count)
     if tl.program_id(0) * BM >= real:
         return
     m = tl.program_id(0) * BM + tl.arange(0, BM)  # [BM]
@@ -48,7 +45,7 @@ def scatter_rows_triton(
     pixel_dims: int,
     count: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Scatter rows; arguments and result as of the reference in ``gather_scatter``, on one GPU.
+    """``scatter_rows`` on one GPU; its reference describes the arguments and the result.
 
     Raises:
         RuntimeError: the dtypes of rows and base differ.
@@ -56,16 +53,16 @@ def scatter_rows_triton(
     if rows.dtype != base.dtype:
         raise RuntimeError(f"scatter_rows: rows of {rows.dtype} into a base of {base.dtype}; give one dtype")
     out = base.clone(memory_format=torch.contiguous_format)
-    there, width = rows.shape[0], math.prod(rows.shape[1:])
+    padded, width = rows.shape[0], math.prod(rows.shape[1:])
     if rows.numel():
         block = min(256, max(16, triton.next_power_of_2(width)))
-        height = _TILE // block
-        launch(_scatter_rows_kernel, (triton.cdiv(there, height), triton.cdiv(width, block)), rows)(
+        height = POINTWISE_VALUES // block
+        launch(_scatter_rows_kernel, (triton.cdiv(padded, height), triton.cdiv(width, block)), rows)(
             rows.contiguous(),
             index.contiguous(),
             count,
             out,
-            there,
+            padded,
             width,
             BM=height,
             BC=block,

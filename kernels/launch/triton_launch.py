@@ -1,4 +1,4 @@
-"""What the launchers of the Triton kernels share: dtypes, precision of fp32 products, the device of a launch."""
+"""What the launchers of the Triton kernels share: dtypes, the precision of fp32 products, the launch itself."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from typing import Any
 
 import torch
 
-#: What the kernels take. fp64 stays with the references: there is nothing to gain from Triton.
+#: The dtypes that kernels take. Operators compute fp64 by their references, as Triton could not make it faster.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-#: Of the GPU that a launch under the interpreter is planned for, so that it takes the same tiles.
+#: Values that a program of a pointwise kernel computes: 16 a thread, two loads of 16 bytes where a value has 2.
+POINTWISE_VALUES = 2048
+
+#: Multiprocessors that are assumed under Triton's interpreter: those of an H100, so that tiles are the same as there.
 _INTERPRETED_MULTIPROCESSORS = 132
 
 _compile_alone: ContextVar[bool] = ContextVar("compile_alone", default=False)
 
 
 def check_dtypes(op: str, *tensors: torch.Tensor | None) -> None:
-    """Raises ValueError unless all tensors have one and the same of ``DTYPES``."""
+    """Raises ValueError unless all tensors have the same dtype, one of :data:`DTYPES`; ``op`` names the operator."""
     found = {tensor.dtype for tensor in tensors if tensor is not None}
     if len(found) != 1 or not found <= set(DTYPES):
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
@@ -30,17 +33,17 @@ def check_dtypes(op: str, *tensors: torch.Tensor | None) -> None:
 
 
 def input_precision(dtype: torch.dtype) -> str:
-    """``tf32`` for fp32 where torch allows it for matrix products, else ``ieee``.
+    """The precision of a kernel's products: ``tf32`` for fp32 if torch allows it for matrix products, else ``ieee``.
 
-    ``torch.backends.cuda.matmul.fp32_precision`` also follows ``allow_tf32`` and ``set_float32_matmul_precision``;
-    reading those raises once a program has used the newer setting.
+    ``torch.backends.cuda.matmul.fp32_precision`` follows ``allow_tf32`` and ``set_float32_matmul_precision`` as well.
+    Reading these two instead raises an error once a program has used the newer setting.
     """
     allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if dtype == torch.float32 and allowed else "ieee"
 
 
 def aligned(width: int, *tensors: torch.Tensor | None) -> bool:
-    """Whether all rows of ``width`` elements in contiguous tensors start at a multiple of 16 bytes."""
+    """Whether every row, ``width`` elements behind the one before, starts at a multiple of 16 bytes in every tensor."""
     return all(
         tensor is None or (tensor.data_ptr() % 16 == 0 and width * tensor.element_size() % 16 == 0)
         for tensor in tensors
@@ -48,9 +51,10 @@ def aligned(width: int, *tensors: torch.Tensor | None) -> bool:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], tensor: torch.Tensor) -> Callable[..., None]:
-    """What launches ``kernel`` with the arguments that it is given, on the device of ``tensor``.
+    """A function that launches ``kernel`` with the arguments that it is given, on the device of ``tensor``.
 
-    Triton launches on the current device. Inside :func:`compiling_alone` the kernel is compiled and not launched.
+    Triton itself launches on the current device, whatever device the arguments are on. Inside :func:`compiling_alone`
+    the kernel is compiled and not launched.
     """
 
     def run(*args: Any, **options: Any) -> None:
@@ -65,9 +69,10 @@ def launch(kernel: Any, grid: tuple[int, ...], tensor: torch.Tensor) -> Callable
 
 @contextlib.contextmanager
 def compiling_alone() -> Iterator[None]:
-    """Kernels that are launched inside are compiled instead, side by side on all processors; results are undefined.
+    """A context in which kernels are compiled instead of launched, side by side on all processors.
 
-    A step has some hundred distinct kernels, which take a minute one after the other.
+    What they would have computed is undefined. A step has some hundred distinct kernels, which take a minute to compile
+    one after the other.
     """
     from triton import AsyncCompileMode
 
@@ -80,7 +85,7 @@ def compiling_alone() -> Iterator[None]:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a GPU."""
+    """How many multiprocessors a GPU has; under the interpreter those of an H100."""
     return _multiprocessors(device) if device.type == "cuda" else _INTERPRETED_MULTIPROCESSORS
 
 

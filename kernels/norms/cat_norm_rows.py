@@ -1,4 +1,7 @@
-"""Rows of two values side by side, and their group norm with the base's statistics: where a U-Net's skips come in."""
+"""Rows of two values side by side, and their group norm with the base's statistics.
+
+A U-Net does this where a skip connection from its way down joins the way up.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,14 @@ def cat_norm_rows_reference(
     silu: bool = False,
     count: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``cat([left, right], 1)``, and ``group_norm_rows`` of it.
+    """``cat([left, right], 1)``, and ``group_norm_rows`` of that.
 
     Args:
         left, right: [M, C1] and [M, C2].
-        sample, scale, shift, silu, count: see ``group_norm_rows``, for C = C1 + C2.
+        sample, scale, shift, silu, count: as of ``group_norm_rows`` for C = C1 + C2 channels.
 
     Returns:
-        Both [M, C].
+        [M, C] each: the joined rows, and their norm.
     """
     rows = torch.cat([left, right], 1)
     return rows, group_norm_rows_reference(rows, sample, scale, shift, silu, count)

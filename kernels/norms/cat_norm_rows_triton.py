@@ -1,4 +1,4 @@
-"""Joining two values' rows and normalising them in one pass on the GPU: each is read once."""
+"""Rows of two values side by side and their group norm on the GPU, as ``kernels/ops.py`` calls it, in one pass."""
 
 from __future__ import annotations
 
@@ -6,31 +6,28 @@ import torch
 import triton
 import triton.language as tl
 
-from fisedit_compile.kernels.launch.triton_launch import check_dtypes, launch
+from fisedit_compile.kernels.launch.real_rows_triton import real_rows
+from fisedit_compile.kernels.launch.triton_launch import POINTWISE_VALUES, check_dtypes, launch
 
-_TILE = 2048  # elements of a program: 16 a thread, two 16-byte loads of 2-byte values
 
-
-@triton.jit(do_not_specialize=["rows_there"])
+@triton.jit(do_not_specialize=["padded"])
 def _cat_norm_rows_kernel(
-    left: tl.tensor,  # [rows_there, first]
-    right: tl.tensor,  # [rows_there, channels - first]
-    sample: tl.tensor,  # int64 [rows_there]
+    left: tl.tensor,  # [padded, first]
+    right: tl.tensor,  # [padded, channels - first]
+    sample: tl.tensor,  # int64 [padded]
     scale: tl.tensor,  # fp32 [B, channels]
     shift: tl.tensor,  # fp32 [B, channels]
     count: tl.tensor,  # int32 [1] or None: how many of the rows are real
-    joined: tl.tensor,  # [rows_there, channels]
-    normed: tl.tensor,  # [rows_there, channels]
-    rows_there: tl.tensor,
+    joined: tl.tensor,  # [padded, channels]
+    normed: tl.tensor,  # [padded, channels]
+    padded: tl.tensor,  # how many rows there are, those of padding included
     first: tl.tensor,
     channels: tl.tensor,
     BM: tl.constexpr,
-    BC: tl.constexpr,  # divides first and channels, so that a program has one source
+    BC: tl.constexpr,  # divides first and channels, so that a program reads one of the two values
     SILU: tl.constexpr,
 ) -> None:
-    real = rows_there
-    if count is not None:
-        real = tl.minimum(real, tl.load(count))
+    real = real_rows(padded, count)
     if tl.program_id(0) * BM >= real:
         return
     m = tl.program_id(0) * BM + tl.arange(0, BM)  # [BM]
@@ -60,26 +57,26 @@ def cat_norm_rows_triton(
     silu: bool = False,
     count: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Join and normalise; arguments as of the reference in ``cat_norm_rows``, on one GPU.
+    """``cat_norm_rows`` on one GPU; its reference describes the arguments.
 
     Raises:
-        ValueError: dtypes that differ or that the kernel does not take, or a scale of another width.
+        ValueError: the dtypes differ or are none that the kernel takes, or scale or shift are not as wide as both.
     """
     check_dtypes("cat_norm_rows", left, right)
-    there, first = left.shape
+    padded, first = left.shape
     channels = first + right.shape[1]
-    if scale.shape[1] != channels or shift.shape != scale.shape or right.shape[0] != there:
+    if scale.shape[1] != channels or shift.shape != scale.shape or right.shape[0] != padded:
         raise ValueError(
             f"cat_norm_rows: rows {list(left.shape)} and {list(right.shape)}, scale {list(scale.shape)}, shift "
             f"{list(shift.shape)}; give as many rows of both, and scale and shift [B, {channels}]"
         )
-    joined, normed = (left.new_empty(there, channels) for _ in range(2))
+    joined, normed = (left.new_empty(padded, channels) for _ in range(2))
     if joined.numel() == 0:
         return joined, normed
-    # The largest power of two in both widths: 64 for 320, 512 for 1024 and 2560.
+    # The largest power of two, up to 512, that divides the width of the first value and that of both together.
     block = min(512, first & -first, channels & -channels)
-    height = _TILE // max(block, 16)
-    launch(_cat_norm_rows_kernel, (triton.cdiv(there, height), channels // block), left)(
+    height = POINTWISE_VALUES // max(block, 16)
+    launch(_cat_norm_rows_kernel, (triton.cdiv(padded, height), channels // block), left)(
         left.contiguous(),
         right.contiguous(),
         sample.contiguous(),
@@ -88,7 +85,7 @@ def cat_norm_rows_triton(
         count,
         joined,
         normed,
-        there,
+        padded,
         first,
         channels,
         BM=height,

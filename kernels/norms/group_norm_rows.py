@@ -1,4 +1,4 @@
-"""GroupNorm of rows: with the cached run's statistics (FISEdit, Yu et al. 2023, section A.2), or with their own."""
+"""GroupNorm of rows: with the statistics of the base (FISEdit, Yu et al. 2023, section A.2), or with their own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def group_norm_rows_reference(
     silu: bool = False,
     count: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``rows * scale[sample] + shift[sample]``: a group norm whose statistics and weights are in scale and shift.
+    """``rows * scale[sample] + shift[sample]``: a group norm whose statistics, weight and bias are in scale and shift.
 
     Args:
         rows: [M, C].
@@ -24,7 +24,7 @@ def group_norm_rows_reference(
         scale: [B, C], fp32 or fp64: ``weight / sqrt(variance + eps)``.
         shift: [B, C]: ``bias - mean * scale``.
         silu: apply SiLU to the result.
-        count: int32 [1], see ``ops``; not read here.
+        count: int32 [1], how many rows are real, see ``ops``; the reference computes padded rows as well.
 
     Returns:
         [M, C] in the dtype of ``rows``, computed in fp32 or better.
@@ -46,18 +46,21 @@ def group_norm_whole_reference(
     eps: float,
     silu: bool = False,
 ) -> torch.Tensor:
-    """GroupNorm, then SiLU where asked for, of maps all of whose pixels are rows: with their own statistics.
+    """GroupNorm of maps all of whose pixels are rows, with the maps' own statistics.
 
     Args:
         rows: [samples * S, C], sample by sample.
-        samples, groups: B, and groups of neighbouring channels.
+        samples: how many maps there are.
+        groups: into how many groups of neighbouring channels C divides.
         weight, bias: [C] or None.
+        eps: is added to the variance.
+        silu: apply SiLU to the result.
 
     Returns:
         [samples * S, C].
 
     Raises:
-        RuntimeError: the rows or channels do not divide.
+        RuntimeError: the samples do not divide the rows, or the groups do not divide the channels.
     """
     maps = rows.view(samples, -1, rows.shape[1]).transpose(1, 2)  # [B, C, S]
     normed = F.group_norm(maps, groups, weight, bias, eps).transpose(1, 2).reshape(rows.shape)
@@ -67,7 +70,15 @@ def group_norm_whole_reference(
 def norm_scale_shift(
     x: torch.Tensor, groups: int, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scale and shift ``[B, C]`` that a group norm applies to a map ``[B, C, H, W]``, in fp32 or better."""
+    """The scale and shift that a group norm applies to a map, in fp32 or better.
+
+    Args:
+        x: [B, C, H, W].
+        groups, weight, bias, eps: of the group norm; weight and bias are [C] or None.
+
+    Returns:
+        [B, C] each: ``x * scale + shift`` is the norm of x, for each sample and channel.
+    """
     batch, channels = x.shape[:2]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     variance, mean = torch.var_mean(wide.reshape(batch, groups, -1), dim=2, correction=0)

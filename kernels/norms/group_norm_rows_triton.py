@@ -1,4 +1,4 @@
-"""GroupNorm of rows with given scale and shift in one pass on the GPU, with SiLU after it where asked for."""
+"""GroupNorm of rows with a given scale and shift on the GPU, as ``kernels/ops.py`` calls it: one pass over the rows."""
 
 from __future__ import annotations
 
@@ -6,28 +6,25 @@ import torch
 import triton
 import triton.language as tl
 
-from fisedit_compile.kernels.launch.triton_launch import check_dtypes, launch
+from fisedit_compile.kernels.launch.real_rows_triton import real_rows
+from fisedit_compile.kernels.launch.triton_launch import POINTWISE_VALUES, check_dtypes, launch
 
-_TILE = 2048  # elements of a program: 16 a thread, two 16-byte loads of 2-byte values
 
-
-@triton.jit(do_not_specialize=["there"])
+@triton.jit(do_not_specialize=["padded"])
 def _group_norm_rows_kernel(
-    rows: tl.tensor,  # [there, channels]
-    sample: tl.tensor,  # int64 [there]
+    rows: tl.tensor,  # [padded, channels]
+    sample: tl.tensor,  # int64 [padded]
     scale: tl.tensor,  # fp32 [B, channels]
     shift: tl.tensor,  # fp32 [B, channels]
     count: tl.tensor,  # int32 [1] or None: how many of the rows are real
-    out: tl.tensor,  # [there, channels]
-    there: tl.tensor,
+    out: tl.tensor,  # [padded, channels]
+    padded: tl.tensor,  # how many rows there are, those of padding included
     channels: tl.tensor,
     BM: tl.constexpr,
     BC: tl.constexpr,
     SILU: tl.constexpr,
 ) -> None:
-    real = there
-    if count is not None:
-        real = tl.minimum(there, tl.load(count))
+    real = real_rows(padded, count)
     if tl.program_id(0) * BM >= real:
         return
     m = tl.program_id(0) * BM + tl.arange(0, BM)  # [BM]
@@ -53,16 +50,16 @@ def group_norm_rows_triton(
     silu: bool = False,
     count: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Normalise rows; arguments as of the reference in ``group_norm_rows``, on one GPU.
+    """``group_norm_rows`` on one GPU; its reference describes the arguments.
 
     Returns:
         [M, C] in the dtype of ``rows``, contiguous.
 
     Raises:
-        ValueError: a dtype that the kernel does not take, or a scale or shift of another width.
+        ValueError: the kernel does not take the dtype, or scale or shift are not of the rows' width.
     """
     check_dtypes("group_norm_rows", rows)
-    there, channels = rows.shape
+    padded, channels = rows.shape
     if scale.shape[1] != channels or scale.shape != shift.shape:
         raise ValueError(
             f"group_norm_rows: {channels} channels, scale {list(scale.shape)}, shift {list(shift.shape)}; give both "
@@ -71,17 +68,17 @@ def group_norm_rows_triton(
     out = torch.empty_like(rows, memory_format=torch.contiguous_format)
     if out.numel() == 0:
         return out
-    # The largest power of two in the channels: 64 for 320, 512 for 2560; no lane idles and rows stay whole lines.
+    # The largest power of two that divides the channels, such as 64 of 320 and 512 of 2560: no thread is idle.
     block = max(16, min(512, channels & -channels))
-    height = _TILE // block
-    launch(_group_norm_rows_kernel, (triton.cdiv(there, height), triton.cdiv(channels, block)), rows)(
+    height = POINTWISE_VALUES // block
+    launch(_group_norm_rows_kernel, (triton.cdiv(padded, height), triton.cdiv(channels, block)), rows)(
         rows.contiguous(),
         sample.contiguous(),
         scale.contiguous(),
         shift.contiguous(),
         count,
         out,
-        there,
+        padded,
         channels,
         BM=height,
         BC=block,

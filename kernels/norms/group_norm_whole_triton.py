@@ -1,7 +1,7 @@
-"""GroupNorm of maps all of whose pixels are rows, with their own statistics, on the GPU.
+"""GroupNorm of maps all of whose pixels are rows, with their own statistics, on the GPU: ``kernels/ops.py`` calls it.
 
-A program has one group of one sample. It holds its first pixels in registers, at the low resolutions where this runs
-all of them, and reads the rest once for the sum, once for the deviations and once to normalise them.
+A program normalises one group of one sample. It keeps its first pixels in registers, which are all of them at the low
+resolutions that this is for. Further pixels it reads three times: for the mean, for the variance and to normalise them.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import triton.language as tl
 
 from fisedit_compile.kernels.launch.triton_launch import check_dtypes, launch
 
-_TILE = 16384  # elements that a program holds
+_GROUP_VALUES = 16384  # that a program keeps in registers
 
 
 @triton.jit
 def _normalise(at, x, mean, factor, shift, inside, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Normalise pixels x fp32 [BP, BC] and store them at the addresses ``at``; factor and shift are [BC]."""
     y = (x - mean) * factor[None, :] + shift[None, :]
     if SILU:
         y = y / (1.0 + tl.exp(-y))
@@ -80,10 +81,10 @@ def group_norm_whole_triton(
     eps: float,
     silu: bool = False,
 ) -> torch.Tensor:
-    """Normalise maps; arguments as of the reference in ``group_norm_rows``, on one GPU.
+    """``group_norm_whole`` on one GPU; its reference describes the arguments.
 
     Raises:
-        ValueError: a dtype that the kernel does not take, or rows or channels that do not divide.
+        ValueError: the kernel does not take the dtype, or samples or groups do not divide the rows or channels.
     """
     check_dtypes("group_norm_whole", rows)
     count, channels = rows.shape
@@ -99,7 +100,7 @@ def group_norm_whole_triton(
     width = channels // groups
     block = triton.next_power_of_2(width)
     pixels = count // samples
-    height = min(triton.next_power_of_2(pixels), max(1, _TILE // block))
+    height = min(triton.next_power_of_2(pixels), max(1, _GROUP_VALUES // block))
     launch(_group_norm_whole_kernel, (samples, groups), rows)(
         rows,
         weight,

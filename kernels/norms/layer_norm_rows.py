@@ -1,4 +1,4 @@
-"""LayerNorm of rows: torch's own, for padded rows as well."""
+"""LayerNorm of rows: as torch's own, but it may be told how many of the rows are real."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def layer_norm_rows_reference(
     Args:
         rows: [M, C].
         weight, bias: [C] or None.
-        count: int32 [1], see ``ops``; not read here.
+        eps: is added to the variance.
+        count: int32 [1], how many rows are real, see ``ops``; the reference computes padded rows as well.
 
     Returns:
         [M, C].

@@ -1,4 +1,7 @@
-"""LayerNorm of rows on the GPU: a program holds some whole rows in registers, so that they are read once."""
+"""LayerNorm of rows on the GPU, as ``kernels/ops.py`` calls it.
+
+A program keeps some whole rows in registers, so that they are read once.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,15 @@ import torch
 import triton
 import triton.language as tl
 
+from fisedit_compile.kernels.launch.real_rows_triton import real_rows
 from fisedit_compile.kernels.launch.triton_launch import check_dtypes, launch
 
-_TILE = 4096  # elements of a program
+_ROW_VALUES = 4096  # that a program keeps in registers
 
 
 @triton.jit
 def normalised(x, c, weight, bias, eps, C: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Rows x fp32 [BM, BC], zero from column C on, each to mean 0 and variance 1, then scaled and shifted."""
+    """The layer norm of rows x, fp32 [BM, BC], whose columns c [BC] from C on are zero."""
     centred = tl.where((c < C)[None, :], x - (tl.sum(x, axis=1) / C)[:, None], 0.0)
     y = centred * tl.rsqrt(tl.sum(centred * centred, axis=1) / C + eps)[:, None]
     if weight is not None:
@@ -23,23 +27,21 @@ def normalised(x, c, weight, bias, eps, C: tl.constexpr):  # type: ignore[no-unt
     return y
 
 
-@triton.jit(do_not_specialize=["rows_there"])
+@triton.jit(do_not_specialize=["padded"])
 def _layer_norm_rows_kernel(
-    rows: tl.tensor,  # [rows_there, C]
+    rows: tl.tensor,  # [padded, C]
     weight: tl.tensor,  # [C] or None
     bias: tl.tensor,  # [C] or None
     count: tl.tensor,  # int32 [1] or None: how many of the rows are real
-    out: tl.tensor,  # [rows_there, C]
-    rows_there: tl.tensor,
+    out: tl.tensor,  # [padded, C]
+    padded: tl.tensor,  # how many rows there are, those of padding included
     eps: tl.tensor,
     C: tl.constexpr,
     BM: tl.constexpr,
     BC: tl.constexpr,  # C, rounded up to a power of two
 ) -> None:
     first = tl.program_id(0) * BM
-    real = rows_there
-    if count is not None:
-        real = tl.minimum(real, tl.load(count))
+    real = real_rows(padded, count)
     if first >= real:
         return
     m = first + tl.arange(0, BM)  # [BM]
@@ -58,26 +60,26 @@ def layer_norm_rows_triton(
     eps: float,
     count: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Normalise rows; arguments as of the reference in ``layer_norm_rows``, on one GPU.
+    """``layer_norm_rows`` on one GPU; its reference describes the arguments.
 
     Raises:
-        ValueError: a dtype that the kernel does not take.
+        ValueError: the kernel does not take the dtype.
     """
     check_dtypes("layer_norm_rows", rows)
     rows = rows.contiguous()
     out = torch.empty_like(rows)
     if out.numel() == 0:
         return out
-    there, channels = rows.shape
+    padded, channels = rows.shape
     width = triton.next_power_of_2(channels)
-    height = max(1, _TILE // width)
-    launch(_layer_norm_rows_kernel, (triton.cdiv(there, height),), rows)(
+    height = max(1, _ROW_VALUES // width)
+    launch(_layer_norm_rows_kernel, (triton.cdiv(padded, height),), rows)(
         rows,
         weight,
         bias,
         count,
         out,
-        there,
+        padded,
         eps,
         C=channels,
         BM=height,

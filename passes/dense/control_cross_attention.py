@@ -3,11 +3,13 @@
         attention(%q, %k, %v)           %k, %v from the text
     ->  controlled_attention(%q, %k, %v, base maps, %control_mapper, %control_keep)
 
-It runs the dense steps of an edit under Prompt-to-Prompt control (Hertz et al. 2022), conditional half alone.
+It runs the dense steps of an edit under Prompt-to-Prompt control (Hertz et al. 2022), which is for the conditional half
+of the batch alone.
 """
 
 from __future__ import annotations
 
+import torch
 from torch.fx import GraphModule, Node
 
 from fisedit_compile.config import SparsityConfig
@@ -19,26 +21,44 @@ from fisedit_compile.passes.rewriting import RowBuilder
 
 
 def control_cross_attention(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
-    """Rewrite every cross-attention of an annotated dense graph."""
+    """Let every cross-attention of an annotated dense graph take the base's maps, in place."""
     report = PassReport("control_cross_attention")
     graph = graph_module.graph
     inputs = Inputs(graph)
     for node in cross_attentions(graph_module):
-        maps = inputs(CacheEntry(node.name, "attention"))
-        mapper, keep = inputs(ControlTensor("mapper")), inputs(ControlTensor("keep"))
-        build = RowBuilder(graph, inputs, node.meta["module_path"])
+        maps, mapper, keep = _control_inputs(inputs, node)
+        build = RowBuilder(graph, inputs, node)
         with graph.inserting_before(node):
             controlled = build.call(
                 controlled_attention, *node.args[:3], maps, mapper, keep, scale=node.kwargs.get("scale")
             )
-        controlled.meta.update(val=node.meta["val"], layout=node.meta["layout"])
+        controlled.meta["layout"] = node.meta["layout"]
         node.replace_all_uses_with(controlled)
         graph.erase_node(node)
         report.change(node)
     return report
 
 
+def _control_inputs(inputs: Inputs, attention: Node) -> tuple[Node, Node, Node]:
+    """The base's maps of one cross-attention, and the prompts' alignments.
+
+    Their ``meta["val"]`` has a sample of the pictures for each of the batch, as without classifier-free guidance.
+    """
+    query, key = (node.meta["val"] for node in attention.args[:2])  # type: ignore[union-attr]
+    batch, heads, pixels, _ = query.shape
+    tokens = key.shape[2]
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    return (
+        inputs(CacheEntry(attention.name, "attention"), empty(batch, heads, pixels, tokens, dtype=query.dtype)),
+        inputs(ControlTensor("mapper"), empty(batch, tokens, tokens)),
+        inputs(ControlTensor("keep"), empty(batch, tokens)),
+    )
+
+
 def cross_attentions(graph_module: GraphModule) -> list[Node]:
-    """Attention of an annotated graph whose queries lie in space and whose keys do not."""
+    """The cross-attentions of an annotated graph: their queries lie in space, and their keys do not."""
     nodes = graph_module.graph.find_nodes(op="call_function", target=targets.ATTENTION)
     return [node for node in nodes if "layout" in node.args[0].meta and "layout" not in node.args[1].meta]

@@ -1,8 +1,8 @@
-"""The record graph: the dense graph that also returns what a sparse graph asks of the base.
+"""The recording graph: the dense graph that also returns what a sparse graph asks of the base.
 
     output(%noise)  ->  output((%noise, (tensors of the entries, in their order)))
 
-Maps are kept pixel-major ``[B*H*W, *channels]``, as the halo gather and the scatter read them.
+A map is kept with one row a pixel, ``[B*H*W, *channels]``: so the gather of a halo and the scatter read it.
 """
 
 from __future__ import annotations
@@ -17,14 +17,19 @@ from fisedit_compile.kernels.attention.controlled_attention import attention_pro
 from fisedit_compile.kernels.norms.group_norm_rows import norm_scale_shift
 from fisedit_compile.passes import targets
 from fisedit_compile.passes.pass_report import PassReport
-from fisedit_compile.passes.rewriting import RowBuilder
-from fisedit_compile.passes.sparsify.sparsify_norm import norm_arguments
+from fisedit_compile.passes.rewriting import RowBuilder, norm_arguments
 
 aten = targets.aten
 
 
 def record_activations(graph_module: GraphModule, entries: Sequence[CacheEntry], samples: int) -> PassReport:
-    """Add ``entries`` to the outputs of an annotated dense graph; ``samples`` of the batch are its conditional half."""
+    """Add ``entries`` to the outputs of an annotated dense graph, in place.
+
+    Args:
+        graph_module: the graph; :func:`~fisedit_compile.passes.region.annotate_layout.annotate_layout` has run on it.
+        entries: what the base keeps, each named after a node of this graph.
+        samples: pictures in the batch; the last ``samples`` of the U-Net's batch are the conditional half.
+    """
     report = PassReport("record_activations")
     graph = graph_module.graph
     inputs = Inputs(graph)
@@ -34,10 +39,10 @@ def record_activations(graph_module: GraphModule, entries: Sequence[CacheEntry],
     recorded = []
     for entry in entries:
         node = by_name[entry.node]
-        build = RowBuilder(graph, inputs, node.meta["module_path"])
+        build = RowBuilder(graph, inputs, node)
         with graph.inserting_before(output):
             if entry.kind == "map":
-                # A copy even where the map lies pixel-major already: it may be a view of an input or of the output,
+                # A copy even where the map lies in this form already: it may be a view of an input or of the output,
                 # which belong to the caller.
                 contiguous = {"memory_format": torch.contiguous_format}
                 recorded.append(build.call(aten.clone.default, build.pixels(node), **contiguous))

@@ -4,24 +4,26 @@
 ->  %qkv = linear(%x, cat([%wq, %wk, %wv]), cat([%bq, %bk, %bv]))
     %q, %k, %v = split(%qkv)
 
-One product of three times the width fills a GPU better than three, and reads %x once. The weights are joined in the
-stage ``constant``, once a model. So do the keys and values of all cross-attentions, which read the same text, and
-where the pooled text enters it (SDXL) the projections of the time embedding, once its activation, which each ResNet
-computes for itself, is one value.
+One product of three times the width fills a GPU better than three products, and reads %x once. The weights are joined
+in the stage ``constant``, once a model. The keys and values of all cross-attentions become one product in the same way,
+as they read the same text. So do the projections of the time embedding in SDXL, where the pooled text enters it; for
+that, the activation that each ResNet computes of the embedding for itself becomes one value first.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.passes import targets
+from fisedit_compile.passes.arguments import arguments_of
 from fisedit_compile.passes.pass_report import PassReport
-from fisedit_compile.passes.rewriting import common_path
+from fisedit_compile.passes.rewriting import common_path, make_call
 
 aten = targets.aten
 
@@ -48,7 +50,7 @@ def merge_linears(graph_module: GraphModule, config: SparsityConfig) -> PassRepo
 
 
 def _share_activations(graph: Graph) -> None:
-    """Equal pointwise operations of one value become one."""
+    """Let pointwise operations of one value, with equal arguments, become one operation."""
     first: dict[object, Node] = {}
     for node in list(graph.nodes):
         if node.target not in targets.UNARY or node.kwargs:
@@ -60,8 +62,8 @@ def _share_activations(graph: Graph) -> None:
 
 
 def _differ(linears: Sequence[Node]) -> str | None:
-    """Why linear layers of one value cannot be one."""
-    if len({_bias(node) is None for node in linears}) > 1:
+    """Why linear layers of one value cannot become one, in words; None where they can."""
+    if len({arguments_of(node)["bias"] is None for node in linears}) > 1:
         return "only some of the layers that read this value have a bias"
     if any(_source(node.args[1]).op != "get_attr" for node in linears):
         return "its weight is computed"
@@ -70,45 +72,34 @@ def _differ(linears: Sequence[Node]) -> str | None:
 
 def _merge(graph: Graph, linears: Sequence[Node]) -> None:
     first = linears[0]
-    widths = [_width(node) for node in linears]
+    widths = [node.meta["val"].shape[-1] for node in linears]
     for node in linears[1:]:
         _bring_before(first, node.args[1:])
+    path = common_path([each.meta["module_path"] for each in linears])
+    layout = first.meta.get("row_layout")
+    make = partial(make_call, graph, module_path=path)
     with graph.inserting_before(first):
-        weight = graph.call_function(aten.cat.default, ([node.args[1] for node in linears],))
-        biases = [_bias(node) for node in linears]
-        bias = graph.call_function(aten.cat.default, (biases,)) if biases[0] is not None else None
-        merged = graph.call_function(targets.LINEAR, (first.args[0], weight, bias))
-        pieces = graph.call_function(aten.split_with_sizes.default, (merged, widths, -1))
-        for made in (weight, bias, merged, pieces):
-            if made is not None:
-                made.meta["module_path"] = common_path([each.meta["module_path"] for each in linears])
+        weight = make(aten.cat.default, ([node.args[1] for node in linears],))
+        biases = [arguments_of(node)["bias"] for node in linears]
+        bias = make(aten.cat.default, (biases,)) if biases[0] is not None else None
+        merged = make(targets.LINEAR, (first.args[0], weight, bias), row_layout=layout)
+        pieces = make(aten.split_with_sizes.default, (merged, widths, -1))
         for i, node in enumerate(linears):
-            piece = graph.call_function(targets.GETITEM, (pieces, i))
-            piece.meta.update(node.meta)
-            node.replace_all_uses_with(piece)
-    if "rows" in first.meta:
-        merged.meta["rows"] = first.meta["rows"]
+            own = {"module_path": node.meta["module_path"], "row_layout": node.meta.get("row_layout")}
+            node.replace_all_uses_with(make_call(graph, targets.GETITEM, (pieces, i), **own))
     for node in linears:
         graph.erase_node(node)
 
 
 def _bring_before(first: Node, weights: Iterable[Any]) -> None:
-    """Move the weights of a later layer to where the joined one stands, with what flattens them."""
+    """Move the weights of a later layer, and what flattens them, in front of the layer ``first``."""
     for weight in weights:
         if isinstance(weight, Node) and weight > first:
             _bring_before(first, weight.args)
             first.prepend(weight)
 
 
-def _bias(node: Node) -> Node | None:
-    return node.args[2] if len(node.args) > 2 else None  # type: ignore[return-value]
-
-
 def _source(weight: object) -> Node:
-    """The parameter behind a weight; a 1x1 convolution's is flattened first."""
+    """The parameter that a weight is; of a 1x1 convolution it is the one that was flattened."""
     assert isinstance(weight, Node)
     return weight if weight.target is not aten.flatten.using_ints else _source(weight.args[0])
-
-
-def _width(node: Node) -> int:
-    return int(_source(node.args[1]).meta["val"].shape[0])

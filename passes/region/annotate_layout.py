@@ -1,4 +1,4 @@
-"""Pass 1: give every spatial value its :class:`~fisedit_compile.ir.layout.Layout`, from the U-Net's inputs on.
+"""Pass 1: find out where each value lies in space: its :class:`~fisedit_compile.ir.layout.Layout`.
 
     %sample   [B, 4, H, W]        ->  bchw at (H, W)
     %conv2d   [B, C, H, W]        ->  bchw at (H, W)
@@ -6,9 +6,10 @@
     %reshape  [B, H*W, C]         ->  bsc  at (H, W)
     %view     [B, H*W, heads, d]  ->  bscc at (H, W)
 
-A value computed from no spatial value (time embedding, text) gets none. An operation that has no rule here, or one
-that mixes pixels in a way rows cannot follow, ends the region: it is reported and stays dense. Where its result is a
-map ``[B, C, H, W]`` again, a region starts anew after it.
+The latents are a map, and each operation has a rule for what it makes of its operands' layouts. A value that is
+computed from no spatial value, such as the time embedding or the text, gets no layout. An operation without a rule, or
+one that mixes pixels in a way that rows cannot follow, ends the region: it is reported and stays dense. Where its
+result is a map ``[B, C, H, W]`` again, a new region starts behind it.
 """
 
 from __future__ import annotations
@@ -21,11 +22,16 @@ from torch.fx import GraphModule, Node
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.layout import Layout
 from fisedit_compile.passes import targets
+from fisedit_compile.passes.arguments import arguments_of
 from fisedit_compile.passes.pass_report import PassReport
+from fisedit_compile.passes.rewriting import permutation
 
 
 def annotate_layout(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
-    """Set ``meta["layout"]`` on every spatial value; ``meta["dense"]`` says why an operation cannot run on rows."""
+    """Set ``meta["layout"]`` on every spatial value.
+
+    An operation that cannot run on rows gets ``meta["dense"]``, the reason in words.
+    """
     report = PassReport("annotate_layout")
     sample: Layout | None = None
     for node in graph_module.graph.nodes:
@@ -50,6 +56,7 @@ def annotate_layout(graph_module: GraphModule, config: SparsityConfig) -> PassRe
 
 
 def _rule(node: Node) -> Layout | None:
+    """The layout of an operation's result. Raises ValueError, with the reason, where it has to stay dense."""
     rule = _RULES.get(node.target)
     if rule is None:
         raise ValueError(f"no rule for {node.target}: its result is computed dense")
@@ -57,7 +64,7 @@ def _rule(node: Node) -> Layout | None:
 
 
 def _restart_at(source: Node, report: PassReport) -> None:
-    """What a convolution reads is a map, whatever it was computed from: a region may start anew there."""
+    """Let a new region start at what a convolution reads: that is a map, whatever it was computed from."""
     layout = _map_layout(source)
     if "layout" not in source.meta and layout is not None:
         source.meta.update(layout=layout, dense="computed from a value whose layout is not known")
@@ -65,7 +72,10 @@ def _restart_at(source: Node, report: PassReport) -> None:
 
 
 def _input_layout(node: Node, sample: Layout | None) -> Layout | None:
-    """The sample is a map; another input is one if it has the sample's resolution or a halving of it (ControlNet)."""
+    """The layout of an input of the U-Net; ``sample`` is that of the latents, None for the latents themselves.
+
+    Another input is a map if it has the latents' resolution, or this halved some times, as ControlNet's residuals have.
+    """
     layout = _map_layout(node)
     if layout is None or sample is None:
         return layout
@@ -74,12 +84,15 @@ def _input_layout(node: Node, sample: Layout | None) -> Layout | None:
 
 
 def _reads_a_map(node: Node) -> bool:
-    """Whether a dense operation's result may be a map again: heads ``[B, heads, H*W, d]`` have four dimensions too."""
+    """Whether the result of a dense operation may be a map again: if an operand is one.
+
+    Four dimensions alone do not say so, as heads ``[B, heads, H*W, d]`` have them as well.
+    """
     return any(layout is not None and layout.roles == "bchw" for layout in map(layout_of, node.all_input_nodes))
 
 
 def _map_layout(node: Node) -> Layout | None:
-    """A 4-dimensional value at an edge of the region as a map, ``[B, C, H, W]``."""
+    """The layout of a floating-point value of four dimensions, taken to be a map ``[B, C, H, W]``."""
     val = node.meta.get("val")
     if isinstance(val, torch.Tensor) and val.ndim == 4 and val.is_floating_point():
         return Layout("bchw", (val.shape[2], val.shape[3]))
@@ -87,7 +100,7 @@ def _map_layout(node: Node) -> Layout | None:
 
 
 def layout_of(node: object) -> Layout | None:
-    """The layout of a graph value, None for numbers and values without space."""
+    """The layout of an operand; None for numbers and for values without space."""
     return node.meta.get("layout") if isinstance(node, Node) else None
 
 
@@ -128,7 +141,7 @@ def _conv(node: Node) -> Layout | None:
     _map_in(node, "a convolution")
     if node.kwargs:
         raise ValueError("a convolution with keyword arguments has no row kernel")
-    groups = node.args[6] if len(node.args) > 6 else 1
+    groups = arguments_of(node)["groups"]
     if groups != 1:
         raise ValueError(f"a grouped convolution (groups={groups}) has no row kernel")
     return Layout("bchw", _shape(node)[2:])  # type: ignore[arg-type]
@@ -136,8 +149,8 @@ def _conv(node: Node) -> Layout | None:
 
 def _upsample(node: Node) -> Layout | None:
     source = _map_in(node, "upsampling").size
-    scales = node.args[2] if len(node.args) > 2 else None
-    if scales and any(side * scale != out for side, scale, out in zip(source, scales, _shape(node)[2:], strict=True)):  # type: ignore[arg-type]
+    scales = arguments_of(node)["scale_factors"]
+    if scales and any(side * scale != out for side, scale, out in zip(source, scales, _shape(node)[2:], strict=True)):
         raise ValueError(f"upsampling by {scales}, which is no ratio of whole sizes")
     return Layout("bchw", _shape(node)[2:])  # type: ignore[arg-type]
 
@@ -151,7 +164,7 @@ def _group_norm(node: Node) -> Layout | None:
 def _layer_norm(node: Node) -> Layout | None:
     layout = layout_of(node.args[0])
     assert layout is not None
-    if set(layout.roles[-len(node.args[1]) :]) != {"c"}:  # type: ignore[arg-type]
+    if set(layout.roles[-len(arguments_of(node)["normalized_shape"]) :]) != {"c"}:
         raise ValueError("a layer norm over dimensions that are not channels")
     return layout
 
@@ -169,17 +182,6 @@ def _view(node: Node) -> Layout | None:
     return layout.viewed(_shape(node.args[0]), _shape(node))  # type: ignore[arg-type]
 
 
-def permutation(node: Node) -> tuple[int, ...]:
-    """The dimensions of a ``permute`` or ``transpose`` node, as a permutation."""
-    rank = node.meta["val"].ndim
-    if node.target is torch.ops.aten.transpose.int:
-        a, b = (int(dim) % rank for dim in node.args[1:3])  # type: ignore[arg-type]
-        dims = list(range(rank))
-        dims[a], dims[b] = b, a
-        return tuple(dims)
-    return tuple(dim % rank for dim in node.args[1])  # type: ignore[union-attr]
-
-
 def _permute(node: Node) -> Layout | None:
     layout = layout_of(node.args[0])
     assert layout is not None
@@ -192,14 +194,14 @@ def _cat(node: Node) -> Layout | None:
         raise ValueError("its parts lie differently in space")
     (layout,) = layouts
     assert layout is not None
-    layout.row_dim(node.args[1] if len(node.args) > 1 else 0)  # type: ignore[arg-type]
+    layout.row_dim(arguments_of(node)["dim"])
     return layout
 
 
 def _chunk(node: Node) -> Layout | None:
     layout = layout_of(node.args[0])
     assert layout is not None
-    layout.row_dim(node.args[2] if len(node.args) > 2 else 0)  # type: ignore[arg-type]
+    layout.row_dim(arguments_of(node)["dim"])
     return layout
 
 
@@ -209,9 +211,10 @@ def _attention(node: Node) -> Layout | None:
         raise ValueError("attention whose query is not [B, heads, H*W, channels]")
     if not (key == value and key in (None, query)):
         raise ValueError("attention whose keys and values lie elsewhere than its queries")
-    if (len(node.args) > 3 and node.args[3] is not None) or node.kwargs.get("attn_mask") is not None:
+    given = arguments_of(node)
+    if given["attn_mask"] is not None:
         raise ValueError("attention with a mask has no row kernel")
-    if any(node.kwargs.get(option) for option in ("is_causal", "dropout_p", "enable_gqa")) or len(node.args) > 4:
+    if any(given[option] for option in ("is_causal", "dropout_p", "enable_gqa")):
         raise ValueError("causal, grouped-query or dropped-out attention has no row kernel")
     if key is None and _shape(node.args[1])[:2] != _shape(node)[:2]:  # type: ignore[arg-type]
         raise ValueError("cross-attention whose keys are not [B, heads, tokens, channels] of the queries' batch")

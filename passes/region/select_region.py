@@ -1,10 +1,10 @@
 """Pass 2: choose the values that become rows: those at the resolutions that pay for it (paper 3.1).
 
-A value joins the region when it has a layout and its operation can run on rows. Below ``config.dense_below`` cells on
-the shorter side all pixels are rows, whatever the mask: such a level is computed whole, but by the same operations, so
-that nothing is scattered and gathered on the way down and up. Chunks and nearest-upsampled maps stay out: the first are
-tuples, whose pieces join; the second are never made, because the convolution behind reads the small map through its
-table.
+A value joins the region if it has a layout and its operation can run on rows. Below ``config.dense_below`` cells on the
+shorter side every pixel is a row, whatever the mask. Such a level is computed whole, but by the same operations, so
+that nothing has to be scattered and gathered on the way down and up. Two kinds of values stay out of the region. A
+chunk is a tuple, and its pieces join instead. A nearest-upsampled map is never made: the convolution behind it reads
+the small map through its table.
 """
 
 from __future__ import annotations

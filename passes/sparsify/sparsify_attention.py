@@ -1,6 +1,7 @@
-"""Pass 6: attention of the region runs ragged, on the active tokens of each sample (approximate attention, paper A.3).
+"""Pass 6: attention of the region runs on the active tokens of each sample (approximate attention, paper A.3).
 
-Rows stay gathered from the first projection through self- and cross-attention to the feed-forward behind them.
+Samples may have different numbers of active tokens. The rows stay gathered from the first projection through self- and
+cross-attention to the feed-forward layers behind them.
 
 1.  Self-attention, ``attention="full"``: every key of the sample, the base's where a token is not active.
         gather(attention(%q, %k, %v))
@@ -22,6 +23,7 @@ from torch.fx import GraphModule, Node
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.passes import targets
+from fisedit_compile.passes.arguments import arguments_of
 from fisedit_compile.passes.pass_report import PassReport
 from fisedit_compile.passes.rewriting import RowBuilder, move_gathers
 
@@ -46,13 +48,13 @@ def _attention_rows(build: RowBuilder, attention: Node, *, config: SparsityConfi
     if "layout" not in key.meta:
         tokens, text = (_tokens(build, node) for node in (key, value))
         counts = _text_offsets(build, key)
-        return build.call(targets.ATTENTION_ROWS, build.rows(query), tokens, text, offsets, counts, scale)
+        return build.form(targets.ATTENTION_ROWS, build.rows(query), tokens, text, offsets, counts, scale)
     rows = [build.rows(node) for node in (query, key, value)]
     if config.attention == "masked" or config.is_whole(size):
-        return build.call(targets.ATTENTION_ROWS, *rows, offsets, offsets, scale)
+        return build.form(targets.ATTENTION_ROWS, *rows, offsets, offsets, scale)
     row_of = build.inputs(PlanTensor("row_of", size))
-    base = [node.args[1] for node in (key, value)]
-    return build.call(targets.ATTENTION_CACHED, *rows, *base, row_of, offsets, scale)
+    base = [arguments_of(node)["base"] for node in (key, value)]
+    return build.form(targets.ATTENTION_CACHED, *rows, *base, row_of, offsets, scale)
 
 
 def _tokens(build: RowBuilder, value: Node) -> Node:

@@ -1,14 +1,16 @@
 """Pass 4: convolutions of the region read the active pixels and their halo through a neighbour table.
 
-1.  A convolution of a value of the region, stride and dilation as they come:
+1.  A convolution of a value of the region, of any stride and dilation:
         gather(conv2d(%x, %w, %b, stride 2))
-    ->  conv2d_rows(gather(%x), halo, packed(%w), %b, table(size of %x -> size of %y))
-    where ``halo = base_map_x[halo index]`` are the base's values of the pixels next to the mask. Where every pixel of
-    %x is a row (``config.is_whole``) there is no halo.
-2.  A convolution of a nearest-upsampled value: the same, the table reads the small map; the large one is never made.
-3.  A convolution of a dense value (the latents; the first one behind the dense levels):
+    ->  conv2d_rows(gather(%x), halo, packed(%w), %b, table(size of %x -> size of %y)) where ``halo = base_map_x[halo
+    index]`` has the base's values of the pixels next to the mask. Where every pixel of %x is a row
+    (``config.is_whole``) there is no halo.
+2.  A convolution of a nearest-upsampled value: the same, but the table names pixels of the small map. The large map is
+    never made.
+3.  A convolution of a dense value, such as the latents:
     ->  conv2d_rows(pixels of %x, None, packed(%w), %b, table of pixel ids)
-4.  A 1x1 convolution of stride 1 is a linear layer on rows; it needs no neighbours.
+4.  A 1x1 convolution of stride 1 needs no neighbours:
+    ->  linear(gather(%x), flattened %w, %b)
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from fisedit_compile.ir.layout import Size
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.taps import Taps
 from fisedit_compile.passes import targets
+from fisedit_compile.passes.arguments import arguments_of
 from fisedit_compile.passes.pass_report import PassReport
 from fisedit_compile.passes.rewriting import RowBuilder, move_gathers
 
@@ -37,21 +40,18 @@ def sparsify_conv(graph_module: GraphModule, config: SparsityConfig) -> PassRepo
 
 
 def _conv_rows(build: RowBuilder, conv: Node, *, config: SparsityConfig) -> Node:
-    source, weight = conv.args[0], conv.args[1]
-    bias = conv.args[2] if len(conv.args) > 2 else None
-    assert isinstance(source, Node)
-    assert isinstance(weight, Node)
+    given = arguments_of(conv)
+    source, weight, bias = given["input"], given["weight"], given["bias"]
     geometry = geometry_of(conv)
     upsampled = None
     if source.target is targets.UPSAMPLE and "dense" not in source.meta:
         upsampled = source.meta["layout"].size
         source = source.args[0]
-        assert isinstance(source, Node)
 
     kernel = tuple(weight.meta["val"].shape[2:])
     if kernel == (1, 1) and geometry == {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)} and not upsampled:
         flat = build.call(aten.flatten.using_ints, weight, 1)
-        return build.call(targets.LINEAR, build.rows(source), flat, bias)
+        return build.form(targets.LINEAR, build.rows(source), flat, bias)
 
     packed = pack_weight(build, weight)
     sizes: dict[str, Any] = {"source": source.meta["layout"].size, "target": conv.meta["layout"].size}
@@ -59,26 +59,21 @@ def _conv_rows(build: RowBuilder, conv: Node, *, config: SparsityConfig) -> Node
     taps = Taps(**sizes, kernel=kernel, **geometry, upsampled=upsampled, dense=not in_region)
     table = build.inputs(PlanTensor("table", taps))
     if not in_region:
-        return build.call(targets.CONV2D_ROWS, build.pixels(source), None, packed, bias, table)
+        return build.form(targets.CONV2D_ROWS, build.pixels(source), None, packed, bias, table)
     if config.is_whole(taps.source):
-        return build.call(targets.CONV2D_ROWS, build.rows(source), None, packed, bias, table)
-    base = source.args[1]
+        return build.form(targets.CONV2D_ROWS, build.rows(source), None, packed, bias, table)
+    base = arguments_of(source)["base"]
     halo = build.call(aten.index_select.default, base, 0, build.inputs(PlanTensor("halo", taps)))
-    return build.call(targets.CONV2D_ROWS, build.rows(source), halo, packed, bias, table)
+    return build.form(targets.CONV2D_ROWS, build.rows(source), halo, packed, bias, table)
 
 
 def pack_weight(build: RowBuilder, weight: Node) -> Node:
-    """``[Cout, Cin, kh, kw]`` to ``[Cout, kh * kw * Cin]``: a row holds the taps as the gathered pixels lie."""
+    """A weight ``[Cout, Cin, kh, kw]`` as ``[Cout, kh * kw * Cin]``: tap after tap, each with all channels."""
     packed = build.call(aten.permute.default, weight, [0, 2, 3, 1])
     return build.call(aten.flatten.using_ints, packed, 1)
 
 
 def geometry_of(conv: Node) -> dict[str, Size]:
     """Stride, padding and dilation of a convolution, each for height and width."""
-
-    def pair(position: int, default: int) -> Size:
-        values = conv.args[position] if len(conv.args) > position else [default]
-        assert isinstance(values, list | tuple)
-        return (values[0], values[-1])
-
-    return {"stride": pair(3, 1), "padding": pair(4, 0), "dilation": pair(5, 1)}
+    given = arguments_of(conv)
+    return {name: (given[name][0], given[name][-1]) for name in ("stride", "padding", "dilation")}

@@ -3,17 +3,17 @@
 1.  Where the mask decides which pixels are rows:
         gather(group_norm(%x, groups, %w, %b))
     ->  group_norm_rows(gather(%x), sample, base scale, base shift)
-    with ``scale`` and ``shift`` the base's statistics, weight and bias in one, for each sample and channel. The
-    statistics of a map change little while most of it stays, and with them a norm needs no pixel but its own.
-2.  Where every pixel is a row (``config.is_whole``), the norm has all it needs and takes its own statistics:
+    ``scale`` and ``shift`` are ``[B, C]`` and combine the base's statistics with the norm's weight and bias. Statistics
+    of a map change little while most of the map stays, and with given ones a norm needs no pixel but its own.
+2.  Where every pixel is a row (``config.is_whole``), the norm has all pixels and takes its own statistics:
     ->  group_norm_whole(gather(%x), samples, groups, %w, %b, eps)
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
 
 from fisedit_compile.config import SparsityConfig
@@ -21,11 +21,11 @@ from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry
 from fisedit_compile.passes import targets
 from fisedit_compile.passes.pass_report import PassReport
-from fisedit_compile.passes.rewriting import RowBuilder, move_gathers
+from fisedit_compile.passes.rewriting import RowBuilder, move_gathers, norm_arguments
 
 
 def sparsify_norm(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
-    """Rewrite the group norms of the region. Layer norms see one row at a time: ``sparsify_pointwise`` takes them."""
+    """Rewrite the group norms of the region. ``sparsify_pointwise`` takes layer norms, which need one row at a time."""
     report = PassReport("sparsify_norm")
     move_gathers(graph_module, report, {targets.GROUP_NORM}, partial(_group_norm, config=config))
     return report
@@ -36,14 +36,10 @@ def _group_norm(build: RowBuilder, norm: Node, *, config: SparsityConfig) -> Nod
     size = norm.meta["layout"].size
     if config.is_whole(size):
         samples = norm.meta["val"].shape[0]
-        return build.call(targets.GROUP_NORM_WHOLE, build.rows(value), samples, groups, weight, bias, eps)
-    scale, shift = (build.inputs(CacheEntry(norm.name, kind)) for kind in ("scale", "shift"))
-    return build.call(
+        return build.form(targets.GROUP_NORM_WHOLE, build.rows(value), samples, groups, weight, bias, eps)
+    val = norm.meta["val"]
+    vectors = torch.empty(val.shape[:2], dtype=torch.promote_types(val.dtype, torch.float32), device="meta")  # [B, C]
+    scale, shift = (build.inputs(CacheEntry(norm.name, kind), vectors) for kind in ("scale", "shift"))
+    return build.form(
         targets.GROUP_NORM_ROWS, build.rows(value), build.inputs(PlanTensor("sample", size)), scale, shift
     )
-
-
-def norm_arguments(norm: Node) -> tuple[Node, int, Node | None, Node | None, float]:
-    """Input, groups, weight, bias and eps of an ``aten.group_norm`` node."""
-    args: tuple[Any, ...] = (*norm.args, *(None, None, None, None, 1e-5)[len(norm.args) :])
-    return args[0], args[1], args[2], args[3], args[4]

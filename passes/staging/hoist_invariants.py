@@ -1,11 +1,14 @@
 """Pass 14: take out of the step what does not change from step to step.
 
-Every value is put into the earliest stage that has all it depends on:
+Each value is computed in the earliest stage that has everything it depends on:
 
-    constant   weights alone                    packed convolution weights, text offsets; once a model
-    prompt     the text's embeddings            cross-attention keys and values; once an edit
-    fetch      the base's cache at rows of the plan     halo rows; ahead of a step, wherever the base is
-    step       the rest
+    stage      its values depend on             such as                                 it runs
+    constant   weights                          packed convolution weights              once a model
+    prompt     the embedded text                keys and values of cross-attention      once an edit
+    fetch      the base's cache and the plan    halo rows                               ahead of a step
+    step       anything else                                                            every step
+
+The fetch is a stage of its own because it can run wherever the base is kept.
 
     before:   %k = linear(%text, %w); %y = op(%x, %k)
     after:    stage prompt returns %k;  stage step reads placeholder %prompt_k
@@ -20,8 +23,7 @@ from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry, Hoisted, Inputs
 from fisedit_compile.passes import targets
 from fisedit_compile.passes.pass_report import PassReport
-from fisedit_compile.passes.rewriting import prune
-from fisedit_compile.passes.staging.reuse_timestep import is_timestep
+from fisedit_compile.passes.rewriting import is_timestep, prune
 
 aten = targets.aten
 
@@ -46,13 +48,17 @@ def hoist_invariants(graph_module: GraphModule, config: SparsityConfig) -> PassR
 
 
 def _source(placeholder: Node) -> str:
+    """The stage in which an input is known.
+
+    The timestep is left as an input where its embedding depends on the prompt as well.
+    """
     if "request" in placeholder.meta or "layout" in placeholder.meta or is_timestep(placeholder):
-        return "step"  # latents and other maps; the timestep where the prompt enters its embedding
+        return "step"
     return "prompt"
 
 
 def is_fetch(node: Node) -> bool:
-    """Whether an operation reads rows of the base's cache and does nothing else: a halo."""
+    """Whether an operation does nothing but read halo rows of the base's cache."""
     if node.target is not aten.index_select.default:
         return False
     source, _, index = (arg.meta.get("request") if isinstance(arg, Node) else None for arg in node.args)
@@ -60,12 +66,13 @@ def is_fetch(node: Node) -> bool:
 
 
 def fetched_rows(graph_module: GraphModule) -> dict[Hoisted, tuple[CacheEntry, PlanTensor]]:
-    """What each value of the stage ``fetch`` is: these rows of this entry of the base's cache."""
+    """The source of each value of the stage ``fetch``, (entry, index): the value is ``cache[entry][plan[index]]``."""
     nodes = [node for node in graph_module.graph.nodes if node.op == "call_function" and is_fetch(node)]
     return {Hoisted("fetch", node.name): (node.args[0].meta["request"], node.args[2].meta["request"]) for node in nodes}
 
 
 def _stage(sources: frozenset[str]) -> str:
+    """The stage of a value that depends on inputs of these stages."""
     if not sources:
         return "constant"
     return next(iter(sources)) if len(sources) == 1 else "step"
@@ -87,7 +94,7 @@ def split_stages(graph_module: GraphModule) -> dict[str, GraphModule]:
         inputs = Inputs(graph)
         for earlier in HOISTED_STAGES[:position]:
             for node in read_later[earlier]:
-                copies[node].replace_all_uses_with(inputs(Hoisted(earlier, node.name)))
+                copies[node].replace_all_uses_with(inputs(Hoisted(earlier, node.name), node.meta["val"]))
         values = read_later.get(stage)
         output = graph.output(result if values is None else tuple(copies[node] for node in values))
         if values is not None:

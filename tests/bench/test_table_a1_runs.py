@@ -153,7 +153,7 @@ class TestMeasure:
             return unet
 
         monkeypatch.setattr(torch, "compile", compile)
-        monkeypatch.setattr(torch._dynamo, "reset", lambda: phases.append("forgotten"))
+        monkeypatch.setattr(torch.compiler, "reset", lambda: phases.append("forgotten"))
         monkeypatch.setattr(
             CallLog, "__enter__", lambda self, old=CallLog.__enter__: (phases.append("log"), old(self))[1]
         )

@@ -114,7 +114,7 @@ def test_a_device_that_computes_nothing() -> None:
 
 def test_a_process_measures_a_layer_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     timer = Formula()
-    monkeypatch.setattr(calibration_module, "_of_process", {})
+    monkeypatch.setattr(calibration_module, "_calibrations", {})
     monkeypatch.setattr(calibration_module, "LayerTimer", lambda device, dtype: timer)
     with caplog.at_level(logging.INFO, "fisedit_compile.cost_model.calibration"):
         first = calibrate(layers(CONV, most=64), CPU, torch.float32)
@@ -129,7 +129,7 @@ def test_a_process_measures_a_layer_once(monkeypatch: pytest.MonkeyPatch, caplog
 
 
 def test_large_layers_are_cut_short_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration_module, "_of_process", {})
+    monkeypatch.setattr(calibration_module, "_calibrations", {})
     monkeypatch.setattr(calibration_module, "LayerTimer", lambda device, dtype: Formula())
     found = calibrate(layers(CONV, most=10**5), CPU, torch.float32)
     assert len(found.points[CONV]) == 1
@@ -202,7 +202,7 @@ def test_measured_blocks_of_a_sparse_unet(unets: UNets, monkeypatch: pytest.Monk
     mask = square_mask(0.2, (16, 12))
     prepared = sparse.plan(call, mask)
     assert program.row_costs is costs
-    for size, choice in prepared.plan.measured.items():
+    for size, choice in prepared.plan.cost_choices.items():
         assert choice.chosen.microseconds == min(each.microseconds for each in choice.candidates)
         assert prepared.plan.counts[size] == choice.chosen.rows
         assert choice.chosen.microseconds == pytest.approx(costs(size, choice.chosen.rows, choice.chosen.halo))

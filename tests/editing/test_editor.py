@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def load_pipeline(scheduler: str = "DDIMScheduler") -> Any:
     import diffusers
 
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(MODEL, torch_dtype=torch.float32)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(MODEL, dtype=torch.float32)
     pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -55,13 +55,13 @@ def conv2d_rows_without_halo(rows: int, dtype: torch.dtype) -> Arguments:
     return arguments | {"halo": None, "bias": None, "table": table}
 
 
-def conv2d_rows_beside(rows: int, dtype: torch.dtype) -> Arguments:
-    beside, weight = normal(rows + 1, 5, dtype=dtype, seed=4), normal(8, 5, dtype=dtype, seed=5)
-    return conv2d_rows(rows, dtype) | {"activation": "geglu", "beside": beside, "beside_weight": weight}
+def conv2d_rows_with_shortcut(rows: int, dtype: torch.dtype) -> Arguments:
+    shortcut, weight = normal(rows + 1, 5, dtype=dtype, seed=4), normal(8, 5, dtype=dtype, seed=5)
+    return conv2d_rows(rows, dtype) | {"activation": "geglu", "shortcut": shortcut, "shortcut_weight": weight}
 
 
-def conv2d_rows_and_norm_beside(rows: int, dtype: torch.dtype) -> Arguments:
-    return conv2d_rows_beside(rows, dtype) | epilogue(rows + 1, 8, dtype) | {"activation": "silu"}
+def conv2d_rows_and_norm_with_shortcut(rows: int, dtype: torch.dtype) -> Arguments:
+    return conv2d_rows_with_shortcut(rows, dtype) | epilogue(rows + 1, 8, dtype) | {"activation": "silu"}
 
 
 def conv2d_rows_and_norm(rows: int, dtype: torch.dtype) -> Arguments:
@@ -153,8 +153,8 @@ EXAMPLES: list[Callable[[int, torch.dtype], Arguments]] = [
     conv2d_rows,
     conv2d_rows_without_halo,
     conv2d_rows_and_norm,
-    conv2d_rows_beside,
-    conv2d_rows_and_norm_beside,
+    conv2d_rows_with_shortcut,
+    conv2d_rows_and_norm_with_shortcut,
     linear_rows,
     linear_rows_geglu,
     linear_rows_and_norm,
@@ -170,7 +170,7 @@ each_example = pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: 
 
 
 def op_of(example: Callable[..., Arguments]) -> Any:
-    name = example.__name__.removesuffix("_without_halo").removesuffix("_geglu").removesuffix("_beside")
+    name = example.__name__.removesuffix("_without_halo").removesuffix("_geglu").removesuffix("_with_shortcut")
     return getattr(torch.ops.fisedit, name).default
 
 

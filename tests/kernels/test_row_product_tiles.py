@@ -52,13 +52,13 @@ def powers_of_two(n: int) -> list[int]:
 
 @given(sizes, dtypes, st.sampled_from([0, 1, 320, 2560]))
 def test_any_size_gets_a_tile_that_fits(
-    size: tuple[int, int, int, int, bool], dtype: torch.dtype, side_channels: int
+    size: tuple[int, int, int, int, bool], dtype: torch.dtype, shortcut_channels: int
 ) -> None:
     rows, taps, channels, filters, geglu = size
-    tile = choose_tile(rows, taps, channels, filters, dtype, side_channels=side_channels, geglu=geglu)
+    tile = choose_tile(rows, taps, channels, filters, dtype, shortcut_channels=shortcut_channels, geglu=geglu)
     assert isinstance(tile, Tile)
     assert_can_run(tile, dtype, geglu)
-    steps = taps * -(-channels // tile.channels) + -(-side_channels // tile.channels)
+    steps = taps * -(-channels // tile.channels) + -(-shortcut_channels // tile.channels)
     assert 1 <= tile.splits <= max(1, steps)
 
 
@@ -88,7 +88,7 @@ def test_the_second_part_of_a_tile(rows: int, more: int) -> None:
 def test_a_shortcut_counts_as_depth() -> None:
     counts, size = range(100, 4000, 100), (640, 640, torch.bfloat16)
     for taps in (1, 9):
-        joined = [choose_tile(rows, taps, *size, side_channels=(19 - taps) * 640) for rows in counts]
+        joined = [choose_tile(rows, taps, *size, shortcut_channels=(19 - taps) * 640) for rows in counts]
         assert joined == [choose_tile(rows, 19, *size) for rows in counts]
         assert joined != [choose_tile(rows, taps, *size) for rows in counts]
 

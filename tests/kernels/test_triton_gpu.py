@@ -101,15 +101,15 @@ def test_convolution_of_stride_2_and_without_halo_or_bias(dtype: torch.dtype) ->
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize(
-    ("side", "channels", "side_channels"),
+    ("side", "channels", "shortcut_channels"),
     [(96, 320, 960), (96, 320, 640), (48, 640, 320), (48, 640, 1920), (24, 1280, 640), (24, 1280, 2560)],
 )
-def test_a_shortcut_beside_a_convolution(
-    dtype: torch.dtype, share: float, side: int, channels: int, side_channels: int
+def test_a_convolution_with_a_shortcut(
+    dtype: torch.dtype, share: float, side: int, channels: int, shortcut_channels: int
 ) -> None:
     rows, halo, weight, bias, table = conv_inputs(share, side, channels, channels, dtype)
-    beside = normal(len(table), side_channels, dtype=dtype)
-    side = (beside, normal(channels, side_channels, dtype=dtype) / side_channels**0.5)
+    shortcut = normal(len(table), shortcut_channels, dtype=dtype)
+    side = (shortcut, normal(channels, shortcut_channels, dtype=dtype) / shortcut_channels**0.5)
     none = (None, None, None, None, None, None, "none")
     check(torch.ops.fisedit.conv2d_rows, conv2d_rows_reference, rows, halo, weight, bias, table, *none, *side)
     owner = (torch.arange(len(table), device="cuda") * 2 >= len(table)).long()
@@ -133,13 +133,13 @@ TILES = (
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_tiles_of_two_parts_and_across(dtype: torch.dtype, tile: Tile) -> None:
     rows, halo, weight, bias, table = conv_inputs(0.05, 48, 640, 640, dtype)
-    beside, residual = normal(len(table), 328, dtype=dtype), normal(len(table), 640, dtype=dtype)
-    side_weight = normal(640, 328, dtype=dtype) / 328**0.5
+    shortcut, residual = normal(len(table), 328, dtype=dtype), normal(len(table), 640, dtype=dtype)
+    shortcut_weight = normal(640, 328, dtype=dtype) / 328**0.5
     owner = (torch.arange(len(table), device="cuda") * 2 >= len(table)).long()
     epilogue = (owner, normal(BATCH, 640, dtype=dtype), residual, normal(BATCH, 640), normal(BATCH, 640), "silu")
     raw_too, one = (partial(op, tile=tile) for op in (conv.conv2d_rows_and_norm_triton, conv.conv2d_rows_triton))
     product = (rows, halo, weight, bias, table)
-    check(raw_too, conv2d_rows_and_norm_reference, *product, None, *epilogue, beside, side_weight)
+    check(raw_too, conv2d_rows_and_norm_reference, *product, None, *epilogue, shortcut, shortcut_weight)
     check(one, conv2d_rows_reference, *product)
     layer = partial(linear.linear_rows_triton, tile=tile)
     square = normal(640, 640, dtype=dtype) / 640**0.5
@@ -150,12 +150,14 @@ def test_tiles_of_two_parts_and_across(dtype: torch.dtype, tile: Tile) -> None:
 
 
 @pytest.mark.parametrize(("allowed", "least", "most"), [(False, 0.0, 5e-6), (True, 5e-6, 2e-3)])
-def test_tf32_only_where_torch_allows_it(
-    allowed: bool, least: float, most: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+def test_tf32_only_where_torch_allows_it(allowed: bool, least: float, most: float) -> None:
     rows, halo, weight, bias, table = conv_inputs(0.05, 96, 320, 320, torch.float32)
-    out = torch.ops.fisedit.conv2d_rows(rows, halo, weight, bias, table)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    try:
+        out = torch.ops.fisedit.conv2d_rows(rows, halo, weight, bias, table)
+    finally:
+        torch.set_float32_matmul_precision(before)
     expected = conv2d_rows_reference(*(t.double() for t in (rows, halo, weight, bias)), table)
     assert least < (out - expected).norm() / expected.norm() < most
 

@@ -43,26 +43,26 @@ def test_convolution(dtype: torch.dtype, tile: Tile, channels: int, halo: int | 
 
 @dtypes
 @tiles
-@pytest.mark.parametrize(("channels", "side_channels"), [(16, 32), (16, 21), (21, 16), (21, 5)])
+@pytest.mark.parametrize(("channels", "shortcut_channels"), [(16, 32), (16, 21), (21, 16), (21, 5)])
 @pytest.mark.parametrize("halo", [None, 9])
-def test_a_shortcut_beside_a_convolution(
-    dtype: torch.dtype, tile: Tile, channels: int, side_channels: int, halo: int | None
+def test_a_convolution_with_a_shortcut(
+    dtype: torch.dtype, tile: Tile, channels: int, shortcut_channels: int, halo: int | None
 ) -> None:
-    arguments = conv_arguments(dtype, 37, 29, halo, channels, 20, side_channels=side_channels)
+    arguments = conv_arguments(dtype, 37, 29, halo, channels, 20, shortcut_channels=shortcut_channels)
     check(conv.conv2d_rows_triton, conv2d_rows_reference, arguments, tile)
 
 
 @tiles
 def test_a_split_of_the_shortcut_alone(tile: Tile) -> None:
-    for taps, side_channels in ((1, 80), (2, 200)):
-        arguments = conv_arguments(torch.float32, 37, 29, 9, 16, 20, taps, side_channels)
+    for taps, shortcut_channels in ((1, 80), (2, 200)):
+        arguments = conv_arguments(torch.float32, 37, 29, 9, 16, 20, taps, shortcut_channels)
         check(conv.conv2d_rows_triton, conv2d_rows_reference, arguments, tile)
 
 
 @tiles
 @pytest.mark.parametrize("parts", EPILOGUES.values(), ids=EPILOGUES)
 def test_every_epilogue_behind_a_shortcut(tile: Tile, parts: set[str]) -> None:
-    arguments = conv_arguments(torch.float16, 41, 41, 9, 16, 24, side_channels=21)
+    arguments = conv_arguments(torch.float16, 41, 41, 9, 16, 24, shortcut_channels=21)
     arguments |= epilogue(parts, 41, 24, torch.float16)
     check(conv.conv2d_rows_triton, conv2d_rows_reference, arguments, tile)
     if "geglu" not in parts:
@@ -138,8 +138,8 @@ def test_padding_is_not_computed(tile: Tile, real: int) -> None:
 @tiles
 @pytest.mark.parametrize("real", [0, 1, 17, 33, 70])
 def test_padding_of_a_shortcut_is_not_read(tile: Tile, real: int) -> None:
-    arguments = conv_arguments(torch.float32, 70, 50, 9, 16, 24, side_channels=21)
-    arguments["beside"][real:] = torch.nan
+    arguments = conv_arguments(torch.float32, 70, 50, 9, 16, 24, shortcut_channels=21)
+    arguments["shortcut"][real:] = torch.nan
     arguments["table"][real:] = -1
     arguments["count"] = torch.tensor([real], dtype=torch.int32)
     check(conv.conv2d_rows_triton, conv2d_rows_reference, arguments, tile, real)
@@ -150,8 +150,8 @@ def test_padding_of_a_shortcut_is_not_read(tile: Tile, real: int) -> None:
 def test_the_channels_of_latents_with_the_tile_of_the_heuristic(
     dtype: torch.dtype, channels: int, filters: int
 ) -> None:
-    for side_channels in (0, 12):
-        arguments = conv_arguments(dtype, 70, 61, 9, channels, filters, side_channels=side_channels)
+    for shortcut_channels in (0, 12):
+        arguments = conv_arguments(dtype, 70, 61, 9, channels, filters, shortcut_channels=shortcut_channels)
         check(conv.conv2d_rows_triton, conv2d_rows_reference, arguments, None)
 
 
@@ -179,12 +179,12 @@ def test_no_active_rows(splits: int) -> None:
     out = conv.conv2d_rows_triton(rows, None, torch.ones(8, 72), bias, table, tile=tile)
     assert torch.equal(out, bias.expand(3, 8))
     for count, active in ((6, 0), (0, 5)):
-        arguments = conv_arguments(torch.float32, count, active, 4, 8, 8, side_channels=21)
+        arguments = conv_arguments(torch.float32, count, active, 4, 8, 8, shortcut_channels=21)
         check(conv.conv2d_rows_triton, conv2d_rows_reference, arguments, tile)
-    beside, weight = normal(3, 21, dtype=torch.float32, seed=0), normal(8, 21, dtype=torch.float32, seed=1)
-    given = {"beside": beside, "beside_weight": weight}
+    shortcut, weight = normal(3, 21, dtype=torch.float32, seed=0), normal(8, 21, dtype=torch.float32, seed=1)
+    given = {"shortcut": shortcut, "shortcut_weight": weight}
     out = conv.conv2d_rows_triton(rows, None, torch.ones(8, 72), bias, table, **given, tile=tile)
-    assert_close(out, beside.double() @ weight.double().t() + bias)  # the shortcut alone
+    assert_close(out, shortcut.double() @ weight.double().t() + bias)  # the shortcut alone
 
 
 @tiles
@@ -196,9 +196,9 @@ def test_strided_inputs(tile: Tile) -> None:
         check(conv.conv2d_rows_triton, conv2d_rows_reference, arguments, tile)
         plain = {"rows": given, "weight": weight[:16].t(), "bias": None}
         check(linear.linear_rows_triton, linear_rows_reference, plain, tile)
-    arguments = conv_arguments(torch.float32, 9, 9, None, 16, 8, side_channels=16)
+    arguments = conv_arguments(torch.float32, 9, 9, None, 16, 8, shortcut_channels=16)
     for given in (normal(9, 64, dtype=torch.float32, seed=2)[:, ::4], normal(16, 9, dtype=torch.float32, seed=3).t()):
-        strided = arguments | {"beside": given, "beside_weight": arguments["beside_weight"].t().contiguous().t()}
+        strided = arguments | {"shortcut": given, "shortcut_weight": arguments["shortcut_weight"].t().contiguous().t()}
         check(conv.conv2d_rows_triton, conv2d_rows_reference, strided, tile)
 
 
@@ -218,22 +218,24 @@ def test_refuses_what_does_not_fit() -> None:
         conv.conv2d_rows_triton(rows.half(), None, weight, None, table)
     with pytest.raises(ValueError, match=r"give \[Cout, 72\]"):
         conv.conv2d_rows_triton(rows, None, weight[:, :9], None, table)
-    beside, side_weight = torch.zeros(2, 5), torch.zeros(4, 5)
-    for given in ((beside.half(), side_weight), (beside, side_weight.half())):
+    shortcut, shortcut_weight = torch.zeros(2, 5), torch.zeros(4, 5)
+    for given in ((shortcut.half(), shortcut_weight), (shortcut, shortcut_weight.half())):
         with pytest.raises(ValueError, match="float16, float32"):
-            conv.conv2d_rows_triton(rows, None, weight, None, table, beside=given[0], beside_weight=given[1])
-    for other in (side_weight[:3], side_weight[:, :4], torch.zeros(5, 4)):
-        with pytest.raises(ValueError, match=r"beside_weight \[\d, \d\] does not fit .*; give \[4, 5\]"):
-            conv.conv2d_rows_triton(rows, None, weight, None, table, beside=beside, beside_weight=other)
+            conv.conv2d_rows_triton(rows, None, weight, None, table, shortcut=given[0], shortcut_weight=given[1])
+    for other in (shortcut_weight[:3], shortcut_weight[:, :4], torch.zeros(5, 4)):
+        with pytest.raises(ValueError, match=r"shortcut_weight \[\d, \d\] does not fit .*; give \[4, 5\]"):
+            conv.conv2d_rows_triton(rows, None, weight, None, table, shortcut=shortcut, shortcut_weight=other)
     # Of the first, rows past its end would be read.
-    for other in (beside[:1], torch.zeros(3, 5)):
-        with pytest.raises(ValueError, match=r"[13] rows beside a convolution of 2; give one for each output row"):
-            conv.conv2d_rows_triton(rows, None, weight, None, table, beside=other, beside_weight=side_weight)
-    for given in ((beside, None), (None, side_weight)):
+    for other in (shortcut[:1], torch.zeros(3, 5)):
+        with pytest.raises(
+            ValueError, match=r"[13] rows of a shortcut for a convolution of 2; give one for each output row"
+        ):
+            conv.conv2d_rows_triton(rows, None, weight, None, table, shortcut=other, shortcut_weight=shortcut_weight)
+    for given in ((shortcut, None), (None, shortcut_weight)):
         with pytest.raises(ValueError, match="belong together"):
-            conv.conv2d_rows_triton(rows, None, weight, None, table, beside=given[0], beside_weight=given[1])
+            conv.conv2d_rows_triton(rows, None, weight, None, table, shortcut=given[0], shortcut_weight=given[1])
     with pytest.raises(ValueError, match="need its neighbour table"):
-        linear.linear_rows_triton(rows, weight[:, :8], None, beside=beside, beside_weight=side_weight)
+        linear.linear_rows_triton(rows, weight[:, :8], None, shortcut=shortcut, shortcut_weight=shortcut_weight)
     with pytest.raises(ValueError, match="give the sample of each row"):
         conv.conv2d_rows_triton(rows, None, weight, None, table, sample_bias=torch.zeros(1, 4))
     with pytest.raises(ValueError, match="give both or neither"):

@@ -54,16 +54,16 @@ dtypes = pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
 ROWS = 2 * 48 + 38
 
 
-def convolution(dtype: torch.dtype, parts: set[str], side_channels: int = 0) -> Arguments:
-    arguments = conv_arguments(dtype, ROWS, 61, 9, 21, 40, taps=3, side_channels=side_channels)
+def convolution(dtype: torch.dtype, parts: set[str], shortcut_channels: int = 0) -> Arguments:
+    arguments = conv_arguments(dtype, ROWS, 61, 9, 21, 40, taps=3, shortcut_channels=shortcut_channels)
     return arguments | epilogue(parts, ROWS, 40, dtype)
 
 
 @dtypes
 @tiles
 def test_convolution(dtype: torch.dtype, tile: Tile) -> None:
-    for side_channels in (0, 12):
-        arguments = convolution(dtype, set(), side_channels)
+    for shortcut_channels in (0, 12):
+        arguments = convolution(dtype, set(), shortcut_channels)
         check(conv.conv2d_rows_triton, conv2d_rows_reference, arguments, tile)
 
 
@@ -87,7 +87,7 @@ def test_an_epilogue(tile: Tile, parts: str) -> None:
 def test_geglu(tile: Tile) -> None:
     arguments = linear_arguments(torch.float16, ROWS, 69, 80) | {"activation": "geglu"}
     check(linear.linear_rows_triton, linear_rows_reference, arguments, tile)
-    arguments = convolution(torch.float32, {"geglu"}, side_channels=12)
+    arguments = convolution(torch.float32, {"geglu"}, shortcut_channels=12)
     check(conv.conv2d_rows_triton, conv2d_rows_reference, arguments, tile)
 
 
@@ -102,8 +102,8 @@ def test_geglu_takes_no_tile_of_two_parts(tile: Tile) -> None:
 @pytest.mark.parametrize("real", [0, 40, 64, 70])
 def test_padding_is_not_computed(tile: Tile, real: int) -> None:
     """Where the last real row is in either part of a tile, or the last of a part."""
-    arguments = convolution(torch.float32, EPILOGUES["all"], side_channels=12)
-    for name in ("residual", "beside"):
+    arguments = convolution(torch.float32, EPILOGUES["all"], shortcut_channels=12)
+    for name in ("residual", "shortcut"):
         arguments[name][real:] = torch.nan
     arguments["table"][real:] = -1
     count = {"count": torch.tensor([real], dtype=torch.int32)}
@@ -144,7 +144,7 @@ def test_fewer_rows_than_the_first_part_and_no_bias(tile: Tile) -> None:
 @two_parts
 def test_more_tiles_of_rows_than_a_group(tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product, "_GROUP", 2)
-    arguments = conv_arguments(torch.float32, 300, 30, 3, 16, 70, taps=1, side_channels=16)
+    arguments = conv_arguments(torch.float32, 300, 30, 3, 16, 70, taps=1, shortcut_channels=16)
     check(conv.conv2d_rows_triton, conv2d_rows_reference, arguments, tile)
 
 
@@ -152,6 +152,6 @@ def test_more_tiles_of_rows_than_a_group(tile: Tile, monkeypatch: pytest.MonkeyP
 def test_a_tile_as_large_as_on_a_gpu(splits: int) -> None:
     """Of 256 and 32 rows, in halves; the last of three tiles has rows of its first part alone."""
     tile = Tile(288, 128, 64, 8, 3, splits=splits, second_kernel=True, across=True)
-    arguments = conv_arguments(torch.float16, 600, 500, 40, 64, 200, side_channels=96)
+    arguments = conv_arguments(torch.float16, 600, 500, 40, 64, 200, shortcut_channels=96)
     arguments |= epilogue(EPILOGUES["all"], 600, 200, torch.float16)
     check(conv.conv2d_rows_and_norm_triton, conv2d_rows_and_norm_reference, arguments, tile)

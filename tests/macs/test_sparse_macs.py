@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fisedit_compile.architectures import build_unet
-from fisedit_compile.editing.pipeline_runs import EditRun
+from fisedit_compile.editing.step_macs import StepMacs
 from fisedit_compile.errors import MaskError, SparsifyError
 from fisedit_compile.macs.counter import MacCounter, count_dense, count_macs, count_prompt, count_step
 from fisedit_compile.macs.mask_sets import count_masks
@@ -286,9 +286,9 @@ def test_an_edit_reports_its_macs(unets: UNets) -> None:
     sparse = unets.sparse("micro", attention="masked")
     call = unets.call(sparse, "micro", 2, (16, 16))
     prepared = sparse.plan(call, random_mask(1, 16, 16, share=0.2))
-    run: Any = SimpleNamespace(unet=sparse, _first_call=call, _prepared=prepared, ran_dense=False)
-    macs, lowered = EditRun.macs(run), sparse.program(call).lowered
+    lowered = sparse.program(call).lowered
+    macs = StepMacs(lowered, prepared.plan.mask, dense=False).count()
     dense, step = count_dense(lowered, check=False).total, count_step(lowered, prepared.plan, check=False).total
     assert macs == {"dense_step": dense, "sparse_step": step, "ratio": dense / step}
-    run.ran_dense = True  # a mask over ``dense_above``
-    assert EditRun.macs(run) == {"dense_step": dense, "sparse_step": dense, "ratio": 1.0}
+    over = StepMacs(lowered, prepared.plan.mask, dense=True)  # a mask over ``dense_above``
+    assert over.count() == {"dense_step": dense, "sparse_step": dense, "ratio": 1.0}

@@ -23,6 +23,7 @@ from support.hand_built import (
 )
 from torch.fx import Graph, GraphModule
 
+from fisedit_compile.ir.layout import Layout
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry, Hoisted, Inputs, requests_of
 from fisedit_compile.ir.taps import Taps
@@ -189,7 +190,8 @@ class TestHoist:
     )
     def test_what_a_fetch_is(self, base: object, dim: int, index: object, stage: str) -> None:
         graph = Graph()
-        graph.placeholder("sample").meta["val"] = torch.empty(BATCH, CHANNELS, *SIZE)
+        latents = graph.placeholder("sample")
+        latents.meta.update(val=torch.empty(BATCH, CHANNELS, *SIZE), layout=Layout("bchw", SIZE))
         asked = Inputs(graph)
         given = {"timestep": torch.empty(BATCH), "text": torch.empty(BATCH, TOKENS, CHANNELS)}
         nodes = []

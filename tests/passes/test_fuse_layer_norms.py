@@ -32,8 +32,9 @@ def test_a_linear_layer_stores_both(residual: bool, affine: bool) -> None:
     done = behind_a_product(then, "linear")
     fused = only(done.after(fuse_norms), targets.LINEAR_ROWS_AND_LAYER_NORM)
     given = arguments(fused)
-    assert [given[3] is not None, given[4] is not None, given[5] is not None] == [residual, affine, affine]
-    assert given[6:] == [1e-3, COUNT]
+    there = [given[name] is not None for name in ("residual", "norm_weight", "norm_bias")]
+    assert there == [residual, affine, affine]
+    assert (given["eps"], given["count"]) == (1e-3, COUNT)
     raw, normed = sorted(fused.users, key=lambda node: node.args[1])
     assert (raw.args, normed.args) == ((fused, 0), (fused, 1))
     assert only(done.after(fuse_norms), aten.mul.Tensor).args == (normed, raw)

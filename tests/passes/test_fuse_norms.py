@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from support.fused import (
     COUNT,
@@ -44,12 +42,14 @@ from fisedit_compile.passes.fusion.fuse_pointwise import fuse_pointwise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+#: The scale and shift of the one group norm of a graph.
+ENTRIES = {"scale": CacheEntry("group_norm_default", "scale"), "shift": CacheEntry("group_norm_default", "shift")}
+
 
 def test_2_silu_of_a_norm() -> None:
     done = beside_a_product(lambda build, x: silu(build, norm(build, x)))
     normed = only(done.after(fuse_norms), targets.GROUP_NORM_ROWS)
-    entries = [CacheEntry("group_norm_default", kind) for kind in ("scale", "shift")]
-    assert arguments(normed) == [aten.add.Tensor, SAMPLE, *entries, True, COUNT]
+    assert arguments(normed) == {"rows": aten.add.Tensor, "sample": SAMPLE, **ENTRIES, "silu": True, "count": COUNT}
     assert aten.silu.default not in targets_of(done.after(fuse_pointwise))
     assert ("norm", "it follows no product and joins no two values") in done.skips("fuse_norms")
     assert_means_the_same(done, fuse_pointwise)
@@ -61,7 +61,8 @@ def test_2_skips_silu_where_the_norm_is_read_as_well() -> None:
         return build.op(aten.mul.Tensor, silu(build, normed), normed)
 
     done = beside_a_product(then)
-    assert arguments(only(done.after(fuse_norms), targets.GROUP_NORM_ROWS))[4:] == [False, COUNT]
+    given = arguments(only(done.after(fuse_norms), targets.GROUP_NORM_ROWS))
+    assert (given["count"], "silu" in given) == (COUNT, False)
     assert aten.silu.default in targets_of(done.after(fuse_pointwise))
     assert ("silu", NO_PRODUCT) in done.skips("fuse_pointwise")
     assert_means_the_same(done, fuse_pointwise)
@@ -74,9 +75,9 @@ def test_5_a_norm_alone(kind: str, activation: str) -> None:
         lambda build, x: silu(build, norm(build, x)) if activation == "silu" else norm(build, x), kind
     )
     (fused,) = products(done)
-    expected: dict[str, Any] = {"count": COUNT, "sample": SAMPLE}
-    expected |= {kind: CacheEntry("group_norm_default", kind) for kind in ("scale", "shift")}  # type: ignore[arg-type]
-    assert epilogue(fused) == expected | ({"activation": "silu"} if activation == "silu" else {})
+    assert epilogue(fused) == {"count": COUNT, "sample": SAMPLE, **ENTRIES} | (
+        {"activation": "silu"} if activation == "silu" else {}
+    )
     assert left(done) == []
     assert_means_the_same(done, fuse_pointwise)
 
@@ -90,7 +91,7 @@ def test_5_a_norm_of_what_is_read_as_well(kind: str) -> None:
     raw, normed = sorted(fused.users, key=lambda node: node.args[1])
     assert [node.args for node in (raw, normed)] == [(fused, 0), (fused, 1)]
     assert only(done.after(fuse_pointwise), aten.mul.Tensor).args == (normed, raw)
-    assert raw.meta["rows"].size == normed.meta["rows"].size == SIZE
+    assert raw.meta["row_layout"].size == normed.meta["row_layout"].size == SIZE
     assert_means_the_same(done, fuse_pointwise)
 
 
@@ -115,7 +116,7 @@ def test_5_of_two_norms_one_is_in_the_product_and_the_other_reads_the_raw_value(
     raw, _ = sorted(fused.users, key=lambda node: node.args[1])
     other = only(done.after(fuse_pointwise), targets.GROUP_NORM_ROWS)
     assert other.args[0] is raw
-    assert fused.args[9].meta["request"].node != other.args[2].meta["request"].node
+    assert arguments(fused)["scale"].node != arguments(other)["scale"].node
     assert_means_the_same(done, fuse_pointwise)
 
 
@@ -128,7 +129,8 @@ def test_5_skips_a_norm_with_its_own_statistics() -> None:
     large = build.op(aten.upsample_nearest2d.vec, small, list(SIZE), None)
     done = snapshots(build.output(build.conv(large, path="up")), SparsityConfig(dense_below=5))
     assert [list(epilogue(node)) for node in products(done)] == [[], ["residual"], ["count"]]
-    assert arguments(only(done.after(fuse_pointwise), targets.GROUP_NORM_WHOLE))[-2:] == [1e-5, True]
+    given = arguments(only(done.after(fuse_pointwise), targets.GROUP_NORM_WHOLE))
+    assert (given["eps"], given["silu"]) == (1e-5, True)
     assert done.skips("fuse_pointwise") == []
     assert_means_the_same(done, fuse_pointwise)
 
@@ -154,8 +156,9 @@ def test_the_norm_of_two_values_side_by_side(activation: bool) -> None:
 
     done = side_by_side(2, then)
     both = only(done.after(fuse_norms), targets.CAT_NORM_ROWS)
-    entries = [CacheEntry("group_norm_default", kind) for kind in ("scale", "shift")]
-    assert arguments(both) == [targets.CONV2D_ROWS, targets.CONV2D_ROWS, SAMPLE, *entries, activation, COUNT]
+    parts = {"left": targets.CONV2D_ROWS, "right": targets.CONV2D_ROWS}
+    silu_or_not = {"silu": True} if activation else {}
+    assert arguments(both) == {**parts, "sample": SAMPLE, **ENTRIES, **silu_or_not, "count": COUNT}
     joined, normed = sorted(both.users, key=lambda node: node.args[1])
     assert only(done.after(fuse_norms), aten.mul.Tensor).args == (normed, joined)
     assert (joined.meta["module_path"], normed.meta["module_path"]) == ("cat", "norm")
@@ -166,7 +169,8 @@ def test_the_norm_of_two_values_side_by_side(activation: bool) -> None:
 def test_skips_three_values() -> None:
     done = side_by_side(3, wide_norm)
     assert len(only(done.after(fuse_norms), aten.cat.default).args[0]) == 3
-    assert arguments(only(done.after(fuse_norms), targets.GROUP_NORM_ROWS))[4:] == [False, COUNT]
+    given = arguments(only(done.after(fuse_norms), targets.GROUP_NORM_ROWS))
+    assert (given["count"], "silu" in given) == (COUNT, False)
     assert {path for path, _ in done.skips("fuse_norms")} == {"cat", "norm"}
     assert_means_the_same(done, fuse_norms)
 
@@ -197,9 +201,10 @@ def test_a_layer_norm(given: int) -> None:
 
     done = behind_a_product(then)
     layer_norm = only(done.after(fuse_norms), targets.LAYER_NORM_ROWS)
-    rows, weight, bias, eps, count = arguments(layer_norm)
-    assert (rows, weight is not None, bias is not None) == (targets.CONV2D_ROWS, given > 0, given > 1)
-    assert (eps, count) == (1e-3 if given > 2 else 1e-5, COUNT)
+    found = arguments(layer_norm)
+    assert found["rows"] is targets.CONV2D_ROWS
+    assert [found[name] is not None for name in ("weight", "bias")] == [given > 0, given > 1]
+    assert (found["eps"], found["count"]) == (1e-3 if given > 2 else 1e-5, COUNT)
     assert_means_the_same(done, fuse_norms)
 
 
@@ -221,7 +226,7 @@ def test_a_layer_norm_of_a_whole_level_has_no_count() -> None:
     small = build.op(aten.permute.default, build.op(aten.reshape.default, tokens, [BATCH, 3, 3, 4]), [0, 3, 1, 2])
     large = build.op(aten.upsample_nearest2d.vec, small, list(SIZE), None)
     done = snapshots(build.output(build.conv(large)), SparsityConfig(dense_below=5))
-    assert arguments(only(done.after(fuse_norms), targets.LAYER_NORM_ROWS))[1:] == [None, None, 1e-5, None]
+    assert list(arguments(only(done.after(fuse_norms), targets.LAYER_NORM_ROWS))) == ["rows", "weight", "bias", "eps"]
     assert_means_the_same(done, fuse_norms)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from support.fused import (
     COUNT,
     NO_PRODUCT,
@@ -23,6 +24,7 @@ from support.hand_built import (
     BATCH,
     CHANNELS,
     CONFIG,
+    PIXELS,
     SIZE,
     TOKENS,
     HandBuilt,
@@ -37,6 +39,7 @@ from torch.fx import Graph, GraphModule, Node
 from fisedit_compile.ir.layout import Layout
 from fisedit_compile.passes import targets
 from fisedit_compile.passes.fusion.fuse_pointwise import fuse_pointwise
+from fisedit_compile.passes.rewriting import make_call
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -72,7 +75,7 @@ def test_1_skips_a_linear_layer_of_each_head() -> None:
         return build.unheads(build.op(aten.linear.default, heads, build.weight(2, 2)))
 
     done = behind_a_product(then)
-    assert only(done.after(fuse_pointwise), targets.LINEAR).meta["rows"].roles == "bcsc"
+    assert only(done.after(fuse_pointwise), targets.LINEAR).meta["row_layout"].roles == "bcsc"
     assert_means_the_same(done, fuse_pointwise)
 
 
@@ -193,12 +196,17 @@ def test_skips_what_no_epilogue_does(then: Build) -> None:
 
 def test_skips_a_sum_of_rows_of_another_resolution() -> None:
     """No dense graph has it; as many rows by chance must not make one of them the other's residual."""
-    graph = Graph()
-    rows, weight, table, other = (graph.placeholder(name) for name in ("rows", "weight", "table", "other"))
-    conv = graph.call_function(targets.CONV2D_ROWS, (rows, None, weight, None, table))
-    total = graph.call_function(aten.add.Tensor, (conv, other))
-    for node, size in ((conv, SIZE), (total, SIZE), (other, (3, 3))):
-        node.meta.update(rows=Layout("bchw", size), module_path="")
+    graph, pixels = Graph(), BATCH * PIXELS
+    latents = graph.placeholder("sample")
+    latents.meta.update(layout=Layout("bchw", SIZE), val=torch.empty(BATCH, CHANNELS, *SIZE))
+    shapes = {"rows": (pixels, 4), "weight": (4, 4), "table": (pixels, 1), "other": (pixels, 4)}
+    rows, weight, table, other = (graph.placeholder(name) for name in shapes)
+    for node, shape in zip((rows, weight, table, other), shapes.values(), strict=True):
+        node.meta["val"] = torch.empty(shape)
+    place = {"module_path": "", "row_layout": Layout("bchw", SIZE)}
+    conv = make_call(graph, targets.CONV2D_ROWS, (rows, None, weight, None, table), **place)
+    total = make_call(graph, aten.add.Tensor, (conv, other), **place)
+    other.meta["row_layout"] = Layout("bchw", (3, 3))
     graph.output(total)
     graph_module = GraphModule({}, graph)
     fuse_pointwise(graph_module, CONFIG)

@@ -36,10 +36,11 @@ def test_exact_rewriting_of_one_value() -> None:
     value, gather, scatter = (only(graph_module, op) for op in (silu.target, targets.GATHER_ROWS, targets.SCATTER_ROWS))
     _, index, count, base = placeholders
     assert gather.args == (value, index, [0, 2, 3, 1], 3)
-    assert scatter.args == (gather, base, index, [BATCH, CHANNELS, *SIZE], [0, 2, 3, 1], 3, count)
+    assert scatter.args == (gather, base, index, [BATCH, CHANNELS, *SIZE], [0, 2, 3, 1], 3)
+    assert scatter.kwargs == {"count": count}
     assert graph_module.graph.output_node().args == (scatter,)
     assert value.users == {gather: None}
-    assert scatter.meta["layout"] == gather.meta["rows"] == silu.meta["layout"]
+    assert scatter.meta["layout"] == gather.meta["row_layout"] == silu.meta["layout"]
     assert scatter.meta["module_path"] == gather.meta["module_path"] == "act"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from support.fused import COUNT, SAMPLE, embedding, norm, normed_and_raw, silu
+from support.fused import COUNT, SAMPLE, embedding, epilogue, norm, normed_and_raw, silu
 from support.hand_built import (
     CHANNELS,
     SIZE,
@@ -24,12 +24,15 @@ from torch.fx import Node
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.passes import targets
 from fisedit_compile.passes.fusion.join_shortcuts import join_shortcuts
+from fisedit_compile.passes.row_product import RowProduct
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 #: Channels of the value that the shortcut reads, and what its weight is.
 WIDE = 6
 FLAT = aten.flatten.using_ints
+#: What a convolution takes in: the rows that the shortcut reads, made by a convolution, and its weight.
+SHORTCUT = {"shortcut": targets.CONV2D_ROWS, "shortcut_weight": FLAT}
 
 
 def resnet(
@@ -75,16 +78,19 @@ def test_exact_rewriting(conv_first: bool) -> None:
     (old,) = before.users
     conv = convolution(done)
     assert conv.target is targets.CONV2D_ROWS
-    bias = conv.args[3]
-    assert (bias.target, [part.name for part in bias.args]) == (
-        aten.add.Tensor,
-        [old.args[3].name, before.args[2].name],
-    )
-    assert arguments(conv)[4:] == [*arguments(old)[4:5], COUNT, *[None] * 5, "none", targets.CONV2D_ROWS, FLAT]
-    assert [conv.args[i].name for i in (0, 1, 2)] == [old.args[i].name for i in (0, 1, 2)]
-    assert [conv.args[i].name for i in (12, 13)] == [before.args[i].name for i in (0, 1)]
-    assert conv.args[12].meta["module_path"] == "in"
-    assert conv.meta["rows"].size == SIZE
+    new, conv_before, shortcut = RowProduct(conv), RowProduct(old), RowProduct(before)
+    bias = new["bias"]
+    assert bias.target is aten.add.Tensor
+    assert [part.name for part in bias.args] == [conv_before["bias"].name, shortcut["bias"].name]
+    table = arguments(old)["table"]
+    assert list(arguments(conv).items())[4:] == [("table", table), ("count", COUNT), *SHORTCUT.items()]
+    assert [new[name].name for name in ("rows", "halo", "weight")] == [
+        conv_before[name].name for name in ("rows", "halo", "weight")
+    ]
+    assert new["shortcut"].name == shortcut["rows"].name
+    assert new["shortcut_weight"].name == shortcut["weight"].name
+    assert new["shortcut"].meta["module_path"] == "in"
+    assert conv.meta["row_layout"].size == SIZE
     assert targets.LINEAR_ROWS not in targets_of(done.after(join_shortcuts))
     report = done.reports["join_shortcuts"]
     assert [(change.module_path, change.op) for change in report.changes] == [
@@ -99,8 +105,9 @@ def test_exact_rewriting(conv_first: bool) -> None:
 def test_the_bias_is_the_sum_of_those_that_there_are(bias: tuple[bool, bool]) -> None:
     done = resnet(bias=bias)
     old = only(done.before(join_shortcuts), targets.LINEAR_ROWS)
-    given = [part.name for part in (next(iter(old.users)).args[3], old.args[2]) if part is not None]
-    joined = convolution(done).args[3]
+    biases = [RowProduct(node)["bias"] for node in (next(iter(old.users)), old)]
+    given = [part.name for part in biases if part is not None]
+    joined = RowProduct(convolution(done))["bias"]
     if sum(bias) == 2:
         assert (joined.target, [part.name for part in joined.args]) == (aten.add.Tensor, given)
     else:
@@ -112,7 +119,7 @@ def test_the_bias_is_the_sum_of_those_that_there_are(bias: tuple[bool, bool]) ->
 def test_the_module_is_that_of_both_and_biases_are_added_once_a_model() -> None:
     done = resnet()
     conv = convolution(done)
-    assert [node.meta["module_path"] for node in (conv, conv.args[3])] == ["resnet"] * 2
+    assert [node.meta["module_path"] for node in (conv, RowProduct(conv)["bias"])] == ["resnet"] * 2
     joined = only(done.final, aten.add.Tensor)
     assert (joined.meta["module_path"], joined.meta["stage"]) == ("resnet", "constant")
 
@@ -121,10 +128,9 @@ def test_a_norm_that_is_not_the_only_reader_comes_behind_both() -> None:
     done = resnet(normed_and_raw)
     conv = convolution(done)
     assert conv.target is targets.CONV2D_ROWS_AND_NORM
-    count, sample, sample_bias, residual, scale, shift, activation, *beside = arguments(conv)[5:]
-    assert (count, sample, sample_bias, residual) == (COUNT, SAMPLE, None, None)
-    assert [entry.kind for entry in (scale, shift)] == ["scale", "shift"]
-    assert (activation, beside) == ("silu", [targets.CONV2D_ROWS, FLAT])
+    given = epilogue(conv)
+    assert [given.pop(name).kind for name in ("scale", "shift")] == ["scale", "shift"]
+    assert given == {"count": COUNT, "sample": SAMPLE, "activation": "silu", **SHORTCUT}
     assert sorted(user.args[1] for user in conv.users) == [0, 1]
     assert_means_the_same(done, join_shortcuts)
 
@@ -134,15 +140,22 @@ def test_a_norm_that_alone_reads_the_sum_comes_behind_both(activation: bool) -> 
     done = resnet(lambda build, x: silu(build, norm(build, x)) if activation else norm(build, x))
     conv = convolution(done)
     assert conv.target is targets.CONV2D_ROWS
-    assert arguments(conv)[5:9] == [COUNT, SAMPLE, None, None]
-    assert arguments(conv)[11:] == ["silu" if activation else "none", targets.CONV2D_ROWS, FLAT]
+    given = epilogue(conv)
+    assert {"sample_bias", "residual"}.isdisjoint(given)
+    assert (given["count"], given["sample"], given.get("activation", "none")) == (
+        COUNT,
+        SAMPLE,
+        "silu" if activation else "none",
+    )
+    assert given | SHORTCUT == given
     assert_means_the_same(done, join_shortcuts)
 
 
 def test_an_embedding_stays_in_the_convolution() -> None:
     done = resnet(lambda build, x: build.op(aten.add.Tensor, x, embedding(build)))
     conv = convolution(done)
-    assert arguments(conv)[5:] == [COUNT, SAMPLE, aten.reshape.default, *[None] * 3, "none", targets.CONV2D_ROWS, FLAT]
+    of_sample = {"sample": SAMPLE, "sample_bias": aten.reshape.default}
+    assert epilogue(conv) == {"count": COUNT, **of_sample, **SHORTCUT}
     assert_means_the_same(done, join_shortcuts)
 
 
@@ -153,7 +166,7 @@ def test_a_linear_layer_of_tokens_is_joined_as_well() -> None:
     weights = build.weight(CHANNELS, CHANNELS), build.weight(CHANNELS)
     other = build.op(aten.linear.default, build.tokens(build.op(aten.neg.default, x)), *weights, path="net.linear")
     done = snapshots(build.output(build.op(aten.add.Tensor, tokens, other)))
-    assert arguments(only(done.after(join_shortcuts), targets.CONV2D_ROWS))[12] is aten.neg.default
+    assert arguments(only(done.after(join_shortcuts), targets.CONV2D_ROWS))["shortcut"] is aten.neg.default
     assert_means_the_same(done, join_shortcuts)
 
 
@@ -166,7 +179,7 @@ def test_a_whole_level_has_no_count() -> None:
     done = snapshots(build.output(build.conv(large, path="up")), SparsityConfig(dense_below=5))
     conv = convolution(done)
     assert conv.meta["module_path"] == "mid"
-    assert arguments(conv)[5:] == [*[None] * 6, "none", targets.CONV2D_ROWS, FLAT]
+    assert epilogue(conv) == SHORTCUT
     assert_means_the_same(done, join_shortcuts)
 
 
@@ -178,11 +191,11 @@ def test_each_resnet_takes_its_own() -> None:
         x = build.op(aten.add.Tensor, h, build.conv(x, kernel=1, path=f"{path}.conv_shortcut"), path=path)
     done = snapshots(build.output(x))
     convs = done.after(join_shortcuts).graph.find_nodes(op="call_function", target=targets.CONV2D_ROWS)
-    assert [(conv.meta["module_path"], arguments(conv)[12]) for conv in convs] == [
+    assert [(conv.meta["module_path"], arguments(conv)["shortcut"]) for conv in convs] == [
         ("first", targets.GATHER_ROWS),
         ("second", targets.CONV2D_ROWS),
     ]
-    assert convs[1].args[12] is convs[0]
+    assert RowProduct(convs[1])["shortcut"] is convs[0]
     assert_means_the_same(done, join_shortcuts)
     assert_every_step_means_the_same(done)
 
@@ -194,7 +207,7 @@ def test_skips_a_shortcut_that_is_read_elsewhere() -> None:
     total = build.op(aten.add.Tensor, conv, shortcut)
     done = snapshots(build.output(build.op(aten.mul.Tensor, total, shortcut)))
     assert_left(done, "its result is read elsewhere, too")
-    assert only(done.after(join_shortcuts), targets.CONV2D_ROWS).args[8].target is targets.LINEAR_ROWS
+    assert epilogue(only(done.after(join_shortcuts), targets.CONV2D_ROWS))["residual"] is targets.LINEAR_ROWS
 
 
 @pytest.mark.parametrize(
@@ -205,7 +218,7 @@ def test_skips_a_shortcut_that_is_read_elsewhere() -> None:
 def test_skips_a_shortcut_with_something_behind_it(behind: Callable[[HandBuilt, Node], Node]) -> None:
     done = resnet(behind=behind)
     assert_left(done, "something follows it before the sum")
-    assert convolution(done).args[8].target is targets.LINEAR_ROWS
+    assert epilogue(convolution(done))["residual"] is targets.LINEAR_ROWS
 
 
 @pytest.mark.parametrize(
@@ -219,10 +232,8 @@ def test_skips_a_shortcut_with_something_behind_it(behind: Callable[[HandBuilt, 
 def test_skips_a_residual_that_is_no_linear_layer(behind: Callable[[HandBuilt, Node], Node], residual: object) -> None:
     done = resnet(behind=behind)
     assert_left(done)
-    found = [
-        arguments(node)[8:] for node in done.after(join_shortcuts).graph.nodes if node.target is targets.CONV2D_ROWS
-    ]
-    assert [residual] in found
+    convs = done.after(join_shortcuts).graph.find_nodes(op="call_function", target=targets.CONV2D_ROWS)
+    assert residual in [epilogue(conv).get("residual") for conv in convs]
 
 
 def test_skips_a_convolution_without_a_residual_and_a_linear_layer_with_one() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -15,18 +17,22 @@ from support.hand_built import (
     SIZE,
     TOKENS,
     HandBuilt,
+    Snapshots,
     assert_every_step_means_the_same,
     aten,
     inputs,
     only,
+    placeholders_of,
     snapshots,
     targets_of,
 )
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Interpreter, Node
 
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.errors import SparsifyError
+from fisedit_compile.ir.requests import CacheEntry
 from fisedit_compile.passes import targets
+from fisedit_compile.passes.arguments import arguments_of, call_form
 from fisedit_compile.passes.manager import SPARSE_PASSES, run_passes
 from fisedit_compile.testing import assert_close
 
@@ -69,6 +75,56 @@ def everything(*, norms: bool = True) -> GraphModule:
     return build.output(build.conv(build.op(aten.add.Tensor, x, residual), path="conv_out"))
 
 
+class WithEveryValue(Interpreter):
+    """Runs a graph and holds the value of each node to its ``meta["val"]``."""
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if n.op != "output":
+            assert shapes(value) == shapes(n.meta["val"]), f"{n.format_node()}: meta['val'] is of another shape"
+        return value
+
+
+def shapes(value: Any) -> list[tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of a tensor, or of each of several."""
+    return [(each.shape, each.dtype) for each in (value if isinstance(value, tuple | list) else [value])]
+
+
+def assert_invariants(done: Snapshots, base: Sequence[torch.Tensor]) -> None:
+    """What passes/README.md promises to hold between passes, after each of them."""
+    kept, every_pixel = done.record(base), torch.ones(1, *base[0].shape[2:], dtype=torch.bool)
+    of_the_unet = [node.target for node in placeholders_of(done.dense)]
+    names = {node.name for node in done.dense.graph.nodes}
+    for graph_module in done.graphs.values():
+        WithEveryValue(graph_module).run(*done.given(graph_module, kept, base, every_pixel))
+        for node in graph_module.graph.nodes:
+            if node.op == "output":
+                continue
+            assert isinstance(node.meta["module_path"], str)
+            assert not {"layout", "row_layout"} <= set(node.meta)
+            if layout := node.meta.get("row_layout"):
+                for shape, _ in shapes(node.meta["val"]):
+                    assert shape[0] == base[0].shape[0] * prod(layout.size)
+                    assert len(shape) == 1 + layout.roles.count("c")
+            if node.op == "call_function":
+                assert (node.name in names) or node.meta["added"]
+                assert not (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable)
+                if "fisedit" in str(node.target):
+                    assert call_form(node.target, arguments_of(node)) == (node.args, node.kwargs)
+        requests = [node.meta.get("request") for node in placeholders_of(graph_module)]
+        inputs_first = [node.target for node in placeholders_of(graph_module)][: requests.count(None)]
+        assert inputs_first == [name for name in of_the_unet if name in inputs_first]
+        assert len(set(requests) - {None}) == len(requests) - requests.count(None)
+        asked = {request.node for request in requests if isinstance(request, CacheEntry)}
+        assert asked <= names
+
+
+@pytest.mark.parametrize("config", [CONFIG, MASKED, SparsityConfig(dense_below=5)], ids=["full", "masked", "whole"])
+def test_what_holds_between_passes(config: SparsityConfig) -> None:
+    done = snapshots(everything(), config)
+    assert_invariants(done, inputs(done.dense, 0))
+
+
 def test_every_graph_between_two_passes_runs_and_means_the_same() -> None:
     assert_every_step_means_the_same(snapshots(everything(norms=False)))
     assert_every_step_means_the_same(snapshots(everything()), statistics=True)
@@ -92,6 +148,7 @@ def test_every_graph_of_a_unet_between_two_passes_runs_and_means_the_same(unets:
     gives_meaning = {"insert_gather_scatter", "sparsify_norm"}
     if attention == "masked":
         gives_meaning.add("sparsify_attention")
+    assert_invariants(done, base)
     kept, base_out, meant = done.record(base), done.dense(*base), done.dense(*edit)
     for name, graph_module in done.graphs.items():
         for active in [torch.ones_like(mask)] + [mask] * (attention == "full"):

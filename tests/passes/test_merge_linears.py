@@ -71,7 +71,7 @@ def test_exact_rewriting(bias: bool) -> None:
     got = [(piece.args[1], piece.meta["module_path"]) for piece in pieces.users]
     assert got == [(i, f"block.attn.to_{i}") for i in range(3)]
     assert merged.meta["module_path"] == pieces.meta["module_path"] == "block.attn"
-    assert merged.meta["rows"].size == next(iter(pieces.users)).meta["rows"].size
+    assert merged.meta["row_layout"].size == next(iter(pieces.users)).meta["row_layout"].size
     report = done.reports["merge_linears"]
     assert [change.module_path for change in report.changes] == [f"block.attn.to_{i}" for i in range(3)]
     assert report.skipped == []
@@ -109,7 +109,7 @@ def test_keys_and_values_of_all_cross_attentions_are_one_product_of_the_text() -
     of_text = [node for node in reads(done) if node.args[0].target == "text"]
     assert len(of_text) == 1
     assert len(of_text[0].args[1].args[0]) == 4
-    assert "rows" not in of_text[0].meta
+    assert "row_layout" not in of_text[0].meta
     assert len(reads(done)) == 3  # and a query of each
     stages = {node.meta["stage"] for node in done.final.graph.nodes if node.target is aten.split_with_sizes.default}
     assert stages == {"prompt"}

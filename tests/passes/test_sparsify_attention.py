@@ -93,14 +93,14 @@ def test_cross_attention_sees_the_text_in_both_modes(config: object, options: di
 
 def test_exact_rewriting_in_full_mode() -> None:
     done = snapshots(self_attention(scale=0.3))
-    assert arguments(only(done.after(sparsify_attention), targets.ATTENTION_CACHED)) == [
-        *[targets.GATHER_ROWS] * 3,
-        CacheEntry("transpose_int_1", "map"),
-        CacheEntry("transpose_int_2", "map"),
-        PlanTensor("row_of", SIZE),
-        PlanTensor("offsets", SIZE),
-        0.3,
-    ]
+    assert arguments(only(done.after(sparsify_attention), targets.ATTENTION_CACHED)) == {
+        **dict.fromkeys("qkv", targets.GATHER_ROWS),
+        "base_k": CacheEntry("transpose_int_1", "map"),
+        "base_v": CacheEntry("transpose_int_2", "map"),
+        "row_of": PlanTensor("row_of", SIZE),
+        "offsets": PlanTensor("offsets", SIZE),
+        "scale": 0.3,
+    }
     assert only(done.final, targets.ATTENTION_CACHED).meta["module_path"] == "attn1"
 
 
@@ -108,7 +108,9 @@ def test_exact_rewriting_in_masked_mode() -> None:
     done = snapshots(self_attention(), MASKED)
     offsets = PlanTensor("offsets", SIZE)
     attention = only(done.after(sparsify_attention), targets.ATTENTION_ROWS)
-    assert arguments(attention) == [*[targets.GATHER_ROWS] * 3, offsets, offsets, None]
+    assert arguments(attention) == {
+        **dict.fromkeys("qkv", targets.GATHER_ROWS), "q_offsets": offsets, "k_offsets": offsets, "scale": None
+    }  # fmt: skip
     kept = [request for request in requests_of(done.final.graph) if isinstance(request, CacheEntry)]
     assert [entry.node for entry in kept] == ["permute_default_1"]  # the output to scatter into: no keys, no values
 
@@ -117,14 +119,14 @@ def test_exact_rewriting_of_cross_attention() -> None:
     done = snapshots(cross_attention())
     graph_module = done.after(sparsify_attention)
     flatten, arange = aten.flatten.using_ints, aten.arange.start_step
-    assert arguments(only(graph_module, targets.ATTENTION_ROWS)) == [
-        targets.GATHER_ROWS,
-        flatten,
-        flatten,
-        PlanTensor("offsets", SIZE),
-        arange,
-        None,
-    ]
+    assert arguments(only(graph_module, targets.ATTENTION_ROWS)) == {
+        "q": targets.GATHER_ROWS,
+        "k": flatten,
+        "v": flatten,
+        "q_offsets": PlanTensor("offsets", SIZE),
+        "k_offsets": arange,
+        "scale": None,
+    }
     assert only(graph_module, arange).args == (0, TOKENS * (BATCH + 1), TOKENS)
     assert only(graph_module, arange).kwargs["dtype"] is torch.int32
 
@@ -165,5 +167,7 @@ def test_on_a_whole_level_every_token_is_fresh_in_both_modes(config: SparsityCon
     done = snapshots(build.output(build.conv(large)), config)
     offsets = PlanTensor("offsets", (3, 3))
     attention = only(done.after(sparsify_attention), targets.ATTENTION_ROWS)
-    assert arguments(attention) == [*[targets.GATHER_ROWS] * 3, offsets, offsets, None]
+    assert arguments(attention) == {
+        **dict.fromkeys("qkv", targets.GATHER_ROWS), "q_offsets": offsets, "k_offsets": offsets, "scale": None
+    }  # fmt: skip
     assert_every_step_means_the_same(done)

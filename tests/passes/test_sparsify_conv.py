@@ -25,6 +25,7 @@ from fisedit_compile.ir.requests import CacheEntry, requests_of
 from fisedit_compile.ir.taps import Taps
 from fisedit_compile.passes import targets
 from fisedit_compile.passes.region.cancel_scatter_gather import cancel_scatter_gather
+from fisedit_compile.passes.row_product import RowProduct
 from fisedit_compile.passes.sparsify.sparsify_conv import sparsify_conv
 from fisedit_compile.planning.edit_plan import plan_edit
 
@@ -96,13 +97,14 @@ def test_exact_rewriting_of_a_convolution_of_the_latents() -> None:
     build = HandBuilt()
     done = snapshots(build.output(build.conv(build.latents())))
     taps = Taps(SIZE, SIZE, kernel=THREE, stride=ONE, padding=ONE, dilation=ONE, dense=True)
-    pixels, halo, _, _, table, count = only(done.final, targets.CONV2D_ROWS).args
-    assert halo is None
+    product = RowProduct(only(done.final, targets.CONV2D_ROWS))
+    pixels = product["rows"]
+    assert product["halo"] is None
     assert pixels.target is aten.flatten.using_ints
     assert pixels.args[1:] == (0, 2)
     assert pixels.args[0].args[1] == [0, 2, 3, 1]
-    assert table.meta["request"] == PlanTensor("table", taps)
-    assert count.meta["request"] == PlanTensor("count", SIZE)
+    assert product["table"].meta["request"] == PlanTensor("table", taps)
+    assert product["count"].meta["request"] == PlanTensor("count", SIZE)
     assert not [r for r in requests_of(done.final.graph) if isinstance(r, PlanTensor) and r.kind == "halo"]
 
 
@@ -117,9 +119,10 @@ def test_exact_rewriting_behind_an_upsampled_map() -> None:
         if node.meta["module_path"] == "out"
     )
     taps = Taps((3, 3), SIZE, kernel=THREE, stride=ONE, padding=ONE, dilation=ONE, upsampled=SIZE)
-    assert rows.args[4].meta["request"] == PlanTensor("table", taps)
-    assert rows.args[1].args[2].meta["request"] == PlanTensor("halo", taps)
-    assert rows.args[1].args[0].meta["request"] == CacheEntry("conv2d_default", "map")
+    product = RowProduct(rows)
+    assert product["table"].meta["request"] == PlanTensor("table", taps)
+    assert product["halo"].args[2].meta["request"] == PlanTensor("halo", taps)
+    assert product["halo"].args[0].meta["request"] == CacheEntry("conv2d_default", "map")
 
 
 def test_a_pointwise_convolution_is_a_linear_layer_and_keeps_no_map() -> None:
@@ -139,7 +142,7 @@ def test_without_a_bias_and_without_optional_arguments() -> None:
     build = HandBuilt()
     x = build.op(aten.silu.default, build.latents())
     done = snapshots(build.output(build.op(aten.conv2d.default, x, build.weight(CHANNELS, CHANNELS, 3, 3))))
-    assert only(done.final, targets.CONV2D_ROWS).args[3] is None
+    assert RowProduct(only(done.final, targets.CONV2D_ROWS))["bias"] is None
     assert_every_step_means_the_same(done)
 
 
@@ -170,7 +173,7 @@ class TestWholeLevels:
     def test_exact_rewriting(self) -> None:
         done = self.bottleneck({})
         products = {
-            node.meta["module_path"]: node
+            node.meta["module_path"]: RowProduct(node)
             for node in done.final.graph.find_nodes(op="call_function", target=targets.CONV2D_ROWS)
         }
         small: dict[str, Any] = {"kernel": THREE, "padding": ONE, "dilation": ONE}
@@ -178,16 +181,14 @@ class TestWholeLevels:
         within = Taps((3, 3), (3, 3), stride=ONE, **small)
         up = Taps((3, 3), SIZE, stride=ONE, upsampled=SIZE, **small)
         # On the way down the region above still has a mask, so the halo is the base's.
-        assert products["down"].args[1].args[2].meta["request"] == PlanTensor("halo", down)
+        assert products["down"]["halo"].args[2].meta["request"] == PlanTensor("halo", down)
         for path, taps in (("branch0", within), ("up", up)):
-            source, halo, _, _, table, *_ = products[path].args
-            assert source.target is targets.CONV2D_ROWS
-            assert halo is None
-            assert table.meta["request"] == PlanTensor("table", taps)
+            assert products[path]["rows"].target is targets.CONV2D_ROWS
+            assert products[path]["halo"] is None
+            assert products[path]["table"].meta["request"] == PlanTensor("table", taps)
         # Only rows that a mask decides have a count; the two below have none.
-        counts = {path: product.args[5:] for path, product in products.items()}
-        assert (counts["down"], counts["branch0"]) == ((), ())
-        assert counts["up"][0].meta["request"] == PlanTensor("count", SIZE)
+        assert [products[path]["count"] for path in ("down", "branch0")] == [None, None]
+        assert products["up"]["count"].meta["request"] == PlanTensor("count", SIZE)
 
     def test_no_map_of_the_level_is_kept_and_none_is_made(self) -> None:
         done = self.bottleneck({}, {"kernel": 1})

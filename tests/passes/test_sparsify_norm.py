@@ -79,8 +79,9 @@ def test_exact_rewriting_on_a_whole_level(affine: bool) -> None:
     large = build.op(aten.upsample_nearest2d.vec, norm, list(SIZE), None)
     done = snapshots(build.output(build.conv(large)), SparsityConfig(dense_below=5))
     whole = only(done.after(sparsify_norm), targets.GROUP_NORM_WHOLE)
-    names = [weight and weight.target for weight in weights]
-    assert arguments(whole) == [targets.GATHER_ROWS, BATCH, 2, *names, 1e-3]
+    weight, bias = (each and each.target for each in weights)
+    given = {"rows": targets.GATHER_ROWS, "samples": BATCH, "groups": 2, "weight": weight, "bias": bias, "eps": 1e-3}
+    assert arguments(whole) == given
     assert whole.meta["module_path"] == "norm1"
     assert {r.kind for r in requests_of(done.final.graph) if isinstance(r, CacheEntry)} == {"map"}
     assert_every_step_means_the_same(done)  # for changed inputs too: no statistics of the base

@@ -17,7 +17,7 @@ from fisedit_compile.ir.layout import Size
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.taps import Taps
 from fisedit_compile.masks.sample_masks import square_mask
-from fisedit_compile.planning.buckets import MULTIPLE, SHAPES, Bucket, Buckets, pad_plan
+from fisedit_compile.planning.buckets import MULTIPLE, RAGGEDNESS, Bucket, Buckets, pad_plan
 from fisedit_compile.planning.edit_plan import EditPlan, plan_edit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -190,9 +190,9 @@ def test_a_plan_that_needs_more_never_takes_a_smaller_bucket(seed: int, side: in
 
 def test_what_one_bucket_holds_a_larger_one_holds() -> None:
     _, buckets, _ = planned(square_mask(0.1, (40, 24))[0][None], copies=2)
-    for shape in SHAPES:
-        of_shape = [bucket for bucket in buckets.ladder if bucket.name.endswith(shape)]
-        for small, large in pairwise(of_shape):
+    for raggedness in RAGGEDNESS:
+        of_class = [bucket for bucket in buckets.ladder if bucket.name.endswith(raggedness)]
+        for small, large in pairwise(of_class):
             assert large.holds(small)
     assert not buckets.ladder[0].holds(largest(buckets))
 

@@ -130,7 +130,7 @@ def test_a_plan_takes_the_measured_rows_and_reports_both() -> None:
     exact = plan_edit(mask, REQUESTS, batch=2, dense_below=8)
     assert plan.counts == {(16, 16): 50, (8, 8): 128, (4, 4): 32}
     assert plan.pixel_counts == exact.counts
-    assert set(plan.measured) == set(plan.choices) == {(16, 16), (8, 8)}
+    assert set(plan.cost_choices) == set(plan.paper_choices) == {(16, 16), (8, 8)}
     assert torch.equal(plan.tensor(REQUESTS[0]), exact.tensor(REQUESTS[0]))
     assert plan.report().splitlines()[1:6] == [
         "16x16: 50 of 512 rows (9.8%)",
@@ -148,7 +148,7 @@ def test_costs_beside_another_choice_are_for_the_report(blocks: str) -> None:
     alone = plan_edit(mask, REQUESTS, batch=1, blocks=blocks)  # type: ignore[arg-type]
     beside = plan_edit(mask, REQUESTS, batch=1, blocks=blocks, costs=lambda size, rows, halo: 1.0)  # type: ignore[arg-type]
     assert beside.counts == alone.counts
-    assert alone.measured == {}
+    assert alone.cost_choices == {}
     assert "us predicted" in beside.report()
     assert "us predicted" not in alone.report()
 

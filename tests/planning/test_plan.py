@@ -202,11 +202,11 @@ def test_paper_blocks_grow_the_rows_and_are_reported() -> None:
     requests = [PlanTensor("index", size) for size in ((12, 12), (6, 6))]
     exact, paper = plan_edit(mask, requests, batch=4), plan_edit(mask, requests, batch=4, blocks="paper")
     assert exact.counts == {(12, 12): 6, (6, 6): 4}
-    assert exact.choices == {}
+    assert exact.paper_choices == {}
     assert exact.pixel_counts == exact.counts
     assert paper.pixel_counts == exact.counts
     assert paper.counts == {(12, 12): 16, (6, 6): 16}  # one 2x2 tile a sample
-    for size, choice in paper.choices.items():
+    for size, choice in paper.paper_choices.items():
         assert torch.equal(paper.active(size), expand_to_tiles(exact.active(size), choice.chosen.tile))
     assert "12x12: 16 of 576 rows (2.8%), block 4x4 (tile 2x2), 10 over pixel-exact (+166.7%)" in paper.report()
     assert "12x12: 6 of 576 rows (1.0%)" in exact.report().splitlines()
@@ -253,9 +253,9 @@ def test_bad_requests() -> None:
         plan_edit(mask, [], batch=1, blocks="tiles")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="kind is 'rows'"):
         PlanTensor("rows", (8, 8))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"PlanTensor\('table'\) is of Taps"):
+    with pytest.raises(ValueError, match=r"PlanTensor\('table'\) needs Taps"):
         PlanTensor("table", (8, 8))
-    with pytest.raises(ValueError, match=r"PlanTensor\('index'\) is of a resolution"):
+    with pytest.raises(ValueError, match=r"PlanTensor\('index'\) needs a resolution"):
         PlanTensor("index", taps)
     with pytest.raises(ValueError, match="dense source has no halo"):
         PlanTensor("halo", Taps((8, 8), (8, 8), (3, 3), (1, 1), (1, 1), (1, 1), dense=True))

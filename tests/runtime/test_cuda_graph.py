@@ -74,6 +74,7 @@ def test_a_changed_weight_counts(scaled: tuple[Scaled, StaticStage], device: tor
     stage(values(1.0, device))
     if moved:
         module.weight.data = module.weight.data + 1
+        stage.forget()
     else:
         module.weight.data += 1
     assert numbers(stage(values(1.0, device)))[0] == [3, 4]

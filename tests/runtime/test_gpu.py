@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -22,9 +23,14 @@ CASES = [("tiny", torch.float32), ("tiny", torch.float16), ("tiny", torch.bfloat
 
 
 @pytest.fixture(autouse=True)
-def _ieee_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+def _ieee_fp32() -> Iterator[None]:
     """cuDNN runs fp32 convolutions in TF32 by default; the row kernels follow the flag of matrix products."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 shapes = pytest.mark.parametrize(("arch", "dtype"), CASES, ids=lambda value: str(value).removeprefix("torch."))

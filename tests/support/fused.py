@@ -66,10 +66,9 @@ def products(done: Snapshots) -> list[Node]:
 
 
 def epilogue(node: Node) -> dict[str, Any]:
-    """The arguments behind those of the product itself, None left out."""
-    given = arguments(node)[5 if "conv2d" in str(node.target) else 3 :]
-    names = ("count", "sample", "sample_bias", "residual", "scale", "shift", "activation")
-    return {name: value for name, value in zip(names, given, strict=False) if value is not None}
+    """The arguments of a product behind its operands: what follows it, and the count of rows."""
+    operands = ("rows", "halo", "weight", "bias", "table")
+    return {name: value for name, value in arguments(node).items() if name not in operands}
 
 
 def left(done: Snapshots) -> list[Any]:

@@ -14,11 +14,12 @@ from torch.fx.node import map_arg
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry, requests_of
+from fisedit_compile.passes.arguments import arguments_of
 from fisedit_compile.passes.dense.record_activations import record_activations
 from fisedit_compile.passes.manager import SPARSE_PASSES
 from fisedit_compile.passes.pass_report import PassReport
 from fisedit_compile.passes.region.annotate_layout import annotate_layout
-from fisedit_compile.passes.staging.reuse_timestep import is_timestep
+from fisedit_compile.passes.rewriting import is_timestep
 from fisedit_compile.planning.edit_plan import plan_edit
 from fisedit_compile.testing import assert_close
 
@@ -134,13 +135,24 @@ class Snapshots:
         mask: torch.Tensor,
     ) -> torch.Tensor:
         """Run a graph between two passes on the inputs ``edit``, over what a base kept, with the plan of ``mask``."""
+        out: torch.Tensor = graph_module(*self.given(graph_module, kept, edit, mask))
+        return out
+
+    def given(
+        self,
+        graph_module: GraphModule,
+        kept: Mapping[CacheEntry, torch.Tensor],
+        edit: Sequence[torch.Tensor],
+        mask: torch.Tensor,
+    ) -> list[torch.Tensor]:
+        """What :meth:`run` gives to the placeholders of a graph, in their order."""
         requests = requests_of(graph_module.graph)
         plan_requests = [request for request in requests if isinstance(request, PlanTensor)]
         plan = plan_edit(mask, plan_requests, batch=len(edit[0]), dense_below=self.config.dense_below)
         names = [node.target for node in placeholders_of(self.dense)]
         values: dict[Any, torch.Tensor] = {**dict(zip(names, edit, strict=True)), **kept}
         values.update((request, plan.tensor(request)) for request in plan_requests)
-        return graph_module(*(values[n.meta.get("request", n.target)] for n in placeholders_of(graph_module)))
+        return [values[node.meta.get("request", node.target)] for node in placeholders_of(graph_module)]
 
     def run_final(self, base: int, edit: int, mask: torch.Tensor) -> torch.Tensor:
         """The sparse graph on the inputs of seed ``edit``, over the base of seed ``base``."""
@@ -227,9 +239,17 @@ def assert_means_the_same(done: Snapshots, rewrite: Callable[..., PassReport]) -
         assert_close(after, before)
 
 
-def arguments(node: Node) -> list[Any]:
-    """What is passed: a request, the target of an operation, or a number."""
-    return [arg.meta.get("request") or arg.target if isinstance(arg, Node) else arg for arg in node.args]
+def arguments(node: Node) -> dict[str, Any]:
+    """What an operation is given, by the names of its schema, without what is left at its default.
+
+    An argument that is a node is shown as its request or its target.
+    """
+    defaults = {each.name: each.default_value for each in node.target._schema.arguments if each.has_default_value()}
+    return {
+        name: (value.meta.get("request") or value.target) if isinstance(value, Node) else value
+        for name, value in arguments_of(node).items()
+        if name not in defaults or value != defaults[name]
+    }
 
 
 def placeholders_of(graph_module: GraphModule) -> list[Node]:

@@ -49,16 +49,18 @@ def conv_arguments(
     channels: int,
     filters: int,
     taps: int = 9,
-    side_channels: int = 0,
+    shortcut_channels: int = 0,
 ) -> Arguments:
-    """Of a convolution of ``rows`` rows at ``count``; with ``side_channels``, of a shortcut of so many beside it."""
+    """Of a convolution of ``rows`` rows at ``count``; ``shortcut_channels``: of its shortcut, 0 for none."""
     x, halo_rows = (None if n is None else normal(n, channels, dtype=dtype, seed=n) for n in (rows, halo))
-    depth = taps * channels + side_channels
-    weight, side_weight = (normal(filters, depth, dtype=dtype, seed=2) / depth**0.5).tensor_split([taps * channels], 1)
+    depth = taps * channels + shortcut_channels
+    weight, shortcut_weight = (normal(filters, depth, dtype=dtype, seed=2) / depth**0.5).tensor_split(
+        [taps * channels], 1
+    )
     table = torch.randint(-1, rows + (halo or 0), (count, taps), generator=torch.Generator().manual_seed(count)).int()
     given: Arguments = {}
-    if side_channels:
-        given = {"beside": normal(count, side_channels, dtype=dtype, seed=4), "beside_weight": side_weight}
+    if shortcut_channels:
+        given = {"shortcut": normal(count, shortcut_channels, dtype=dtype, seed=4), "shortcut_weight": shortcut_weight}
     return given | {
         "rows": x,
         "halo": halo_rows,

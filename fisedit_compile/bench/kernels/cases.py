@@ -1,4 +1,4 @@
-"""The cases of ``bench kernels``: a row kernel, its dense counterpart, and what both must move and multiply."""
+"""The cases of ``bench kernels``: each is a row kernel, its dense counterpart, and the least work that it must do."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from fisedit_compile.masks.sample_masks import square_mask
 from fisedit_compile.planning.edit_plan import row_of_pixels
 from fisedit_compile.planning.neighbour_table import neighbour_table
 
+#: Samples of every case: one picture under classifier-free guidance.
 BATCH = 2
 #: (side of the map, input channels, output channels) of 3x3 convolutions of Stable Diffusion 2 at 768x768.
 CONVOLUTIONS = (
@@ -31,12 +32,23 @@ CONVOLUTIONS = (
 )
 #: (side of the map, channels, heads) of its norms and transformer blocks.
 MAPS = ((96, 320, 5), (48, 640, 10), (24, 1280, 20))
-_GROUPS = 32
+#: Groups of their group norms.
+_NORM_GROUPS = 32
 
 
 @dataclass(frozen=True)
 class Case:
-    """``run`` and ``dense`` are the two calls; ``bytes`` and ``macs`` are the least that ``run`` needs."""
+    """One kernel at one shape and edit size.
+
+    Attributes:
+        kernel: the name of the kernel and what is fused into it.
+        shape: its sizes, for people.
+        edit_size: the share of the picture that was asked for.
+        rows: how many rows the kernel computes.
+        run: calls the kernel.
+        dense: calls the dense counterpart.
+        bytes, macs: the least bytes that ``run`` moves and the multiply-accumulates that it does.
+    """
 
     kernel: str
     shape: str
@@ -50,7 +62,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """Microseconds of a case."""
+    """The microseconds of a case: of the kernel, of its dense counterpart, and the least that the device allows."""
 
     kernel: str
     shape: str
@@ -63,7 +75,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Mask:
-    """The active pixels of a batch whose samples share a square mask."""
+    """The index tensors of a batch whose samples all have the same square mask."""
 
     index: Tensor  # int64 [M]
     sample: Tensor  # int64 [M]
@@ -71,7 +83,7 @@ class Mask:
 
 
 def square(edit_size: float, side: int, device: torch.device) -> Mask:
-    """The mask and the index tensors that a plan makes of it."""
+    """The index tensors that a plan makes of a square of ``edit_size`` in a map of ``side`` x ``side`` pixels."""
     active = square_mask(edit_size, (side, side)).expand(BATCH, -1, -1).to(device)
     index = active.flatten().nonzero().flatten()
     count = index.shape[0] // BATCH
@@ -80,7 +92,7 @@ def square(edit_size: float, side: int, device: torch.device) -> Mask:
 
 
 def convolution_inputs(mask: Mask, side: int, channels: int, filters: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """rows, halo, weight, bias and table of a 3x3 convolution."""
+    """The rows, halo rows, weight, bias and neighbour table of a 3x3 convolution, with random values."""
     device = mask.index.device
     taps = Taps((side, side), (side, side), (3, 3), (1, 1), (1, 1), (1, 1))
     table, halo = neighbour_table(taps, mask.index, mask.index, BATCH)
@@ -91,11 +103,11 @@ def convolution_inputs(mask: Mask, side: int, channels: int, filters: int, dtype
 
 
 def normal(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Random values: zeros would run faster."""
+    """Random values, because zeros would run faster."""
     return torch.randn(shape, device=device, dtype=torch.float32).to(dtype)
 
 
-# A dense counterpart is timed once, not at every edit size; keys are (kernel, shape).
+#: Microseconds of dense counterparts by (kernel, shape), so that each is timed once and not at every edit size.
 _dense_times: dict[tuple[str, str], float] = {}
 
 
@@ -111,7 +123,7 @@ def measure(case: Case, roof: Roof) -> Measured:
 
 
 def all_cases(edit_sizes: Sequence[float], device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """Every kernel at every shape and edit size, one after the other, so that inputs are freed."""
+    """Every kernel at every shape and edit size. Cases are made one by one, so that few inputs are alive."""
     torch.manual_seed(0)
     for side, channels, filters in CONVOLUTIONS:
         for edit_size in edit_sizes:
@@ -151,7 +163,7 @@ def _convolution(
 
     def dense() -> Tensor:
         raw = F.conv2d(x, kernel, bias, padding=1) + time[:, :, None, None] + whole
-        return F.silu(F.group_norm(raw, _GROUPS, bias, bias))
+        return F.silu(F.group_norm(raw, _NORM_GROUPS, bias, bias))
 
     fused = partial(torch.ops.fisedit.conv2d_rows_and_norm, *inputs, None, mask.sample)
     yield Case(
@@ -170,7 +182,7 @@ def _group_norm(edit_size: float, mask: Mask, side: int, channels: int, dtype: t
     return Case(
         "group_norm_rows + silu", f"{side}x{side} {channels}", edit_size, count,
         run=lambda: torch.ops.fisedit.group_norm_rows(rows, mask.sample, scale, shift, True),
-        dense=lambda: F.silu(F.group_norm(dense, _GROUPS, weight, bias)),
+        dense=lambda: F.silu(F.group_norm(dense, _NORM_GROUPS, weight, bias)),
         bytes=2 * rows.numel() * dtype.itemsize + 8 * count, macs=0,
     )  # fmt: skip
 
@@ -236,7 +248,7 @@ def _attention(
         "attention_rows", run=lambda: torch.ops.fisedit.attention_rows(q, k, v, mask.offsets, mask.offsets, None),
         bytes=4 * q.numel() * size, macs=2 * count * (count // BATCH) * channels, **common,
     )  # fmt: skip
-    if dtype.itemsize == 2:  # torch's ragged attention; the longest sequence is on the device, so it gets all rows
+    if dtype.itemsize == 2:  # varlen_attn wants the longest sequence on the host: all rows is a safe bound
         offsets, same = mask.offsets, {"shape": f"{count} x {heads} heads of {width}"}
         op = torch.ops.fisedit.attention_rows
         yield Case(

@@ -1,4 +1,8 @@
-"""``bench kernels --sweep``: the best tile of the product of rows at many sizes, for ``row_product_tiles.json``."""
+"""``bench kernels --sweep``: the fastest tile of the product of rows at many sizes, for ``row_product_tiles.json``.
+
+A product of rows is a convolution or linear layer on rows; with ``geglu`` the second half of its filters gates the
+first.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +22,8 @@ from fisedit_compile.kernels.implicit_gemm.row_product_launch import launch_row_
 from fisedit_compile.kernels.implicit_gemm.row_product_tiles import Tile
 from fisedit_compile.kernels.launch.triton_launch import compiling_alone
 
-#: (taps, input channels, output channels, geglu) of the products of Stable Diffusion's three widths, the side of their
-#: maps at 768x768, and the sides of square masks there.
+#: For each of Stable Diffusion's three widths: its products as (taps, input channels, output channels, geglu), the side
+#: of its maps at 768x768, and the sides of the square masks that they are timed with.
 _PRODUCTS: tuple[tuple[tuple[tuple[int, int, int, bool], ...], int, tuple[int, ...]], ...] = (
     (
         ((9, 320, 320, False), (9, 640, 320, False), (9, 960, 320, False), (1, 320, 960, False), (1, 320, 320, False),
@@ -43,8 +47,9 @@ def _across(rows: int, filters: int, channels: int, warps: int, stages: int) -> 
     return Tile(rows, filters, channels, warps, stages, across=True)
 
 
-#: Tiles worth a try on Hopper, with the stages of the software pipeline, and those for geglu, which loads two weights.
-_TILES = (
+#: Tiles worth trying on Hopper, each with the stages of its software pipeline for geglu, which loads two weights a
+#: step; 0 leaves the tile out for geglu.
+_CANDIDATE_TILES = (
     (Tile(128, 256, 64, 8, 3), 0), (Tile(128, 128, 64, 8, 3), 3), (Tile(128, 128, 64, 4, 3), 0),
     (Tile(128, 64, 64, 4, 4), 3), (Tile(128, 64, 128, 4, 3), 0), (Tile(64, 256, 64, 8, 4), 3),
     (Tile(64, 128, 64, 4, 4), 4), (Tile(64, 128, 128, 4, 3), 0), (Tile(64, 64, 64, 4, 4), 3),
@@ -56,20 +61,24 @@ _TILES = (
     (_across(48, 64, 128, 4, 4), 0), (_across(32, 128, 64, 4, 6), 3), (_across(32, 64, 128, 4, 5), 0),
     (_across(16, 64, 128, 4, 5), 0), (_across(16, 64, 64, 4, 6), 5),
 )  # fmt: skip
+#: How often the sum over the depth is split, and whether a second kernel adds up the parts.
 _SPLITS = (
     (1, False), (2, False), (4, False),
     (2, True), (3, True), (4, True), (6, True), (8, True), (10, True), (13, True), (20, True),
 )  # fmt: skip
+#: Multiprocessors of an H100 or H200.
 _MULTIPROCESSORS = 132
 
-#: Bytes of weights that the launches of a graph go through: a step of a U-Net never finds its weights in a cache.
-_WEIGHT_BYTES = 150e6
-_LAUNCHES = 8, 24  # of a graph: of large weights, and of small ones
+#: A step of a U-Net never finds its weights in a cache, so the launches of one graph have different weights that amount
+#: to about this many bytes.
+_WEIGHT_BYTES_OF_GRAPH = 150e6
+#: Launches of one graph: with large weights, of which few fill those bytes, and with small ones.
+_LAUNCHES = 8, 24
 
 
 @dataclass(frozen=True)
 class Product:
-    """The size of one product."""
+    """The sizes of one product: ``rows`` of ``taps * channels`` values by ``filters`` outputs (after ``geglu``)."""
 
     rows: int
     taps: int
@@ -82,8 +91,8 @@ class Product:
         return self.taps * self.channels
 
     def tiles(self) -> Iterator[Tile]:
-        """The tiles and splits that may be the best: none that leave most of the GPU, or of themselves, idle."""
-        for tile, geglu_stages in _TILES:
+        """The tiles and splits that may be fastest: none that would leave most of the GPU, or of a tile, idle."""
+        for tile, geglu_stages in _CANDIDATE_TILES:
             stages = geglu_stages if self.geglu else tile.stages
             narrow = (tile.rows <= 16 and self.rows > 250) or (tile.rows <= 32 and self.rows > 600)
             if not stages or narrow or tile.rows > 2 * self.rows:
@@ -96,9 +105,9 @@ class Product:
                 if splits > 1 and (steps < 3 * splits or programs * splits > 3 * _MULTIPROCESSORS):
                     continue
                 if splits > 1 and not second_kernel and (tile.rows * tile.filters > 128 * 64 or tile.more_rows):
-                    continue  # one program would add too much, or cannot
+                    continue  # a single program would have too much to add up, or is not able to
                 if 2 * programs * splits < _MULTIPROCESSORS and (splits >= 6 or steps >= 12 * splits):
-                    continue  # more splits are better
+                    continue  # most multiprocessors are idle, and more splits are among the candidates
                 if splits > 1 and programs > _MULTIPROCESSORS:
                     continue
                 yield replace(tile, stages=stages, splits=splits, second_kernel=second_kernel)
@@ -106,7 +115,7 @@ class Product:
 
 @dataclass
 class _Inputs:
-    """What a product reads; ``epilogue`` as the layers of a U-Net mostly have it, from ``count`` on."""
+    """What a product reads; ``epilogue`` has the arguments from ``count`` on, as most layers of a U-Net have them."""
 
     rows: Tensor
     halo: Tensor | None
@@ -117,7 +126,7 @@ class _Inputs:
 
     @classmethod
     def of(cls, product: Product, side: int, device: torch.device, dtype: torch.dtype) -> _Inputs:
-        """For a square mask of ``product.rows`` in maps of ``side``."""
+        """Random inputs for a square mask of ``product.rows`` rows in maps of ``side`` x ``side`` pixels."""
 
         def fresh(*shape: int) -> Tensor:
             return normal(*shape, device=device, dtype=dtype)
@@ -125,7 +134,7 @@ class _Inputs:
         mask = square(product.rows / (BATCH * side * side), side, device)
         assert len(mask.index) == product.rows
         filters = product.filters * (2 if product.geglu else 1)
-        copies = max(3, min(_LAUNCHES[1], int(_WEIGHT_BYTES // (filters * product.depth * dtype.itemsize))))
+        copies = max(3, min(_LAUNCHES[1], int(_WEIGHT_BYTES_OF_GRAPH // (filters * product.depth * dtype.itemsize))))
         weights = [fresh(filters, product.depth) / product.depth**0.5 for _ in range(copies)]
         bias, count = fresh(filters), torch.tensor([product.rows], dtype=torch.int32, device=device)
         if product.taps == 1:
@@ -139,11 +148,11 @@ class _Inputs:
 
 
 def sweep(device: torch.device, dtype: torch.dtype, seconds: float) -> tuple[list[dict[str, Any]], int]:
-    """Time every tile at every size, for at most ``seconds``.
+    """Time every tile at every size; after ``seconds`` the sizes that are left are skipped.
 
     Returns:
-        What ``row_product_tiles.json`` holds for each size, the best tile and its microseconds beside those of cuBLAS,
-        and the number of sizes that were left out for want of time.
+        For each size what ``row_product_tiles.json`` holds of it: the size, the fastest tile, and the microseconds of
+        that tile and of cuBLAS; and the number of sizes skipped.
     """
     start = time.perf_counter()
     torch.manual_seed(0)
@@ -181,13 +190,14 @@ def sweep(device: torch.device, dtype: torch.dtype, seconds: float) -> tuple[lis
 
 
 def _compile(products: list[tuple[Product, int]], device: torch.device, dtype: torch.dtype) -> None:
-    """Compile every kernel that will be timed, on all processors."""
+    """Compile every kernel that will be timed, several at once on all processors."""
     done: set[tuple[Any, ...]] = set()
     with compiling_alone():
         for product, side in products:
             inputs = None
             for tile in product.tiles():
-                # What a kernel is compiled for: with a second kernel, the number of splits matters to that one alone.
+                # A kernel is compiled for each of these; where a second kernel adds up the splits, only that one is
+                # compiled for their number.
                 kind = (product.taps, product.geglu, product.channels % tile.channels, product.rows == BATCH * side**2)
                 kernels: set[tuple[Any, ...]] = {(*kind, replace(tile, splits=2) if tile.second_kernel else tile)}
                 if tile.second_kernel:
@@ -211,5 +221,5 @@ def _launches(inputs: _Inputs) -> int:
 
 
 def _time(product: Product, inputs: _Inputs, tile: Tile, rounds: int) -> float:
-    """Microseconds with the epilogue and cold weights, as in a step."""
+    """The microseconds of one launch, with an epilogue and weights that are in no cache, as in a step."""
     return replay_microseconds(lambda i: _launch(product, inputs, tile, i), _launches(inputs), rounds)

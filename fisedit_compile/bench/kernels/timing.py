@@ -1,4 +1,4 @@
-"""Timing one kernel on the GPU: as a CUDA graph, alone or many times in a row."""
+"""Times one kernel on the GPU as a CUDA graph, alone or many times in a row."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fisedit_compile.kernels.launch.semaphores import new_semaphores, use_semaph
 
 @dataclass(frozen=True)
 class Roof:
-    """What a device does at best: bytes read and written, and multiply-accumulates, in a microsecond."""
+    """The most that a device does in a microsecond: bytes read and written, and multiply-accumulates."""
 
     bytes_per_us: float
     macs_per_us: float
 
     @classmethod
     def measured(cls, device: torch.device, dtype: torch.dtype) -> Roof:
-        """By a copy of 1 GiB and a square matrix product of 8192."""
+        """Measured by a copy of 1 GiB and a product of two matrices of 8192 x 8192."""
         source = torch.randint(256, (2**30,), dtype=torch.uint8, device=device)
         target, side = torch.empty_like(source), 8192
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
@@ -30,7 +30,7 @@ class Roof:
 
 
 def microseconds(run: Callable[[], object], warmup: int = 10, rep: int = 50) -> float:
-    """Median time of a CUDA graph's replay: without the gaps of Python between launches, with a cold L2 cache."""
+    """The median time of replaying a call as a CUDA graph, so without gaps between launches, with a cold L2 cache."""
     run()  # compiles, and lets cuDNN choose
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -41,7 +41,7 @@ def microseconds(run: Callable[[], object], warmup: int = 10, rep: int = 50) -> 
 
 
 def replay_microseconds(launch: Callable[[int], object], launches: int, rounds: int = 5) -> float:
-    """Microseconds of one of ``launches`` in a row, in a CUDA graph: with the gaps that a recorded step has."""
+    """The microseconds of each of ``launches`` in a row in one CUDA graph, with the gaps that a captured step has."""
     launch(0)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

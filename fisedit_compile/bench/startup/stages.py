@@ -1,8 +1,8 @@
-"""The process that ``fisedit-compile bench start`` times: from its imports to the second sparse step.
+"""The process that ``fisedit-compile bench start`` times, from its imports to its second sparse step.
 
     python -m fisedit_compile.bench.startup.stages '{"arch": "sd2", ...}'
 
-prints one line of JSON: the seconds of each stage.
+It prints one line of JSON with the seconds of each stage.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ _BEGIN = time.perf_counter()
 
 
 def stages(wanted: dict[str, Any], begin: float) -> dict[str, float]:
-    """Run all stages; ``begin`` is when the first of them, the imports, began."""
+    """Run all stages and return the seconds of each by name.
+
+    Args:
+        wanted: ``arch``, ``size``, ``batch``, ``edit_size``, ``attention``, ``compile_sparse``, ``device``, ``dtype``
+            and ``threads``, as ``bench start`` writes them.
+        begin: the time of ``time.perf_counter`` at which the first stage, the imports, began.
+    """
     import torch
 
     seconds: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""Several edits with different masks in one U-Net batch, against the same edits one at a time."""
+"""Times several edits with different masks in one U-Net batch, against the same edits one at a time."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ def measure_batched(
     """Time ``settings.edits`` edits together and alone, for each edit size; masks are squares at different places.
 
     Returns:
-        For each edit size ``edits``; ``ms``, of one step of all of them in a batch; ``ms_one_at_a_time``, the sum of
-        a step of each; ``throughput_ratio``, how many times as many edits the batch does in the same time.
+        For each edit size a dict: ``edits``, their number; ``ms``, the time of a step of all of them in one batch;
+        ``ms_one_at_a_time``, the sum of the times of a step of each; and ``throughput_ratio``, how many times as many
+        edits the batch does in the same time.
     """
     say(f"{settings.edits} edits in one batch ...")
     count = settings.edits
@@ -47,7 +48,7 @@ def measure_batched(
         for i, mask in enumerate(masks):
             runs[edit_size, i] = partial(sparse.step, call, cache, sparse.plan(call, mask))
     for run in runs.values():
-        run()  # records what is not recorded yet
+        run()  # compiles and captures what this run needs for the first time
     label = f"{count} edits in one batch"
     times = interleaved(runs, repeats=settings.repeats, warmup=settings.warmup, device=device, label=label)
     rows = {}

@@ -1,4 +1,4 @@
-"""How the time of a sparse step grows with the active area, and where the dense U-Net overtakes it."""
+"""Says how the time of a sparse step grows with the active area, and where the dense U-Net becomes faster."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy as np
 
 
 def points(rows: Sequence[dict[str, Any]], attention: str) -> list[tuple[float, float]]:
-    """(active share, ms of a sparse step) of the square masks of one attention mode, by share."""
+    """The pairs (active share, ms of a sparse step) of the square masks of one attention mode, sorted by share."""
     chosen = [row for row in rows if row["attention"] == attention and row["masks"]["source"] == "square"]
     return sorted({row["active"]: row["sparse_ms"] for row in chosen}.items())
 
 
 def crossover(curve: Sequence[tuple[float, float]], dense_ms: float) -> float | None:
-    """The least active share at which the time of a sparse step, interpolated, reaches that of the dense U-Net.
+    """The least active share at which a sparse step takes as long as the dense U-Net, interpolated linearly.
 
-    None where no two neighbours lie on either side of it: sparse steps are faster at every share that was measured, or
-    at none.
+    None if no two neighbouring points lie on both sides of it: sparse steps were faster at every share measured, or at
+    none.
     """
     for (share, ms), (next_share, next_ms) in pairwise(curve):
         if ms < dense_ms <= next_ms:
@@ -28,9 +28,11 @@ def crossover(curve: Sequence[tuple[float, float]], dense_ms: float) -> float | 
 
 
 def line(curve: Sequence[tuple[float, float]]) -> dict[str, float] | None:
-    """The straight line of least squares: ``ms_of_nothing`` and ``ms_of_everything``, and its ``r2``.
+    """The straight line through the points by least squares; None for fewer than three, which say nothing of the fit.
 
-    None for fewer than three points, through which a line always fits.
+    Returns:
+        ``ms_of_nothing`` and ``ms_of_everything``, the line's times at an active share of 0 and 1, and ``r2``, the
+        share of the times' variance that it explains.
     """
     if len(curve) < 3:
         return None
@@ -45,7 +47,7 @@ def line(curve: Sequence[tuple[float, float]]) -> dict[str, float] | None:
 
 
 def curves(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """``crossover`` and ``line`` of each attention mode; the crossover is with the fastest dense call."""
+    """For each attention mode the ``crossover`` with the fastest dense call, and the straight ``line``."""
     found: dict[str, Any] = {"crossover": {}, "line": {}}
     for attention in dict.fromkeys(row["attention"] for row in rows):
         curve = points(rows, attention)

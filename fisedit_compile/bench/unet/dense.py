@@ -1,4 +1,4 @@
-"""The opponents of a sparse step: one dense U-Net call, eager and under torch.compile."""
+"""The calls that a sparse step is compared with: one call of the dense U-Net, eager and under torch.compile."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from fisedit_compile.bench.gpu_counters import graph_pool_mb, peak_mb
 from fisedit_compile.bench.progress import say
 
-#: The mode of torch.compile that launches CUDA graphs, whose kernels cannot be counted.
+#: The mode of torch.compile that launches CUDA graphs; the kernels in them cannot be counted.
 GRAPHS = "reduce-overhead"
 
-#: Calls until a CUDA graph of torch.compile is recorded and replayed: warm-up, recording, replay.
-_UNTIL_REPLAY = 3
+#: torch.compile runs a call once to warm up, once to capture its CUDA graph, and replays that from the third call on.
+_CALLS_UNTIL_REPLAY = 3
 
 
 @dataclass
@@ -24,11 +24,11 @@ class DenseRuns:
     """Dense calls that are ready to be timed.
 
     Attributes:
-        runs: by the name of the baseline.
-        compile_seconds: of the first call of each compiled one.
-        peak_mb: what tensors of a call held at most beyond what was resident; empty on the CPU.
-        graph_pool_mb: what CUDA graphs reserved; empty on the CPU.
-        failed: baselines that torch.compile could not build, and why.
+        runs: the calls, by the name of the baseline, as all of the following.
+        compile_seconds: how long the first call of each compiled baseline took.
+        peak_mb: the most MiB that tensors held during a call beyond what they held before; empty on the CPU.
+        graph_pool_mb: how many MiB its CUDA graphs reserved; empty on the CPU.
+        failed: why torch.compile could not build a baseline, for those that it could not.
     """
 
     runs: dict[str, Callable[[], object]] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class DenseRuns:
 
     @property
     def compiled(self) -> list[str]:
-        """The names of those under torch.compile."""
+        """The names of the baselines that run under torch.compile."""
         return [name for name in self.runs if name != "eager"]
 
 
@@ -52,7 +52,7 @@ def dense_runs(
 ) -> DenseRuns:
     """Build and warm up the dense calls of the named baselines.
 
-    Each mode is a ``torch.compile`` object of its own; Dynamo keeps the code of each and compiles none twice.
+    Each mode has its own ``torch.compile`` object; Dynamo keeps the code of all of them and compiles none twice.
 
     Raises:
         ValueError: none of the baselines could be built.
@@ -63,9 +63,9 @@ def dense_runs(
         try:
             run = _run(unet, args, kwargs, name)
             seconds = _first_call(run, name, device)
-            for _ in range(_UNTIL_REPLAY if name != "eager" and device.type == "cuda" else 0):
+            for _ in range(_CALLS_UNTIL_REPLAY if name != "eager" and device.type == "cuda" else 0):
                 run()
-        except Exception as error:  # of Dynamo, Inductor, Triton or the C++ compiler: the other rows still come
+        except Exception as error:  # Dynamo, Inductor, Triton or a C++ compiler may fail; the other baselines go on
             if name == "eager":
                 raise
             dense.failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -90,14 +90,14 @@ def _run(unet: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any], nam
         return lambda: compiled(*args, **kwargs, return_dict=False)
 
     def run() -> object:
-        torch.compiler.cudagraph_mark_step_begin()  # the output of the call before may be written over
+        torch.compiler.cudagraph_mark_step_begin()  # allows torch to overwrite the previous output
         return compiled(*args, **kwargs, return_dict=False)
 
     return run
 
 
 def _first_call(run: Callable[[], object], name: str, device: torch.device) -> float:
-    """Seconds of the first call, which compiles."""
+    """The seconds of the first call, which compiles."""
     say(f"the dense U-Net, {name} ..." if name == "eager" else f"compiling the dense U-Net, {name} ...")
     start = time.perf_counter()
     run()

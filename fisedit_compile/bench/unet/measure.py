@@ -32,14 +32,14 @@ def bench_unet(
 
     Args:
         settings: what is measured and how.
-        mask_sets: each makes a row of each attention mode.
-        device: where.
-        dtype: of weights and activations.
-        keep: is called with the result so far after each attention mode.
+        mask_sets: each makes one row for each attention mode.
+        device: where everything runs.
+        dtype: the dtype of weights and activations.
+        keep: called with the result so far, after each attention mode and at the end.
 
     Returns:
-        ``compile_seconds`` and ``failed`` by dense baseline, ``first_steps``, ``crossover`` and ``line`` by attention
-        mode, and ``rows``, one an attention mode and set of masks; ``benchmarks/README.md`` says what is in them.
+        ``compile_seconds`` and ``failed`` by dense baseline; ``first_steps``, ``crossover`` and ``line`` by attention
+        mode; and ``rows``, one for each attention mode and set of masks. ``benchmarks/README.md`` says what they hold.
     """
     say(f"building {settings.arch} with random weights ...")
     unet = build_unet(settings.arch, device=device, dtype=dtype)

@@ -1,4 +1,4 @@
-"""What an edit costs before its steps are like any other: from its mask to the end of its first sparse step."""
+"""Times what an edit does once before its sparse steps: planning its mask and what depends on its prompt alone."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from fisedit_compile.sparse_unet import SparseUNet
 def measure_prep(
     sparse: SparseUNet, call: Call, cache: StepCache, masks: Sequence[Tensor], device: torch.device
 ) -> dict[str, float]:
-    """Time the preparation of several edits, each after a first time that records what its sizes still need.
+    """Time the preparation of several edits. Each is prepared once before, to compile and capture what it needs.
 
     Returns:
-        Medians in milliseconds. ``prep_ms``: from a mask on the device to the end of the first step, less a later step
-        of the same edit. Its parts: ``plan_ms``, the plan on the host; ``upload_ms``, padding it and bringing it to the
-        device; ``prompt_ms``, the rest: the keys and values of the prompt, and putting all of it in place.
+        Medians over the edits, in milliseconds. ``prep_ms`` is the time from a mask on the device to the end of the
+        first step, less that of a later step of the same edit. It has three parts: ``plan_ms``, making the plan on the
+        host; ``upload_ms``, padding it and copying it to the device; and ``prompt_ms``, the rest, which computes the
+        prompt's keys and values and puts everything where the step reads it.
     """
     program = sparse.program(call)
     on_device = [mask.to(device) for mask in masks]
@@ -51,7 +52,7 @@ def _first_step(sparse: SparseUNet, call: Call, cache: StepCache, mask: Tensor) 
 
 
 def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
-    """Wall time of a run that starts and ends on an idle device."""
+    """The wall time of a run that starts and ends on an idle device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()

@@ -30,23 +30,24 @@ from fisedit_compile.macs.counter import MacCounter
 from fisedit_compile.runtime.prepared import Prepared
 from fisedit_compile.sparse_unet import sparsify
 
-#: Edits that the preparation is measured with, for each row.
+#: With how many edits the preparation of each row is measured.
 _PREPARED_EDITS = 5
 
-Key = tuple[int, int]  # of a mask: its set, its place there
+#: Identifies a mask: the position of its set, and its position in that set.
+MaskKey = tuple[int, int]
 
 
 @dataclass
 class SparseRuns:
-    """What one attention mode needs to be measured.
+    """Sparse steps in one attention mode, prepared for timing.
 
     Args:
-        attention: the mode.
+        attention: the mode, ``"full"`` or ``"masked"``.
         unet: the dense U-Net.
-        inputs: positional and keyword arguments of a call.
+        inputs: positional and keyword arguments of a call of it.
         settings: what is measured and how.
-        mask_sets: each makes a row.
-        device: of the U-Net.
+        mask_sets: each makes one row.
+        device: the device of the U-Net.
     """
 
     attention: Any
@@ -55,25 +56,26 @@ class SparseRuns:
     settings: Settings
     mask_sets: Sequence[MaskSet]
     device: torch.device
-    prepared: dict[Key, Prepared] = field(default_factory=dict)
-    runs: dict[Key, Callable[[], object]] = field(default_factory=dict)
+    prepared: dict[MaskKey, Prepared] = field(default_factory=dict)
+    runs: dict[MaskKey, Callable[[], object]] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         config = SparsityConfig(attention=self.attention, compile=self.settings.compile_sparse, dense_above=1.0)
         self.sparse = sparsify(self.unet, config)
         self.call = self.sparse.call(*self.inputs[0], **self.inputs[1])
-        self._plan_ms: dict[Key, float] = {}
-        self._recording_mb: dict[str | None, float | None] = {}
+        self._plan_ms: dict[MaskKey, float] = {}
+        self._first_step_mb: dict[str | None, float | None] = {}
 
     def start(self) -> dict[str, float | None]:
-        """Capture, record the base, plan all masks and take a first step of each.
+        """Export the U-Net, record a base, plan all masks and take a first step with each.
 
         Returns:
-            ``capture_seconds``, ``first_steps_seconds``, the CUDA graphs (``captures``) and graphs of torch.compile
-            (``compiles``) that the first steps made, and what the first edit left allocated (``first_edit_mb``).
+            ``capture_seconds``, how long exporting and rewriting took; ``first_steps_seconds``; ``captures`` and
+            ``compiles``, how many CUDA graphs were captured and how many graphs torch.compile compiled in those steps;
+            and ``first_edit_mb``, how many MiB the first edit left allocated.
         """
-        say(f"{self.attention} attention: capturing the U-Net ...")
+        say(f"{self.attention} attention: exporting the U-Net ...")
         self.program = self.sparse.program(self.call)
         _, self.cache = self.sparse.record(self.call)
         self._pool_mb, compiles, begin = graph_pool_mb(self.device), dynamo_graphs(), time.perf_counter()
@@ -88,7 +90,7 @@ class SparseRuns:
             self._plan_ms[key] = (time.perf_counter() - start) * 1e3
             self.runs[key] = partial(self.sparse.step, self.call, self.cache, self.prepared[key])
             peak = peak_mb(self.runs[key], self.device)
-            self._recording_mb.setdefault(_bucket(self.prepared[key]), peak)
+            self._first_step_mb.setdefault(_bucket(self.prepared[key]), peak)
             if kept is None and before is not None:
                 kept = (allocated_mb(self.device) or 0.0) - before
         return {
@@ -100,7 +102,10 @@ class SparseRuns:
         }
 
     def measure(self, dense: DenseRuns) -> list[dict[str, Any]]:
-        """The rows, without what :meth:`count_launches` adds; after :meth:`start`."""
+        """Time all masks and the dense calls, and return the rows; :meth:`count_launches` completes them.
+
+        Call :meth:`start` first.
+        """
         say(f"{self.attention} attention: timing ...")
         settings, counter = self.settings, MacCounter(self.program.lowered, check=False)
         repeats: dict[Any, int] = dict.fromkeys(dense.runs, settings.repeats)
@@ -126,7 +131,7 @@ class SparseRuns:
         return self.rows
 
     def count_launches(self, dense: dict[str, int | None]) -> None:
-        """Add ``launches`` to the rows: kernels of a dense call, and of a sparse step's graph."""
+        """Add ``launches`` to the rows: how many kernels each dense call and the graph of a sparse step launch."""
         for i, row in enumerate(self.rows):
             step = self.program.static_step(self.prepared[i, 0])
             sparse = count_kernels(step.launch, self.device) if step else None
@@ -165,13 +170,13 @@ class SparseRuns:
             "tflops": {name: 2 * macs[name] / each / 1e9 for name, each in ms.items()},
             "bucket": sorted({name for key in keys if (name := _bucket(self.prepared[key]))}),
             "peak_mb": {**dense.peak_mb, "sparse": peak_mb(self.runs[keys[0]], self.device)},
-            "recording_peak_mb": self._recording_mb[_bucket(self.prepared[keys[0]])],
+            "recording_peak_mb": self._first_step_mb[_bucket(self.prepared[keys[0]])],
             "base_mb": sum(tensor.nbytes for tensor in self.cache.values()) / 2**20,
         }
 
     def _prep(self, i: int) -> dict[str, float | None]:
         mask_set = self.mask_sets[i]
-        if self.device.type != "cuda":  # a step takes a thousand times what is looked for
+        if self.device.type != "cuda":  # on the CPU a step takes far longer than what would be its difference
             plan = median(ms for key, ms in self._plan_ms.items() if key[0] == i)
             return {"prep_ms": None, "plan_ms": plan, "upload_ms": None, "prompt_ms": None}
         masks = mask_set.masks[:: -(-len(mask_set.masks) // _PREPARED_EDITS)]

@@ -1,15 +1,15 @@
-"""The result of ``fisedit-compile bench unet`` for people to read."""
+"""The result of ``fisedit-compile bench unet`` as text for people."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from fisedit_compile.utils.text_table import text_table
+from tabulate import tabulate
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """One line a row; what only a GPU has is left out on the CPU."""
+    """A table with one line for each row; columns that only a GPU has are left out on the CPU."""
     first = rows[0]
     baselines = list(first["dense_ms"])
     on_gpu = first["prep_ms"] is not None
@@ -32,11 +32,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             cells += [f"{row['tflops']['sparse']:.0f}", "?" if launches is None else str(launches)]
             cells += [f"{row['prep_ms']:.1f}", f"{row['recording_peak_mb']:.0f}"]
         lines.append(cells)
-    return text_table(lines, left=())
+    return tabulate(lines, tablefmt="plain", stralign="right", disable_numparse=True)
 
 
 def summary(result: dict[str, Any]) -> str:
-    """What "compiled" is, batched edits, crossover, and what should not have happened; a line each, or nothing."""
+    """The lines below the table: what "compiled" means, batched edits, crossovers, and what went wrong."""
     fastest = {row["fastest_compiled"] for row in result["rows"]} - {None}
     lines = [f"x compiled: against the fastest of those measured, {' or '.join(sorted(fastest))}"] if fastest else []
     for row in result["rows"]:
@@ -53,5 +53,5 @@ def summary(result: dict[str, Any]) -> str:
         lines.append(f"left out: {name} ({reason})")
     unexpected = [row for row in result["rows"] if row["captures"] or row["recompiles"]]
     if unexpected:
-        lines.append("something was compiled or recorded while timing: see captures and recompiles in the JSON file")
+        lines.append("something was compiled or captured while timing: see captures and recompiles in the JSON file")
     return "\n".join(lines)
