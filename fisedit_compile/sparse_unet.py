@@ -148,9 +148,21 @@ class SparseUNet(torch.nn.Module):
         return out
 
     def record(
-        self, call: Call, *, samples: int | None = None, activations: bool = True, attention: bool = False
+        self,
+        call: Call,
+        *,
+        samples: int | None = None,
+        activations: bool = True,
+        attention: bool = False,
+        part: int = -1,
     ) -> tuple[Tensor, Recorded]:
         """Run the dense U-Net and keep what sparse steps (``activations``) or controlled steps (``attention``) read.
+
+        Args:
+            call: of :meth:`call`.
+            samples: pictures in the batch, which guidance makes parts of ``samples`` each of; None is the whole batch.
+            activations, attention: what is kept.
+            part: place of the conditional part in the batch, whose attention maps are kept; -1 is the last.
 
         Returns:
             The noise prediction ``[B, C, H, W]`` and the cache of this call.
@@ -161,12 +173,12 @@ class SparseUNet(torch.nn.Module):
             raise ValueError(f"samples={samples} of a batch of {batch}: give the number of pictures in it")
         state = self._ready(values=True)
         out, cache = self._program(call, state).record(
-            call, samples=count, activations=activations, attention=attention
+            call, samples=count, activations=activations, attention=attention, part=part
         )
         cache.model = state
         return out, cache
 
-    def controlled(self, call: Call, cache: StepCache, mapper: Tensor, keep: Tensor) -> Tensor:
+    def controlled(self, call: Call, cache: StepCache, mapper: Tensor, keep: Tensor, part: int = -1) -> Tensor:
         """Run the dense U-Net with the cross-attention maps of unchanged words taken from ``cache``.
 
         ``mapper`` and ``keep`` are those of :func:`~fisedit_compile.editing.prompt_alignment.align_batch`.
@@ -176,7 +188,7 @@ class SparseUNet(torch.nn.Module):
         """
         state = self._ready(values=True)
         _check_recorded(cache, state)
-        return self._program(call, state).controlled(call, cache, mapper, keep)
+        return self._program(call, state).controlled(call, cache, mapper, keep, part)
 
     def plan(self, call: Call, mask: Tensor) -> Prepared:
         """Everything about ``mask`` (bool ``[n, h, w]`` at latent resolution) that the steps of an edit share.
