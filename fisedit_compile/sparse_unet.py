@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,7 +72,6 @@ class SparseUNet(torch.nn.Module):
         self._lock = threading.RLock()
         self._held = threading.local()  # .state: within looked_at(), the state that was seen
         self._described = -1
-        self._handler: Callable[..., Any] | None = None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -81,19 +80,8 @@ class SparseUNet(torch.nn.Module):
             return getattr(super().__getattr__("unet"), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The dense U-Net, or the handler set by :meth:`handled_by`."""
-        return (self._handler or self.unet)(*args, **kwargs)
-
-    @contextmanager
-    def handled_by(self, handler: Callable[..., Any]) -> Iterator[SparseUNet]:
-        """Within the context, calls go to ``handler``: so a pipeline that calls its U-Net records or edits."""
-        if self._handler is not None:
-            raise RuntimeError("this U-Net is recording or editing already: finish that first")
-        self._handler = handler
-        try:
-            yield self
-        finally:
-            self._handler = None
+        """The dense U-Net."""
+        return self.unet(*args, **kwargs)
 
     def call(self, *args: Any, **kwargs: Any) -> Call:
         """A call in the form that the other methods take, from the arguments of the U-Net's ``forward``."""
