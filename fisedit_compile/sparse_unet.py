@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,7 +72,6 @@ class SparseUNet(torch.nn.Module):
         self._lock = threading.RLock()
         self._held = threading.local()  # .state: within looked_at(), the state that was seen
         self._described = -1
-        self._handler: Callable[..., Any] | None = None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -81,19 +80,8 @@ class SparseUNet(torch.nn.Module):
             return getattr(super().__getattr__("unet"), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The dense U-Net, or the handler set by :meth:`handled_by`."""
-        return (self._handler or self.unet)(*args, **kwargs)
-
-    @contextmanager
-    def handled_by(self, handler: Callable[..., Any]) -> Iterator[SparseUNet]:
-        """Within the context, calls go to ``handler``: so a pipeline that calls its U-Net records or edits."""
-        if self._handler is not None:
-            raise RuntimeError("this U-Net is recording or editing already: finish that first")
-        self._handler = handler
-        try:
-            yield self
-        finally:
-            self._handler = None
+        """The dense U-Net."""
+        return self.unet(*args, **kwargs)
 
     def call(self, *args: Any, **kwargs: Any) -> Call:
         """A call in the form that the other methods take, from the arguments of the U-Net's ``forward``."""
@@ -148,9 +136,21 @@ class SparseUNet(torch.nn.Module):
         return out
 
     def record(
-        self, call: Call, *, samples: int | None = None, activations: bool = True, attention: bool = False
+        self,
+        call: Call,
+        *,
+        samples: int | None = None,
+        activations: bool = True,
+        attention: bool = False,
+        part: int = -1,
     ) -> tuple[Tensor, Recorded]:
         """Run the dense U-Net and keep what sparse steps (``activations``) or controlled steps (``attention``) read.
+
+        Args:
+            call: of :meth:`call`.
+            samples: pictures in the batch, which guidance makes parts of ``samples`` each of; None is the whole batch.
+            activations, attention: what is kept.
+            part: place of the conditional part in the batch, whose attention maps are kept; -1 is the last.
 
         Returns:
             The noise prediction ``[B, C, H, W]`` and the cache of this call.
@@ -161,12 +161,12 @@ class SparseUNet(torch.nn.Module):
             raise ValueError(f"samples={samples} of a batch of {batch}: give the number of pictures in it")
         state = self._ready(values=True)
         out, cache = self._program(call, state).record(
-            call, samples=count, activations=activations, attention=attention
+            call, samples=count, activations=activations, attention=attention, part=part
         )
         cache.model = state
         return out, cache
 
-    def controlled(self, call: Call, cache: StepCache, mapper: Tensor, keep: Tensor) -> Tensor:
+    def controlled(self, call: Call, cache: StepCache, mapper: Tensor, keep: Tensor, part: int = -1) -> Tensor:
         """Run the dense U-Net with the cross-attention maps of unchanged words taken from ``cache``.
 
         ``mapper`` and ``keep`` are those of :func:`~fisedit_compile.editing.prompt_alignment.align_batch`.
@@ -176,7 +176,7 @@ class SparseUNet(torch.nn.Module):
         """
         state = self._ready(values=True)
         _check_recorded(cache, state)
-        return self._program(call, state).controlled(call, cache, mapper, keep)
+        return self._program(call, state).controlled(call, cache, mapper, keep, part)
 
     def plan(self, call: Call, mask: Tensor) -> Prepared:
         """Everything about ``mask`` (bool ``[n, h, w]`` at latent resolution) that the steps of an edit share.

@@ -270,15 +270,3 @@ class TestBase:
     def test_samples_that_the_batch_does_not_have(self, session: Session, samples: int) -> None:
         with pytest.raises(ValueError, match="samples"):
             session.sparse.record(session.call, samples=samples, attention=True)
-
-
-def test_one_handler_at_a_time(session: Session) -> None:
-    sparse = session.sparse
-    with sparse.handled_by(lambda *args, **kwargs: "first"):
-        assert sparse(*session.args) == "first"
-        with pytest.raises(RuntimeError, match="recording or editing already"), sparse.handled_by(print):
-            pass
-        assert sparse(*session.args) == "first"
-    with pytest.raises(ZeroDivisionError), sparse.handled_by(lambda *args, **kwargs: 1 / 0):
-        sparse(*session.args)
-    assert sparse(*session.args).sample.shape == session.out.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import os
 import subprocess
@@ -123,3 +124,16 @@ def test_wheel_holds_the_linked_folders_as_files_of_the_package(tmp_path: Path) 
     assert all(sizes[name] == path.stat().st_size for name, path in sources.items())
     assert "fisedit_compile/py.typed" in names
     assert not [name for name in names if "__pycache__" in name]
+
+
+def test_the_library_speaks_through_logging_alone() -> None:
+    """Printing is for the command line and the benchmarks, which are commands themselves."""
+    printing = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for folder in ("fisedit_compile", *LINKED)
+        for path in (ROOT / folder).rglob("*.py")
+        if not {"cli", "bench"} & set(path.relative_to(ROOT).parts)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert not printing

@@ -8,9 +8,11 @@ mistyped option answer at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from fisedit_compile import __version__
 from fisedit_compile.cli import bench, blocks, edit, macs
@@ -44,10 +46,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(given)
     args.command_line = shlex.join([PROGRAM, *given])
     try:
-        args.run(args)
+        with _log_on_stderr():
+            args.run(args)
     except (FiseditError, ValueError, OSError) as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130  # the status that shells give to an interrupted command
     return 0
+
+
+@contextlib.contextmanager
+def _log_on_stderr() -> Iterator[None]:
+    """What the library logs, warnings and what takes long, goes to the terminal, apart from results on stdout."""
+    logger, handler = logging.getLogger("fisedit_compile"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"{PROGRAM}: %(message)s"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

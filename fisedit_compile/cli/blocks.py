@@ -10,6 +10,7 @@ from tabulate import tabulate
 
 from fisedit_compile.cli.edit_options import add_edit_options, add_image_options
 from fisedit_compile.cli.json_file import add_json_option, check_json_path, write_json
+from fisedit_compile.cli.model_options import image_size
 from fisedit_compile.cli.runtime import add_runtime_options, describe, start, whole_number
 from fisedit_compile.config import SparsityConfig
 
@@ -59,6 +60,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Calibrate, compare, print the table, write the file."""
     check_json_path(args.json)
+    size = image_size(args)
     device, dtype = start(args)
     if device.type == "cpu" and not args.arch.startswith("tiny"):
         raise ValueError(
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
             "give a tiny architecture or --device cuda"
         )
 
-    from fisedit_compile.architectures import VAE_SCALE_FACTOR, build_unet, unet_inputs
+    from fisedit_compile.architectures import build_unet, unet_inputs
     from fisedit_compile.bench.masks import MaskSet
     from fisedit_compile.compiler.lowered import lower
     from fisedit_compile.cost_model.block_comparison import BlockComparer
@@ -77,7 +79,6 @@ def run(args: argparse.Namespace) -> None:
     from fisedit_compile.ir.call import bind
 
     unet = build_unet(args.arch, device="meta", dtype=dtype)  # layers are timed with random values of these shapes
-    size = args.size or VAE_SCALE_FACTOR * unet.config["sample_size"]
     inputs, keywords = unet_inputs(unet, batch=args.batch, height=size, width=size)
     height, width = inputs[0].shape[2:]
     latents = (int(height), int(width))

@@ -11,7 +11,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from fisedit_compile.cli.edit_options import add_attention
-from fisedit_compile.cli.runtime import add_runtime_options, describe, start, whole_number
+from fisedit_compile.cli.runtime import add_runtime_options, describe, finite, start, whole_number
 from fisedit_compile.config import SparsityConfig
 
 if TYPE_CHECKING:
@@ -60,8 +60,10 @@ def add_parser(subparsers: Any) -> None:
         help="steps that run dense before the mask is known: a count, or a share of --steps such as 0.2 "
         f"(default: {SparsityConfig.dense_steps})",
     )
-    parser.add_argument("--seed", type=whole_number(0), default=0, metavar="N", help="of the noise (default: 0)")
-    parser.add_argument("--guidance", type=float, default=7.5, metavar="X", help="guidance scale (default: 7.5)")
+    parser.add_argument(
+        "--seed", type=whole_number(0, 2**64 - 1), default=0, metavar="N", help="of the noise (default: 0)"
+    )
+    parser.add_argument("--guidance", type=finite, default=7.5, metavar="X", help="guidance scale (default: 7.5)")
     parser.add_argument("--height", type=whole_number(1), metavar="PX", help="default: the model's own")
     parser.add_argument("--width", type=whole_number(1), metavar="PX", help="default: the model's own")
     add_attention(parser)

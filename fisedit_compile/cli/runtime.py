@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 from collections.abc import Callable
 from importlib import metadata
@@ -82,15 +83,27 @@ def describe(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def whole_number(least: int) -> Callable[[str], int]:
-    """The type of an option that takes an int of at least ``least``."""
+def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """The type of an option that takes an int of at least ``least``, and at most ``most``."""
 
     def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
+            range_ = f"of at least {least}" if most is None else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {range_}")
         return int(text)
 
     return parse
+
+
+def finite(text: str) -> float:
+    """The type of an option that takes a float, neither infinite nor nan."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
 
 
 def share(text: str) -> float:

@@ -206,16 +206,19 @@ class Lowered:
                 costs=costs,
             )
 
-    def recording(self, entries: Sequence[CacheEntry], samples: int) -> StageGraph:
-        """The dense graph that also returns the value of each entry; the batch has ``samples`` conditional samples."""
+    def recording(self, entries: Sequence[CacheEntry], samples: int, part: int) -> StageGraph:
+        """The dense graph that also returns the value of each entry.
+
+        The batch consists of parts of ``samples`` each, of which the one at place ``part`` is conditional.
+        """
         graph_module = copy_graph(self.dense)
-        record_activations(graph_module, entries, samples)
+        record_activations(graph_module, entries, samples, part)
         return StageGraph(graph_module)
 
-    def controlled(self) -> StageGraph:
-        """The dense graph in which cross-attention takes the maps of unchanged words from the base."""
+    def controlled(self, part: int) -> StageGraph:
+        """The dense graph in which one part of the batch takes the base's cross-attention maps of unchanged words."""
         graph_module = copy_graph(self.dense)
-        control_cross_attention(graph_module, self.config)
+        control_cross_attention(graph_module, self.config, part)
         graph_module.recompile()
         return StageGraph(graph_module)
 

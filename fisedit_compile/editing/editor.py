@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -34,6 +35,7 @@ from fisedit_compile.editing.schedule import Schedule
 from fisedit_compile.editing.step_callback import StepCallback
 from fisedit_compile.errors import BaseMismatchError, CaptureError
 from fisedit_compile.masks.user_mask import MaskLike, as_mask
+from fisedit_compile.runtime.model_state import ModelState
 from fisedit_compile.sparse_unet import SparseUNet, sparsify
 from fisedit_compile.utils.frozen_mapping import FrozenMapping
 
@@ -134,10 +136,9 @@ class Editor:
         callback = self._callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         kept = owned(kept)
         states = tuple((each.get_state(), each.device) for each in generators)
-        with self._turn, in_turn(self.pipe):
-            self._unet = self.unet
-            run = RecordRun(self._unet, self.pipe, self._tokenizers, callback, self.config)
-            state = self._watch.look(run.pipe, self._unet.look(), prompts)
+        with self._in_turn() as (unet, unet_state):
+            run = RecordRun(unet, self.pipe, self._tokenizers, callback, self.config)
+            state = self._watch.look(run.pipe, unet_state, prompts)
             start = time.perf_counter()
             images, nsfw = _pictures(run, prompt, generators, kept)
             seconds = time.perf_counter() - start
@@ -211,16 +212,10 @@ class Editor:
         given = None
         if mask is not None:
             given = as_mask(mask, samples=samples, size=(size[0], size[1]), device=base.latents.device)
-        with self._turn, in_turn(self.pipe):
-            self._unet = self.unet
-            run = EditRun(self._unet, self.pipe, self._tokenizers, callback, base, prompts, given, combine)
-            state = self._watch.look(run.pipe, self._unet.look(), base.prompts)
+        with self._in_turn() as (unet, unet_state):
+            run = EditRun(unet, self.pipe, self._tokenizers, callback, base, prompts, given, combine)
+            state = self._watch.look(run.pipe, unet_state, base.prompts)
             base.check(state, Schedule.of(self.pipe.scheduler), self.config)
-            device = next(self._unet.unet.parameters()).device
-            if base.latents.device.type != device.type:
-                raise BaseMismatchError(
-                    f"the base lies on {base.latents.device}, the U-Net on {device}: move the pipeline"
-                )
             keep = None
             if background == "pixels":
                 keep = PixelBackground.of(run.pipe, base.pictures, base.latents, base.arguments)
@@ -251,6 +246,14 @@ class Editor:
             step_macs=run.step_macs(),
         )
         return Edit(images=images, nsfw=nsfw, mask=run.mask, latents=final, report=report)
+
+    @contextmanager
+    def _in_turn(self) -> Iterator[tuple[SparseUNet, ModelState]]:
+        """One generation or edit after the other: the U-Net, and its state, which is looked at once for all steps."""
+        with self._turn, in_turn(self.pipe):
+            unet = self._unet = self.unet
+            with unet.looked_at() as state:
+                yield unet, state
 
     def _callback(self, callback: Any, tensor_inputs: Any) -> StepCallback | None:
         return None if callback is None else StepCallback(callback, tensor_inputs, self.pipe)

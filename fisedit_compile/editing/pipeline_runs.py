@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fisedit_compile.cache.memory import require_room
 from fisedit_compile.config import SparsityConfig
+from fisedit_compile.editing.arguments import call_parameters
 from fisedit_compile.editing.base import Base, RecordedCall
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.editing.pipeline_call import PipelineCall
@@ -48,6 +49,7 @@ class PipelineRun:
     def __init__(self, unet: SparseUNet, pipe: Any, tokenizers: OwnTokenizers, callback: StepCallback | None) -> None:
         self.unet, self.callback = unet, callback
         self.call = PipelineCall(pipe, self._unet_call, tokenizers)
+        self._parameters = call_parameters(pipe)
         self.timer = UNetTimer()
         self.latents: list[Tensor] = []
         self.calls_made = 0
@@ -93,13 +95,25 @@ class PipelineRun:
         """Called when the pipeline has returned."""
         raise NotImplementedError
 
-    def samples(self, call: Call) -> int:
-        """Pictures in the batch, of which classifier-free guidance makes several parts."""
+    def parts(self, call: Call) -> tuple[int, int]:
+        """How many pictures are in the batch, which guidance makes several parts of, and which part is conditional.
+
+        Raises:
+            CaptureError: the batch does not consist of as many parts.
+        """
         batch = call.signature.sample_shape[0]
-        parts = 2 if getattr(self.pipe, "do_classifier_free_guidance", False) else 1
+        if not getattr(self.pipe, "do_classifier_free_guidance", False):
+            parts, conditional = 1, -1
+        elif "image_guidance_scale" in self._parameters:  # InstructPix2Pix: text and image, image alone, neither
+            parts, conditional = 3, 0
+        else:
+            parts, conditional = 2, -1
         if batch % parts:
-            raise CaptureError(f"{type(self.pipe).__name__} calls its U-Net with a batch of {batch}: no even number")
-        return batch // parts
+            raise CaptureError(
+                f"{type(self.pipe).__name__} calls its U-Net with a batch of {batch}, which is not the {parts} parts "
+                "of its guidance: an editor knows no other guidance"
+            )
+        return batch // parts, conditional
 
     def _unet_call(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the U-Net's ``forward``."""
@@ -118,7 +132,13 @@ class PipelineRun:
 
     def _step_end(self, pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         """The pipeline's ``callback_on_step_end``: the user's own first, then ours."""
-        changed = self.callback(self.call, index, timestep, values) if self.callback else {}
+        changed = {}
+        if self.callback:
+            changed = self.callback(self.call, index, timestep, values)
+            try:
+                self.unet.look_again()
+            except BaseMismatchError as error:
+                raise BaseMismatchError(f"after {self.callback.name}: {error}") from error
         self.call.raise_if_interrupted()
         latents = self.finish_step(changed.get("latents", values["latents"]))
         self.latents.append(latents.clone())
@@ -154,8 +174,10 @@ class RecordRun(PipelineRun):
     def predict(self, call: Call) -> Tensor:
         sparse, controlled = self.step >= self._dense_steps, self.step < self._controlled_steps
 
+        samples, part = self.parts(call)
+
         def record() -> Tensor:
-            out, kept = self.unet.record(call, samples=self.samples(call), activations=sparse, attention=controlled)
+            out, kept = self.unet.record(call, samples=samples, part=part, activations=sparse, attention=controlled)
             self.calls.append(RecordedCall(self.step, kept))
             return out
 
@@ -179,7 +201,7 @@ class RecordRun(PipelineRun):
 
     def _require_room(self, call: Call) -> None:
         """Hold the memory of the base to what is free."""
-        lowered, samples = self.unet.program(call).lowered, self.samples(call)
+        lowered, (samples, _) = self.unet.program(call).lowered, self.parts(call)
         activations = lowered.record_nbytes(samples=samples, activations=True, attention=False)
         maps = lowered.record_nbytes(samples=samples, activations=False, attention=True)
         latents = call.tensors[0].nbytes * samples // call.signature.sample_shape[0]
@@ -228,6 +250,9 @@ class EditRun(PipelineRun):
 
     def begin(self, call: Call) -> None:
         self._base.check_schedule(self.schedule)
+        then, now = self._base.latents.device, call.tensors[0].device
+        if then != now:
+            raise BaseMismatchError(f"the base lies on {then}, the U-Net runs on {now}: move the pipeline back")
 
     def predict(self, call: Call) -> Tensor:
         recorded = self._recorded_call(call)
@@ -236,8 +261,8 @@ class EditRun(PipelineRun):
             prepared = self._prepare(call)
             return self.timer.time("sparse", device, lambda: self.unet.step(call, recorded.cache, prepared))
         if recorded.cache:
-            controlled = self.unet.controlled
-            return self.timer.time("dense", device, lambda: controlled(call, recorded.cache, self._mapper, self._keep))
+            control = (recorded.cache, self._mapper, self._keep, self.parts(call)[1])
+            return self.timer.time("dense", device, lambda: self.unet.controlled(call, *control))
         return self.timer.time("dense", device, lambda: self.unet.dense(call))
 
     def finish_step(self, latents: Tensor) -> Tensor:

@@ -25,20 +25,27 @@ class DenseGraphs:
         self._stages: dict[object, Stage | StaticStage] = {}
 
     def record(
-        self, inputs: dict[Any, Tensor], entries: Sequence[CacheEntry], samples: int
+        self, inputs: dict[Any, Tensor], entries: Sequence[CacheEntry], samples: int, part: int
     ) -> tuple[Tensor, dict[CacheEntry, Tensor]]:
-        """The U-Net's output, and the value of each entry; ``samples`` of the batch are its conditional half."""
-        key = ("record", samples, tuple(entries))
-        out, kept = self._stage(key, lambda: self._lowered.recording(entries, samples))(inputs)
+        """The U-Net's output, and the value of each entry.
+
+        The batch consists of parts of ``samples`` each, of which the one at place ``part`` is conditional.
+        """
+        key = ("record", samples, part, tuple(entries))
+        out, kept = self._stage(key, lambda: self._lowered.recording(entries, samples, part))(inputs)
         return out, dict(zip(entries, kept, strict=True))
 
-    def controlled(self, inputs: dict[Any, Tensor], cache: StepCache, mapper: Tensor, keep: Tensor) -> Tensor:
+    def controlled(
+        self, inputs: dict[Any, Tensor], cache: StepCache, mapper: Tensor, keep: Tensor, part: int
+    ) -> Tensor:
         """The U-Net's output with the base's cross-attention maps of unchanged words.
 
         ``mapper`` and ``keep`` are those of :func:`~fisedit_compile.editing.prompt_alignment.align_batch`.
         """
         control: dict[Any, Tensor] = {ControlTensor("mapper"): mapper, ControlTensor("keep"): keep}
-        result: Tensor = self._stage("control", self._lowered.controlled)({**inputs, **cache, **control})
+        result: Tensor = self._stage(("control", part), lambda: self._lowered.controlled(part))(
+            {**inputs, **cache, **control}
+        )
         return result
 
     def forget(self) -> None:

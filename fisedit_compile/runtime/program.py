@@ -79,24 +79,27 @@ class Program:
             self._dense_graphs.forget()
         self._weights = state.live
 
-    def record(self, call: Call, *, samples: int, activations: bool, attention: bool) -> tuple[Tensor, Recorded]:
+    def record(
+        self, call: Call, *, samples: int, activations: bool, attention: bool, part: int = -1
+    ) -> tuple[Tensor, Recorded]:
         """The dense U-Net's output, and what a base keeps of the call.
 
         Args:
-            samples: pictures in the batch; the last ``samples`` of the U-Net's batch are the conditional half.
+            samples: pictures in the batch, which guidance makes parts of ``samples`` each of.
             activations: keep what sparse steps read.
             attention: keep the cross-attention maps.
+            part: place of the conditional part in the U-Net's batch; -1 is the last.
         """
         entries = (self.lowered.cache_entries if activations else []) + (
             self.lowered.attention_entries if attention else []
         )
-        out, kept = self._dense_graphs.record(self._user_values(call), entries, samples)
+        out, kept = self._dense_graphs.record(self._user_values(call), entries, samples, part)
         timesteps = tuple(None if each is None else each.clone() for each in self._known_timesteps(call))
         return out, Recorded(self.signature, timesteps, kept)
 
-    def controlled(self, call: Call, cache: StepCache, mapper: Tensor, keep: Tensor) -> Tensor:
+    def controlled(self, call: Call, cache: StepCache, mapper: Tensor, keep: Tensor, part: int = -1) -> Tensor:
         """See :meth:`~fisedit_compile.runtime.dense_graphs.DenseGraphs.controlled`."""
-        return self._dense_graphs.controlled(self._user_values(call), cache, mapper, keep)
+        return self._dense_graphs.controlled(self._user_values(call), cache, mapper, keep, part)
 
     def plan(self, mask: Tensor) -> EditPlan:
         """The plan of a mask, see :meth:`~fisedit_compile.compiler.lowered.Lowered.plan`."""

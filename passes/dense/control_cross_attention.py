@@ -20,8 +20,14 @@ from fisedit_compile.passes.pass_report import PassReport
 from fisedit_compile.passes.rewriting import RowBuilder
 
 
-def control_cross_attention(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
-    """Let every cross-attention of an annotated dense graph take the base's maps, in place."""
+def control_cross_attention(graph_module: GraphModule, config: SparsityConfig, part: int = -1) -> PassReport:
+    """Let every cross-attention of an annotated dense graph take the base's maps, in place.
+
+    Args:
+        graph_module: the graph.
+        config: what was made sparse and how.
+        part: place of the conditional part in the U-Net's batch; -1 is the last.
+    """
     report = PassReport("control_cross_attention")
     graph = graph_module.graph
     inputs = Inputs(graph)
@@ -29,9 +35,8 @@ def control_cross_attention(graph_module: GraphModule, config: SparsityConfig) -
         maps, mapper, keep = _control_inputs(inputs, node)
         build = RowBuilder(graph, inputs, node)
         with graph.inserting_before(node):
-            controlled = build.call(
-                controlled_attention, *node.args[:3], maps, mapper, keep, scale=node.kwargs.get("scale")
-            )
+            options = {"scale": node.kwargs.get("scale"), "part": part}
+            controlled = build.call(controlled_attention, *node.args[:3], maps, mapper, keep, **options)
         controlled.meta["layout"] = node.meta["layout"]
         node.replace_all_uses_with(controlled)
         graph.erase_node(node)

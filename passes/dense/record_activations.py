@@ -22,13 +22,16 @@ from fisedit_compile.passes.rewriting import RowBuilder, norm_arguments
 aten = targets.aten
 
 
-def record_activations(graph_module: GraphModule, entries: Sequence[CacheEntry], samples: int) -> PassReport:
+def record_activations(
+    graph_module: GraphModule, entries: Sequence[CacheEntry], samples: int, part: int = -1
+) -> PassReport:
     """Add ``entries`` to the outputs of an annotated dense graph, in place.
 
     Args:
         graph_module: the graph; :func:`~fisedit_compile.passes.region.annotate_layout.annotate_layout` has run on it.
         entries: what the base keeps, each named after a node of this graph.
-        samples: pictures in the batch; the last ``samples`` of the U-Net's batch are the conditional half.
+        samples: pictures in the batch, which guidance makes parts of ``samples`` each of.
+        part: place of the conditional part in the U-Net's batch; -1 is the last.
     """
     report = PassReport("record_activations")
     graph = graph_module.graph
@@ -47,8 +50,8 @@ def record_activations(graph_module: GraphModule, entries: Sequence[CacheEntry],
                 contiguous = {"memory_format": torch.contiguous_format}
                 recorded.append(build.call(aten.clone.default, build.pixels(node), **contiguous))
             elif entry.kind == "attention":
-                scale = node.kwargs.get("scale")
-                recorded.append(build.call(attention_probabilities, *node.args[:2], samples=samples, scale=scale))
+                options = {"samples": samples, "part": part, "scale": node.kwargs.get("scale")}
+                recorded.append(build.call(attention_probabilities, *node.args[:2], **options))
             elif entry.kind == "value":
                 recorded.append(build.call(aten.clone.default, node, memory_format=torch.contiguous_format))
             else:

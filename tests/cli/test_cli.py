@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +21,7 @@ from PIL import Image
 from skimage.metrics import structural_similarity
 from support.pipelines import EDIT, PROMPT, tiny_pipeline
 
-from fisedit_compile.cli import main
+from fisedit_compile.cli import macs, main
 from fisedit_compile.editing.overview import DIFFERENCE_GAIN, PANEL_SIDE, draw_overview, mask_picture
 from fisedit_compile.editing.plain_pipeline import load_pipeline
 from fisedit_compile.quality.ssim import ssim
@@ -205,6 +207,11 @@ class TestBadInput:
             ["edit", "--prompt", PROMPT, "--edit", EDIT],
             ["edit", "--model", ".", "--prompt", PROMPT, "--edit", EDIT, "--steps", "0"],
             ["edit", "--model", ".", "--prompt", PROMPT, "--edit", EDIT, "--dense-steps", "some"],
+            ["edit", "--model", ".", "--prompt", PROMPT, "--edit", EDIT, "--seed", str(2**64)],
+            ["edit", "--model", ".", "--prompt", PROMPT, "--edit", EDIT, "--seed", "-1"],
+            ["edit", "--model", ".", "--prompt", PROMPT, "--edit", EDIT, "--guidance", "nan"],
+            ["edit", "--model", ".", "--prompt", PROMPT, "--edit", EDIT, "--guidance", "inf"],
+            ["edit", "--model", ".", "--prompt", PROMPT, "--edit", EDIT, "--guidance", "much"],
             ["bench", "unet", "--edit-size", "15"],
             ["bench", "unet", "--attention", "sparse"],
         ],
@@ -214,6 +221,25 @@ class TestBadInput:
             main(argv)
         assert exited.value.code == 2
         assert "error: " in capsys.readouterr().err
+
+    @pytest.mark.parametrize("command", ["blocks", "macs", "bench unet", "bench start"])
+    def test_unknown_architectures(self, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main([*command.split(), "--arch", "nothing"]) == 2
+        assert re.search(r"fisedit-compile: error: .*nothing.* sd15, sd2, sdxl$", capsys.readouterr().err.strip())
+
+
+def test_what_the_library_logs_is_on_stderr(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = logging.getLogger("fisedit_compile.runtime.static_step")
+    monkeypatch.setattr(macs, "run", lambda args: logger.info("compiling %s", "kernels"))
+    for _ in range(2):
+        assert main(["macs", "--arch", "tiny"]) == 0
+        captured = capsys.readouterr()
+        assert captured.err == "fisedit-compile: compiling kernels\n"
+        assert not captured.out
+    logger.info("not on the command line")
+    assert not capsys.readouterr().err
 
 
 class TestStart:
