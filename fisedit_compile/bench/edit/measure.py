@@ -83,7 +83,6 @@ def bench_edit(
             keep(result)
         if device.type == "cuda":
             result["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-        del editor, base
         if settings.baseline != "none":
             result["compiled_ms"] = _compiled(pipe, settings, timer, result["rows"])
             keep(result)
