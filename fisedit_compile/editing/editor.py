@@ -134,7 +134,7 @@ class Editor:
         states = tuple((each.get_state(), each.device) for each in generators)
         with self._turn, in_turn(self.pipe):
             self._unet = self.unet
-            run = RecordRun(self._unet, self.pipe, self._tokenizers, callback, self.config)
+            run = RecordRun(self._unet, self.pipe, self._tokenizers, callback, self.config, kept)
             state = self._watch.look(run.pipe, self._unet.look(), prompts)
             start = time.perf_counter()
             images, nsfw = _pictures(run, prompt, generators, kept)
@@ -150,6 +150,8 @@ class Editor:
                 calls=tuple(run.calls),
                 pipeline=state,
                 schedule=run.schedule,
+                visits=run.visits,
+                solver_steps=run.solver_steps,
                 callback=run.callback_changes,
                 config=self.config,
                 seconds=seconds,
@@ -204,6 +206,8 @@ class Editor:
             given = as_mask(mask, samples=samples, size=(size[0], size[1]), device=base.latents.device)
         with self._turn, in_turn(self.pipe):
             self._unet = self.unet
+            # Where an edit visits all steps, as many as were asked for: Heun's scheduler makes two of each.
+            steps = base.arguments["num_inference_steps"] if base.visits_all else len(base.visits)
             run = EditRun(self._unet, self.pipe, self._tokenizers, callback, base, prompts, given, combine)
             state = self._watch.look(run.pipe, self._unet.look(), base.prompts)
             base.check(state, Schedule.of(self.pipe.scheduler), self.config)
@@ -213,7 +217,9 @@ class Editor:
                     f"the base lies on {base.latents.device}, the U-Net on {device}: move the pipeline"
                 )
             start = time.perf_counter()
-            images, nsfw = _pictures(run, prompt, base.rewound_generators(), owned(dict(base.arguments)))
+            images, nsfw = _pictures(
+                run, prompt, base.rewound_generators(), owned({**base.arguments, "num_inference_steps": steps})
+            )
             seconds = time.perf_counter() - start
             final, edited = run.latents[-1], run.mask[:, None].expand_as(base.latents)
             times = run.timer.milliseconds()
@@ -224,7 +230,7 @@ class Editor:
             removed_words=tuple(tuple(removed) for removed, _ in words),
             added_words=tuple(tuple(added) for _, added in words),
             dense_steps=base.dense_steps,
-            sparse_steps=base.num_inference_steps - base.dense_steps,
+            sparse_steps=len(base.visits) - base.dense_steps,
             unet_ms=summarise_times(times["dense"], times["sparse"]),
             plan_ms=run.plan_ms,
             seconds=seconds,
@@ -271,5 +277,5 @@ def _check_edit(base: Base, prompts: tuple[str, ...], mask: MaskLike | None, com
         raise ValueError(f"the new prompt is the base's own ({same[0]!r}): change at least one word")
     if base.dense_steps == 0 and (mask is None or combine != "replace"):
         raise ValueError("with dense_steps=0 no mask can be found: give a mask, or run some dense steps")
-    if base.dense_steps == base.num_inference_steps:
-        raise ValueError(f"all {base.num_inference_steps} steps would run dense: lower dense_steps or take more steps")
+    if base.dense_steps == len(base.visits):
+        raise ValueError(f"all {len(base.visits)} steps would run dense: lower dense_steps or take more steps")

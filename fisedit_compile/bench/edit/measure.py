@@ -208,7 +208,7 @@ def _compiled(pipe: Any, settings: Settings, timer: _Timer, rows: Sequence[dict[
     steps = [settings.steps, *(row["dense_steps"] + row["sparse_steps"] for row in rows)]
     return {
         str(count): timer.milliseconds(
-            f"the compiled pipeline, {count} steps", lambda n=count: _picture(pipe, settings, n)
-        )  # type: ignore[misc]
+            f"the compiled pipeline, {count} steps", partial(_picture, pipe, settings, count)
+        )
         for count in dict.fromkeys(steps)
     }
