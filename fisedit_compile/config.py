@@ -38,6 +38,10 @@ class SparsityConfig:
             counts steps, a ``float`` in [0, 1) is a share of all steps, rounded up. With 0 an edit must bring a mask.
         cross_replace: share of all denoising steps, counted from the first. Dense steps among them take the
             cross-attention maps of unchanged words from the base (Prompt-to-Prompt, paper 3.1); 0 turns that off.
+        stride: an edit visits every ``stride``-th step of its base and lets the scheduler make longer ones, which
+            divides its time and the base's memory by about as much; 1 visits all. ``"auto"`` takes 2 from 32 steps on
+            where the scheduler can make longer steps, else 1. Dense and controlled steps are counted among those
+            visited.
         compile: whether the graphs are lowered through ``torch.compile``; otherwise they run eagerly.
     """
 
@@ -47,6 +51,7 @@ class SparsityConfig:
     blocks: BlockMode = "pixel"
     dense_steps: int | float = 0.2
     cross_replace: float = 0.8
+    stride: int | Literal["auto"] = "auto"
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -54,6 +59,8 @@ class SparsityConfig:
             raise ValueError(f"attention={self.attention!r}: choose 'full' or 'masked'")
         if self.blocks not in ("pixel", "paper", "measured"):
             raise ValueError(f"blocks={self.blocks!r}: choose 'pixel', 'paper' or 'measured'")
+        if self.stride != "auto" and (not _is_number(self.stride, int) or self.stride < 1):
+            raise ValueError(f"stride={self.stride!r}: 'auto', or a number of steps, at least 1")
         if not isinstance(self.compile, bool):
             raise ValueError(f"compile={self.compile!r}: True or False")
         if not _is_number(self.dense_below, int) or self.dense_below < 1:

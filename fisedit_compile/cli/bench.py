@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from fisedit_compile.bench.unet.settings import BASELINES, CURVE, Settings
-from fisedit_compile.cli import bench_kernels, bench_start
+from fisedit_compile.cli import bench_edit, bench_kernels, bench_start
 from fisedit_compile.cli.edit_options import EDIT_SIZES, add_masks
 from fisedit_compile.cli.json_file import add_json_option, check_json_path, write_json
 from fisedit_compile.cli.model_options import add_model_options, image_size
@@ -42,6 +42,7 @@ def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
     bench: argparse.ArgumentParser = subparsers.add_parser("bench", help="time sparse steps against the dense U-Net")
     what = bench.add_subparsers(metavar="WHAT", required=True)
+    bench_edit.add_parser(what)
     bench_kernels.add_parser(what)
     bench_start.add_parser(what)
     parser = what.add_parser(

@@ -13,6 +13,7 @@ from fisedit_compile.cache.step_cache import Recorded
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.editing.pipeline_state import PipelineState
 from fisedit_compile.editing.schedule import Schedule
+from fisedit_compile.editing.stride import SolverStep
 from fisedit_compile.errors import BaseMismatchError
 
 
@@ -44,6 +45,8 @@ class Base:
         calls: what each U-Net call keeps.
         pipeline: the models and tokenizers that the base was made with.
         schedule: the scheduler that it was made with.
+        visits: the steps that an edit makes, as positions among all; see :mod:`fisedit_compile.editing.stride`.
+        solver_steps: what the scheduler was given at each of the visited dense steps, where edits do not visit all.
         callback: the name of the callback given to ``generate`` and what it changed within the loop; empty if nothing.
         config: the editor's; it decides what was kept.
         seconds: wall time of the generation.
@@ -60,6 +63,8 @@ class Base:
     calls: tuple[RecordedCall, ...]
     pipeline: PipelineState
     schedule: Schedule
+    visits: tuple[int, ...]
+    solver_steps: tuple[SolverStep, ...] = field(repr=False)
     callback: str
     config: SparsityConfig
     seconds: float
@@ -88,7 +93,16 @@ class Base:
     @property
     def dense_steps(self) -> int:
         """Steps that an edit of this base runs dense before its mask is known."""
-        return self.config.count_dense_steps(self.num_inference_steps)
+        return self.config.count_dense_steps(len(self.visits))
+
+    @property
+    def visits_all(self) -> bool:
+        """Whether an edit visits every step."""
+        return len(self.visits) == self.num_inference_steps
+
+    def latents_after(self, visit: int) -> Tensor:
+        """The base's latents ``[n, c, h, w]`` where the ``visit``-th step of an edit leads to."""
+        return self.step_latents[self.visits[visit + 1] - 1 if visit + 1 < len(self.visits) else -1]
 
     @property
     def nbytes(self) -> int:

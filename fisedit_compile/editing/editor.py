@@ -137,7 +137,7 @@ class Editor:
         kept = owned(kept)
         states = tuple((each.get_state(), each.device) for each in generators)
         with self._in_turn() as (unet, unet_state):
-            run = RecordRun(unet, self.pipe, self._tokenizers, callback, self.config)
+            run = RecordRun(unet, self.pipe, self._tokenizers, callback, self.config, kept)
             state = self._watch.look(run.pipe, unet_state, prompts)
             start = time.perf_counter()
             images, nsfw = _pictures(run, prompt, generators, kept)
@@ -153,6 +153,8 @@ class Editor:
                 calls=tuple(run.calls),
                 pipeline=state,
                 schedule=run.schedule,
+                visits=run.visits,
+                solver_steps=run.solver_steps,
                 callback=run.callback_changes,
                 config=self.config,
                 seconds=seconds,
@@ -220,7 +222,10 @@ class Editor:
             if background == "pixels":
                 keep = PixelBackground.of(run.pipe, base.pictures, base.latents, base.arguments)
             start = time.perf_counter()
-            images, nsfw = _pictures(run, prompt, base.rewound_generators(), owned(dict(base.arguments)))
+            # Where an edit visits all steps, as many as were asked for: Heun's scheduler makes two of each.
+            steps = base.arguments["num_inference_steps"] if base.visits_all else len(base.visits)
+            arguments = owned({**base.arguments, "num_inference_steps": steps})
+            images, nsfw = _pictures(run, prompt, base.rewound_generators(), arguments)
             uncomposed: tuple[int, ...] = ()
             if keep is not None:
                 flags = {"base_flags": base.nsfw, "edit_flags": nsfw}
@@ -235,7 +240,7 @@ class Editor:
             removed_words=tuple(tuple(removed) for removed, _ in words),
             added_words=tuple(tuple(added) for _, added in words),
             dense_steps=base.dense_steps,
-            sparse_steps=base.num_inference_steps - base.dense_steps,
+            sparse_steps=len(base.visits) - base.dense_steps,
             unet_ms=summarise_times(times["dense"], times["sparse"]),
             plan_ms=run.plan_ms,
             seconds=seconds,
@@ -292,5 +297,5 @@ def _check_edit(base: Base, prompts: tuple[str, ...], mask: MaskLike | None, com
         raise ValueError(f"the new prompt is the base's own ({same[0]!r}): change at least one word")
     if base.dense_steps == 0 and (mask is None or combine != "replace"):
         raise ValueError("with dense_steps=0 no mask can be found: give a mask, or run some dense steps")
-    if base.dense_steps == base.num_inference_steps:
-        raise ValueError(f"all {base.num_inference_steps} steps would run dense: lower dense_steps or take more steps")
+    if base.dense_steps == len(base.visits):
+        raise ValueError(f"all {len(base.visits)} steps would run dense: lower dense_steps or take more steps")

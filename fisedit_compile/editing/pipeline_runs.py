@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,15 @@ from fisedit_compile.editing.prompt_tokens import check_text_length
 from fisedit_compile.editing.schedule import Schedule, refuse_noise_of_its_own
 from fisedit_compile.editing.step_callback import StepCallback
 from fisedit_compile.editing.step_macs import StepMacs
+from fisedit_compile.editing.stride import (
+    SolverStep,
+    StrideError,
+    choose_stride,
+    visit,
+    visited_steps,
+    watch_steps,
+    why_not,
+)
 from fisedit_compile.errors import BaseMismatchError, CaptureError, MaskError
 from fisedit_compile.ir.call import Call, Signature
 from fisedit_compile.masks.difference_mask import difference_mask
@@ -155,28 +165,46 @@ class RecordRun(PipelineRun):
         tokenizers: OwnTokenizers,
         callback: StepCallback | None,
         config: SparsityConfig,
+        arguments: Mapping[str, Any],
     ) -> None:
         super().__init__(unet, pipe, tokenizers, callback)
         self.calls: list[RecordedCall] = []
-        self._config = config
-        self._steps = self._dense_steps = self._controlled_steps = 0
+        self.visits: tuple[int, ...] = ()
+        self._config, self._arguments = config, arguments
+        self._steps = self._dense_visits = self._controlled_visits = 0
+        self._solver_steps: list[SolverStep] = []
 
     def begin(self, call: Call) -> None:
+        scheduler = self.pipe.scheduler
         # Of the loop itself: Heun's scheduler makes two steps of one, a picture to start from saves some.
         self._steps = getattr(self.pipe, "num_timesteps", None) or len(self.schedule.timesteps)
-        self._dense_steps = self._config.count_dense_steps(self._steps)
-        self._controlled_steps = min(self._dense_steps, round(self._config.cross_replace * self._steps))
-        if self._controlled_steps:
+        reason = why_not(scheduler, loop_steps=self._steps, arguments=self._arguments)
+        stride = choose_stride(self._config.stride, self._steps, reason)
+        self.visits = visited_steps(self._steps, stride)
+        self._dense_visits = self._config.count_dense_steps(len(self.visits))
+        self._controlled_visits = min(self._dense_visits, round(self._config.cross_replace * len(self.visits)))
+        if self._controlled_visits:
             check_text_length(self.pipe, call.kwargs["encoder_hidden_states"].shape[1])
         self._require_room(call)
-        refuse_noise_of_its_own(self.pipe.scheduler)
+        if stride > 1 and self._dense_visits:
+            self._solver_steps = watch_steps(scheduler)
+        refuse_noise_of_its_own(scheduler)
+
+    @property
+    def solver_steps(self) -> tuple[SolverStep, ...]:
+        """What the scheduler was given at the visited dense steps; empty where edits visit all steps."""
+        visited = self.visits[: self._dense_visits] if self._solver_steps else ()
+        return tuple(self._solver_steps[step] for step in visited)
 
     def predict(self, call: Call) -> Tensor:
-        sparse, controlled = self.step >= self._dense_steps, self.step < self._controlled_steps
+        visit = self.visits.index(self.step) if self.step in self.visits else None
 
         samples, part = self.parts(call)
 
         def record() -> Tensor:
+            if visit is None:
+                return self.unet.dense(call)
+            sparse, controlled = visit >= self._dense_visits, visit < self._controlled_visits
             out, kept = self.unet.record(call, samples=samples, part=part, activations=sparse, attention=controlled)
             self.calls.append(RecordedCall(self.step, kept))
             return out
@@ -205,14 +233,14 @@ class RecordRun(PipelineRun):
         activations = lowered.record_nbytes(samples=samples, activations=True, attention=False)
         maps = lowered.record_nbytes(samples=samples, activations=False, attention=True)
         latents = call.tensors[0].nbytes * samples // call.signature.sample_shape[0]
-        sparse_steps = self._steps - self._dense_steps
+        sparse_visits = len(self.visits) - self._dense_visits
         options = [f"fewer than {self._steps} steps", "a smaller height and width"]
         options += [f"fewer than {samples} pictures at a time"] if samples > 1 else []
         options += ["half precision (torch_dtype)"] if call.tensors[0].dtype.itemsize > 2 else []
         options += ["Editor(pipe, {'attention': 'masked'})"] if self._config.attention == "full" else []
-        options += ["a lower cross_replace"] if self._controlled_steps else []
+        options += ["a lower cross_replace"] if self._controlled_visits else []
         require_room(
-            sparse_steps * activations + self._controlled_steps * maps + self._steps * latents,
+            sparse_visits * activations + self._controlled_visits * maps + self._steps * latents,
             call.tensors[0].device,
             f"A base of {self._steps} steps",
             options,
@@ -247,12 +275,21 @@ class EditRun(PipelineRun):
         if base.dense_steps == 0:
             assert given is not None
             self.mask = given
+        self._stride_error: StrideError | None = None
+        if not base.visits_all:
+            visit(self.pipe.scheduler, base.num_inference_steps, base.visits, self._check_schedule)
 
     def begin(self, call: Call) -> None:
-        self._base.check_schedule(self.schedule)
+        if self._base.visits_all:
+            self._check_schedule()
+        elif self._base.solver_steps:
+            self._stride_error = StrideError(self.pipe.scheduler)
         then, now = self._base.latents.device, call.tensors[0].device
         if then != now:
             raise BaseMismatchError(f"the base lies on {then}, the U-Net runs on {now}: move the pipeline back")
+
+    def _check_schedule(self) -> None:
+        self._base.check_schedule(Schedule.of(self.pipe.scheduler))
 
     def predict(self, call: Call) -> Tensor:
         recorded = self._recorded_call(call)
@@ -266,19 +303,20 @@ class EditRun(PipelineRun):
         return self.timer.time("dense", device, lambda: self.unet.dense(call))
 
     def finish_step(self, latents: Tensor) -> Tensor:
-        step, dense = self.step, self._base.dense_steps
+        step, dense, after = self.step, self._base.dense_steps, self._base.latents_after(self.step)
+        if step < dense and self._stride_error is not None:
+            latents = (latents + self._stride_error.of(self._base.solver_steps[step], after)).to(latents.dtype)
         if step == dense - 1:
             self.mask = self._decide_mask([*self.latents, latents])
         if step < dense - 1:
             return latents
         # Outside the mask the picture is the base's, bit for bit, whatever the scheduler remembers of other steps.
-        return torch.where(self.mask[:, None], latents, self._base.step_latents[step])
+        return torch.where(self.mask[:, None], latents, after)
 
     def finish(self) -> None:
-        if len(self.latents) != self._base.num_inference_steps:
+        if len(self.latents) != len(self._base.visits):
             raise BaseMismatchError(
-                f"the pipeline made {len(self.latents)} of the base's {self._base.num_inference_steps} steps: "
-                "an edit repeats all of them"
+                f"the pipeline made {len(self.latents)} steps, and an edit of this base makes {len(self._base.visits)}"
             )
 
     @property
@@ -325,7 +363,8 @@ class EditRun(PipelineRun):
         if self._given is not None and self._combine == "replace":
             return self._given
         first, last = DIFFERENCE_STEPS[0] - 1, min(DIFFERENCE_STEPS[1], len(latents))
-        base, edit = (torch.stack(list(each[first:last])) for each in (self._base.step_latents, latents))
+        after = [self._base.latents_after(visit) for visit in range(last)]
+        base, edit = (torch.stack(each[first:last]) for each in (after, latents))
         found = difference_mask(base, edit)
         if self._given is None:
             return found

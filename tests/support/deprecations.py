@@ -6,11 +6,11 @@ function of its own that warns. So the stack is read: our code has to be among t
 
 from __future__ import annotations
 
+import linecache
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from traceback import walk_stack
 from typing import Any
@@ -45,7 +45,12 @@ def own_calls_raise() -> Iterator[None]:
 
 
 def _is_ours() -> bool:
-    """Whether one of the callers next to ``warnings.warn`` is a file of this project."""
+    """Whether one of the callers next to ``warnings.warn`` is a file of this project.
+
+    A warning that is raised in C has no such call: it is of the line of Python that runs, whoever that belongs to.
+    """
     callers = walk_stack(sys._getframe(2))
-    near = (frame for frame, _ in callers if frame.f_globals.get("__name__") != "warnings")
-    return any(frame.f_code.co_filename.startswith(_OURS) for frame in islice(near, MOST_BETWEEN + 1))
+    near = [frame for frame, _ in callers if frame.f_globals.get("__name__") != "warnings"][: MOST_BETWEEN + 1]
+    if near and "warn" not in linecache.getline(near[0].f_code.co_filename, near[0].f_lineno):
+        near = near[:1]
+    return any(frame.f_code.co_filename.startswith(_OURS) for frame in near)
