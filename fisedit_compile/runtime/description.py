@@ -31,8 +31,12 @@ _CONTAINERS = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forwar
 _BOOKKEEPING = frozenset(nn.Module().__dict__) - {"training"} | {
     "_compiled_call_impl",
     *("_diffusers_hook", "_hf_hook", "_old_forward", "_tome_info"),
+    "_output_capturing_hooks_installed",
     *("_hf_peft_config_loaded", "_safe_fusing", "lora_scale", "peft_config"),  # what counts of a LoRA is in its layers
 }
+
+#: The module of hooks that transformers installs at a model's first call, to return hidden states and attention maps.
+_CAPTURES_OUTPUTS = "transformers.utils.output_capturing"
 
 _FREEU = frozenset({"s1", "s2", "b1", "b2"})
 
@@ -84,7 +88,9 @@ class Description:
             if tensor is not None:
                 self._tensor(tensor, _join(path, name))
         for kind in ("_forward_pre_hooks", "_forward_hooks"):
-            for i, (key, hook) in enumerate(attributes[kind].items()):  # the keys count all hooks of the process
+            hooks = attributes[kind].items()
+            users = [(key, hook) for key, hook in hooks if getattr(hook, "__module__", "") != _CAPTURES_OUTPUTS]
+            for i, (key, hook) in enumerate(users):  # the keys count all hooks of the process
                 self.values[f"{path}.{kind}[{i}]:kwargs"] = key in attributes[f"{kind}_with_kwargs"]
                 self._value(hook, f"{path}.{kind}[{i}]")
         for name in names:
