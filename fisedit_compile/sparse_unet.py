@@ -15,7 +15,13 @@ from fisedit_compile.compiler.lowered import lower
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.errors import BaseMismatchError, CaptureError
 from fisedit_compile.ir.call import Call, bind
-from fisedit_compile.runtime.capturable import bring_weights, refuse_uncapturable, settle_adapters, without_offload
+from fisedit_compile.runtime.capturable import (
+    bring_weights,
+    execution_device,
+    refuse_uncapturable,
+    settle_adapters,
+    without_offload,
+)
 from fisedit_compile.runtime.model_state import ModelState
 from fisedit_compile.runtime.model_watch import ModelWatch
 from fisedit_compile.runtime.prepared import Prepared
@@ -123,6 +129,11 @@ class SparseUNet(torch.nn.Module):
     def program(self, call: Call) -> Program:
         """The graphs for the signature of ``call`` and the U-Net as it is; captured and rewritten on first use."""
         return self._program(call, self._ready(values=True))
+
+    @property
+    def execution_device(self) -> torch.device:
+        """Where calls run, which may not be where the weights lie between them (``enable_model_cpu_offload``)."""
+        return execution_device(self._original[0])
 
     @property
     def build_seconds(self) -> float:

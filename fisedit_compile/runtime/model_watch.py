@@ -80,7 +80,9 @@ class ModelWatch:
             BaseMismatchError: it no longer is.
         """
         with self._lock:
-            if self.look() is not state:
+            now = self.look()
+            same = now.live is not None and state.live is not None and now.live.stamps == state.live.stamps
+            if not same or now.behaviour != state.behaviour:  # it may have moved to another device
                 raise BaseMismatchError("the U-Net has changed since, before its weights were read: generate again")
             return self._weights.checksums()
 
