@@ -17,7 +17,6 @@ from fisedit_compile.errors import BaseMismatchError, CaptureError
 from fisedit_compile.ir.call import Call, bind
 from fisedit_compile.runtime.capturable import (
     bring_weights,
-    execution_device,
     refuse_uncapturable,
     settle_adapters,
     without_offload,
@@ -129,11 +128,6 @@ class SparseUNet(torch.nn.Module):
     def program(self, call: Call) -> Program:
         """The graphs for the signature of ``call`` and the U-Net as it is; captured and rewritten on first use."""
         return self._program(call, self._ready(values=True))
-
-    @property
-    def execution_device(self) -> torch.device:
-        """Where calls run, which may not be where the weights lie between them (``enable_model_cpu_offload``)."""
-        return execution_device(self._original[0])
 
     @property
     def build_seconds(self) -> float:

@@ -11,12 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import diffusers
+import peft
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from support.unets import MICRO
 from test_unet_variants import add_ip_adapter
+from torch.utils._pytree import tree_map_only
 
 from fisedit_compile import BaseMismatchError, Editor, sparsify
 from fisedit_compile.testing import assert_close
@@ -51,7 +54,6 @@ class Change:
 
 
 def adapters(unet: Any, *names: str) -> None:
-    peft = pytest.importorskip("peft")
     for name in names:
         lora = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v"], init_lora_weights=False)
         unet.add_adapter(lora, adapter_name=name)
@@ -182,14 +184,14 @@ class OwnLoop:
     """``sparsify`` below one's own loop; one call stands for it."""
 
     def __init__(self, unet: Any, arguments: dict[str, Any]) -> None:
-        generator = torch.Generator().manual_seed(1)
+        generator, device = torch.Generator().manual_seed(1), unet.device
         self.unet = unet
         self.inputs = (
-            torch.randn(2, 4, SIDE, SIDE, generator=generator),
+            torch.randn(2, 4, SIDE, SIDE, generator=generator).to(device),
             torch.tensor(500),
-            torch.randn(2, 7, MICRO["cross_attention_dim"], generator=generator),
+            torch.randn(2, 7, MICRO["cross_attention_dim"], generator=generator).to(device),
         )
-        self.arguments = arguments
+        self.arguments = tree_map_only(torch.Tensor, lambda each: each.to(device), arguments)
         self.mask = torch.zeros(1, SIDE, SIDE, dtype=torch.bool)
         self.mask[:, 4:9, 3:10] = True
         self.sparse = sparsify(unet, {"dense_below": 4})
@@ -221,11 +223,13 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", CHANGES)
-def test_in_ones_own_loop(name: str, captures: list[str]) -> None:
+def test_in_ones_own_loop(name: str, device: str, captures: list[str]) -> None:
     change = CHANGES[name]
-    unet = micro_unet()
+    unet = micro_unet().to(device)
     change.prepare(unet)
+    unet.to(device)
     loop = OwnLoop(unet, change.arguments)
     before, old = loop.base()
     assert_close(before, loop.plain())
@@ -339,7 +343,6 @@ def test_a_unet_that_a_callback_changes_on_the_way_is_refused(pipeline: Any) -> 
 
 @torch.no_grad()
 def test_under_model_offload(pipeline: Any) -> None:
-    accelerate = pytest.importorskip("accelerate")
     pipe = with_unet(pipeline)
     expected = plain(pipe)
     editor = Editor(pipe, {"dense_below": 4, "dense_steps": 1})

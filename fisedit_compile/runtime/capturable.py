@@ -79,14 +79,6 @@ def bring_weights(unet: torch.nn.Module) -> bool:
     return next(unet.parameters()).device != before
 
 
-def execution_device(unet: torch.nn.Module) -> torch.device:
-    """Where the U-Net runs: where its weights lie, or under model offload where they will be brought."""
-    hook = vars(unet).get("_hf_hook")
-    if hook is not None and _is_model_offload(hook):
-        return torch.device(hook.execution_device)
-    return next(unet.parameters()).device
-
-
 @contextmanager
 def without_offload(unet: torch.nn.Module) -> Iterator[None]:
     """Within the context the U-Net's forward is its own, without the hook of model offload."""
