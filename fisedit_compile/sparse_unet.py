@@ -15,7 +15,12 @@ from fisedit_compile.compiler.lowered import lower
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.errors import BaseMismatchError, CaptureError
 from fisedit_compile.ir.call import Call, bind
-from fisedit_compile.runtime.capturable import bring_weights, refuse_uncapturable, settle_adapters, without_offload
+from fisedit_compile.runtime.capturable import (
+    bring_weights,
+    refuse_uncapturable,
+    settle_adapters,
+    without_offload,
+)
 from fisedit_compile.runtime.model_state import ModelState
 from fisedit_compile.runtime.model_watch import ModelWatch
 from fisedit_compile.runtime.prepared import Prepared

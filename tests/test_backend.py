@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import peft
 import pytest
 import torch
 from support.unets import UNets
@@ -220,7 +221,6 @@ def test_weights_that_change_within_an_edit_are_refused(micro):
 @torch.no_grad()
 def test_the_scale_of_a_lora_is_followed_and_an_old_recording_is_refused(micro):
     """Once it has changed, Dynamo keeps it open: a number of the model among the inputs of the compiled graph."""
-    peft = pytest.importorskip("peft")
     unet, compiled, inputs = micro
     unet.add_adapter(
         peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False), adapter_name="snow"

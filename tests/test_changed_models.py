@@ -11,14 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import diffusers
+import peft
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from support.unets import MICRO
 from test_unet_variants import add_ip_adapter
+from torch.utils._pytree import tree_map_only
 
-from fisedit_compile import BaseMismatchError, sparsify
+from fisedit_compile import BaseMismatchError, Editor, sparsify
 from fisedit_compile.testing import assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,7 +54,6 @@ class Change:
 
 
 def adapters(unet: Any, *names: str) -> None:
-    peft = pytest.importorskip("peft")
     for name in names:
         lora = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v"], init_lora_weights=False)
         unet.add_adapter(lora, adapter_name=name)
@@ -182,14 +184,14 @@ class OwnLoop:
     """``sparsify`` below one's own loop; one call stands for it."""
 
     def __init__(self, unet: Any, arguments: dict[str, Any]) -> None:
-        generator = torch.Generator().manual_seed(1)
+        generator, device = torch.Generator().manual_seed(1), unet.device
         self.unet = unet
         self.inputs = (
-            torch.randn(2, 4, SIDE, SIDE, generator=generator),
+            torch.randn(2, 4, SIDE, SIDE, generator=generator).to(device),
             torch.tensor(500),
-            torch.randn(2, 7, MICRO["cross_attention_dim"], generator=generator),
+            torch.randn(2, 7, MICRO["cross_attention_dim"], generator=generator).to(device),
         )
-        self.arguments = arguments
+        self.arguments = tree_map_only(torch.Tensor, lambda each: each.to(device), arguments)
         self.mask = torch.zeros(1, SIDE, SIDE, dtype=torch.bool)
         self.mask[:, 4:9, 3:10] = True
         self.sparse = sparsify(unet, {"dense_below": 4})
@@ -221,11 +223,13 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", CHANGES)
-def test_in_ones_own_loop(name: str, captures: list[str]) -> None:
+def test_in_ones_own_loop(name: str, device: str, captures: list[str]) -> None:
     change = CHANGES[name]
-    unet = micro_unet()
+    unet = micro_unet().to(device)
     change.prepare(unet)
+    unet.to(device)
     loop = OwnLoop(unet, change.arguments)
     before, old = loop.base()
     assert_close(before, loop.plain())
@@ -252,3 +256,104 @@ def test_in_ones_own_loop(name: str, captures: list[str]) -> None:
         assert_close(loop.edit(old), before)  # the base is of this U-Net
     if name != "other parameters":
         assert len(captures) == made  # going back captures nothing
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Any:
+    """The demo model around a U-Net that captures in a second."""
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(MODEL)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def with_unet(pipeline: Any) -> Any:
+    unet = micro_unet(text=pipeline.unet.config.cross_attention_dim)
+    pipe = diffusers.StableDiffusionPipeline(
+        **{**pipeline.components, "unet": unet, "safety_checker": None}, requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def arguments() -> dict[str, Any]:
+    size = {"height": 64, "width": 64}
+    return {"num_inference_steps": 2, "guidance_scale": 5.0, "generator": torch.Generator().manual_seed(3), **size}
+
+
+def plain(pipe: Any) -> torch.Tensor:
+    return pipe(CAT, output_type="latent", **arguments()).images
+
+
+def box() -> torch.Tensor:
+    mask = torch.zeros(SIDE, SIDE)
+    mask[4:9, 3:10] = 1
+    return mask
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name, change in CHANGES.items() if not change.arguments])
+def test_in_the_editor(name: str, pipeline: Any) -> None:
+    change, pipe = CHANGES[name], with_unet(pipeline)
+    change.prepare(pipe.unet)
+    editor = Editor(pipe, {"dense_below": 4, "dense_steps": 1})
+    old = editor.generate(CAT, **arguments())
+    assert_close(old.latents, plain(pipe))
+    change.do(pipe.unet)
+    new = editor.generate(CAT, **arguments())
+    assert_close(new.latents, plain(pipe))
+    assert not torch.allclose(new.latents, old.latents)
+    assert editor.edit(new, DOG, box()).report.background_identical
+    with pytest.raises(BaseMismatchError) as refusal:
+        editor.edit(old, DOG, box())
+    assert re.search(change.words, str(refusal.value)), refusal.value
+    change.undo(pipe.unet)
+    assert_close(editor.generate(CAT, **arguments()).latents, plain(pipe))
+    if not change.rounds:
+        assert editor.edit(old, DOG, box()).report.background_identical
+
+
+@torch.no_grad()
+def test_the_editor_follows_another_unet_and_the_first_one_again(pipeline: Any) -> None:
+    pipe = with_unet(pipeline)
+    editor = Editor(pipe, {"dense_below": 4, "dense_steps": 1})
+    old = editor.generate(CAT, **arguments())
+    first = pipe.unet
+    pipe.unet = with_unet(pipeline).unet
+    weights(pipe.unet, 0.5)
+    assert_close(editor.generate(CAT, **arguments()).latents, plain(pipe))
+    with pytest.raises(BaseMismatchError, match=r"weights of conv_in and .* more"):
+        editor.edit(old, DOG, box())
+    pipe.unet = first
+    assert_close(editor.generate(CAT, **arguments()).latents, old.latents)
+    assert editor.edit(old, DOG, box()).report.background_identical
+
+
+@torch.no_grad()
+def test_a_unet_that_a_callback_changes_on_the_way_is_refused(pipeline: Any) -> None:
+    pipe = with_unet(pipeline)
+    editor = Editor(pipe, {"dense_below": 4, "dense_steps": 1})
+
+    def callback(pipe: Any, *_: Any) -> dict[str, Any]:
+        pipe.unet.enable_freeu(0.9, 0.2, 1.3, 1.4)
+        return {}
+
+    with pytest.raises(BaseMismatchError, match=r"changed on the way \(FreeU: off -> on\)"):
+        editor.generate(CAT, callback_on_step_end=callback, **arguments())
+
+
+@torch.no_grad()
+def test_under_model_offload(pipeline: Any) -> None:
+    pipe = with_unet(pipeline)
+    expected = plain(pipe)
+    editor = Editor(pipe, {"dense_below": 4, "dense_steps": 1})
+    before = editor.generate(CAT, **arguments())
+    hook = None
+    for name in ("text_encoder", "unet", "vae"):
+        model = getattr(pipe, name)
+        _, hook = accelerate.cpu_offload_with_hook(model, torch.device("cpu"), prev_module_hook=hook)
+    base = editor.generate(CAT, **arguments())
+    assert_close(base.latents, expected)
+    for each in (base, before):
+        assert editor.edit(each, DOG, box()).report.background_identical
+    for name in ("text_encoder", "vae"):
+        accelerate.hooks.remove_hook_from_module(getattr(pipe, name))  # they are the module's own

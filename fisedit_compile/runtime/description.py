@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from fisedit_compile.runtime.containers import Containers
 from fisedit_compile.runtime.described_code import (
@@ -79,9 +80,13 @@ class Description:
         if not self._is_new(module, path):
             return
         attributes = vars(module)
-        names = [name for name in attributes if name not in _BOOKKEEPING]
+        if isinstance(module, GraphModule):  # its class is made anew for each, its attributes are about its code
+            names = ["training"]
+            self.values[f"{path}:code"] = hashlib.sha256(module.code.encode()).hexdigest()
+        else:
+            names = [name for name in attributes if name not in _BOOKKEEPING]
+            self._class(type(module), path)
         self._containers.add_attributes(attributes, (*names, *_CONTAINERS))
-        self._class(type(module), path)
         for name in _CONTAINERS:
             self._containers.add_dict(attributes[name])
         for name, tensor in chain(module._parameters.items(), module._buffers.items()):

@@ -100,7 +100,7 @@ def _runs(tensor: Tensor) -> list[memoryview]:
 
     They are views of its memory if that has no gaps.
     """
-    flat = _memory(tensor) if _is_block(tensor) else tensor.detach().contiguous().flatten()
+    flat = _memory(tensor) if _is_block(tensor) else tensor.detach().flatten().contiguous()
     data = flat.view(torch.uint8).numpy().data
     size = _VALUES * tensor.element_size()
     if len(data) <= _RUNS * size:

@@ -6,7 +6,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import accelerate
 import pytest
+import tomesd
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
@@ -41,7 +43,7 @@ def _group_offload(unet: Any) -> None:
 
 
 def _sequential_offload(unet: Any) -> None:
-    pytest.importorskip("accelerate").cpu_offload(unet, execution_device=CPU)
+    accelerate.cpu_offload(unet, execution_device=CPU)
 
 
 def _casting(unet: Any) -> None:
@@ -49,7 +51,7 @@ def _casting(unet: Any) -> None:
 
 
 def _token_merging(unet: Any) -> None:
-    pytest.importorskip("tomesd").apply_patch(unet, ratio=0.5)
+    tomesd.apply_patch(unet, ratio=0.5)
 
 
 REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {
@@ -77,7 +79,6 @@ def test_what_is_refused_by_name_before_anything_is_computed(name: str, unet: An
 
 @torch.no_grad()
 def test_what_was_refused_works_once_it_is_taken_off(unet: Any, inputs: Any) -> None:
-    tomesd = pytest.importorskip("tomesd")
     sparse = sparsify(unet)
     before = sparse.look()
     plain = unet(*inputs).sample
@@ -90,7 +91,6 @@ def test_what_was_refused_works_once_it_is_taken_off(unet: Any, inputs: Any) -> 
 
 @torch.no_grad()
 def test_model_offload_is_captured_from_the_unet_without_its_hook(unet: Any, inputs: Any) -> None:
-    accelerate = pytest.importorskip("accelerate")
     plain = unet(*inputs).sample
     sparse = sparsify(unet)
     before = sparse.look()

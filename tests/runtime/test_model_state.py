@@ -324,6 +324,15 @@ def test_a_state_is_plain_data_and_holds_no_model() -> None:
     assert state == loaded  # it was read while the model was there
 
 
+def test_weights_may_move_before_they_are_read() -> None:
+    net = small()
+    watch = ModelWatch(net)
+    state = watch.look()
+    for parameter in net.parameters():
+        parameter.data = parameter.data.clone()  # as from one device to another
+    assert state.digest() == watch.look().digest()
+
+
 def test_a_digest_is_the_same_in_every_process() -> None:
     code = (
         "import torch; from fisedit_compile.runtime.model_watch import ModelWatch; torch.manual_seed(0);"

@@ -50,7 +50,8 @@ def measure_batched(
     for run in runs.values():
         run()  # compiles and captures what this run needs for the first time
     label = f"{count} edits in one batch"
-    times = interleaved(runs, repeats=settings.repeats, warmup=settings.warmup, device=device, label=label)
+    with sparse.looked_at():
+        times = interleaved(runs, repeats=settings.repeats, warmup=settings.warmup, device=device, label=label)
     rows = {}
     for edit_size in edit_sizes:
         ms = median(times[edit_size, "together"].steady)

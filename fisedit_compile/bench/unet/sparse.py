@@ -114,7 +114,8 @@ class SparseRuns:
         captures, compiles = self.program.captures, dynamo_graphs()
         runs: dict[Any, Callable[[], object]] = {**dense.runs, **self.runs}
         label = f"{self.attention} attention"
-        times = interleaved(runs, repeats=repeats, warmup=settings.warmup, device=self.device, label=label)
+        with self.sparse.looked_at():  # as an editor does, once an edit
+            times = interleaved(runs, repeats=repeats, warmup=settings.warmup, device=self.device, label=label)
         seen = {"captures": self.program.captures - captures, "recompiles": dynamo_graphs() - compiles}
         if any(seen.values()):
             say(f"warning: {seen} while timing, of which there should be none")
