@@ -89,7 +89,7 @@ class TestTable:
             "(1.20x)",
             "from 62%",
             "left out: x (why)",
-            "recorded while",
+            "captured while",
         ):
             assert words in lines
 
