@@ -39,9 +39,9 @@ class SparsityConfig:
         cross_replace: share of all denoising steps, counted from the first. Dense steps among them take the
             cross-attention maps of unchanged words from the base (Prompt-to-Prompt, paper 3.1); 0 turns that off.
         stride: an edit visits every ``stride``-th step of its base and lets the scheduler make longer ones, which
-            divides its time and the base's memory by about as much; 1 visits all. ``"auto"`` takes 2 from 32 steps on
-            where the scheduler can make longer steps, else 1. Dense and controlled steps are counted among those
-            visited.
+            divides its time and the base's memory by about as much; 1 visits all. ``"auto"`` takes 3 from 48 steps on
+            and 2 from 32 on where the scheduler can make longer steps, else 1. Dense and controlled steps are counted
+            among those visited.
         compile: whether the graphs are lowered through ``torch.compile``; otherwise they run eagerly.
     """
 

@@ -32,12 +32,12 @@ _CONTAINERS = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forwar
 _BOOKKEEPING = frozenset(nn.Module().__dict__) - {"training"} | {
     "_compiled_call_impl",
     *("_diffusers_hook", "_hf_hook", "_old_forward", "_tome_info"),
-    "_output_capturing_hooks_installed",
     *("_hf_peft_config_loaded", "_safe_fusing", "lora_scale", "peft_config"),  # what counts of a LoRA is in its layers
+    "_output_capturing_hooks_installed",
 }
 
-#: The module of hooks that transformers installs at a model's first call, to return hidden states and attention maps.
-_CAPTURES_OUTPUTS = "transformers.utils.output_capturing"
+#: Where hooks come from that only collect what a model computes; transformers adds them at the first call that asks.
+_COLLECTING = "transformers.utils.output_capturing"
 
 _FREEU = frozenset({"s1", "s2", "b1", "b2"})
 
@@ -93,9 +93,8 @@ class Description:
             if tensor is not None:
                 self._tensor(tensor, _join(path, name))
         for kind in ("_forward_pre_hooks", "_forward_hooks"):
-            hooks = attributes[kind].items()
-            users = [(key, hook) for key, hook in hooks if getattr(hook, "__module__", "") != _CAPTURES_OUTPUTS]
-            for i, (key, hook) in enumerate(users):  # the keys count all hooks of the process
+            hooks = [item for item in attributes[kind].items() if getattr(item[1], "__module__", "") != _COLLECTING]
+            for i, (key, hook) in enumerate(hooks):  # the keys count all hooks of the process
                 self.values[f"{path}.{kind}[{i}]:kwargs"] = key in attributes[f"{kind}_with_kwargs"]
                 self._value(hook, f"{path}.{kind}[{i}]")
         for name in names:
