@@ -128,7 +128,7 @@ def run(args: argparse.Namespace, command: str) -> tuple[Results, bool]:
     device, dtype = start(argparse.Namespace(**{**vars(args), "device": "cpu" if only_count else args.device}))
     if device.index is not None:
         torch.cuda.set_device(device)
-    config = SparsityConfig(attention=args.attention, compile=args.compile)
+    config = SparsityConfig(attention=args.attention, compile=args.compile, stride=1)  # every step, as the paper
     kit = None if only_count else Kit(args.arch, args.size, device, dtype)
     # Counts do not depend on the dtype, and the CPU is slow in half precision.
     counting_kit = Kit(args.arch, args.size, torch.device("cpu"), torch.float32, counting=True)

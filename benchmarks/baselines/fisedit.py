@@ -7,7 +7,11 @@ run dense, as they would to find the mask, so that the mean over all steps is ab
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -18,6 +22,7 @@ from baselines.models import GUIDANCE, SOURCE, TARGET, Kit
 from fisedit_compile import Base, Editor, SparsityConfig, sparsify
 from fisedit_compile.architectures import PROMPT_TOKENS, build_unet, unet_inputs
 from fisedit_compile.bench.masks import MaskSet
+from fisedit_compile.editing.pipeline_call import UNetRoute
 from fisedit_compile.macs.counter import MacCounter
 
 
@@ -34,10 +39,11 @@ class FISEdit(Method):
         self.title = f"FISEdit, {share}"
         self.images = len(masks.masks)
         self._masks, self._config = masks, config
+        self._routed = _RoutedCalls()
 
     @property
     def unet(self) -> torch.nn.Module:
-        return self._base_for(self.steps)[0].unet
+        return self._routed
 
     def prepare(self, steps: int) -> None:
         """Make the base and edits that are not timed, because graphs are built, compiled and captured on first use."""
@@ -59,7 +65,8 @@ class FISEdit(Method):
 
     def make(self) -> Any:
         editor, base = self._base_for(self.steps)
-        return [editor.edit(base, TARGET, mask=mask).image for mask in self._masks.masks][-1]
+        with self._routed.of_all_pipelines():
+            return [editor.edit(base, TARGET, mask=mask).image for mask in self._masks.masks][-1]
 
     def _base_for(self, steps: int) -> tuple[Editor, Base]:
         """The editor and its base of ``steps`` steps, which all rows share."""
@@ -102,6 +109,25 @@ class FISEdit(Method):
             shared["counted"] = _CountedGraphs(self.kit, self._config)
         counted: _CountedGraphs = shared["counted"]
         return counted
+
+
+class _RoutedCalls(torch.nn.Module):
+    """Takes the U-Net calls of an editor's pipelines, so that hooks on it see them as those on a U-Net would."""
+
+    def forward(self, *args: Any, handler: Callable[..., Any], **kwargs: Any) -> Any:
+        """What ``handler`` returns for the other arguments."""
+        return handler(*args, **kwargs)
+
+    @contextmanager
+    def of_all_pipelines(self) -> Iterator[None]:
+        """Within the context, calls of every pipeline copy that an editor makes pass through this module."""
+        own = UNetRoute.forward
+
+        def forward(route: UNetRoute, *args: Any, **kwargs: Any) -> Any:
+            return self(*args, handler=partial(own, route), **kwargs)
+
+        with patch.object(UNetRoute, "forward", forward):
+            yield
 
 
 class _CountedGraphs:

@@ -245,7 +245,7 @@ class TestCommand:
         ("arguments", "message"),
         [
             (["--arch", "sd2", "--device", "cpu"], "on the CPU: timing its layers takes minutes"),
-            (["--arch", "tiny9", "--device", "cpu"], "unknown architecture 'tiny9'"),
+            (["--arch", "tiny9", "--device", "cpu"], "--arch tiny9: choose one of tiny"),
             (["--arch", "tiny", "--device", "cpu", "--masks", "none.npz"], "none.npz"),
             (["--arch", "tiny", "--device", "cpu", "--json", "no/such/folder/out.json"], "there is no folder"),
         ],

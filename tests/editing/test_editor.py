@@ -12,6 +12,7 @@ import torch
 import fisedit_compile.editing.editor as editor_module
 from fisedit_compile import BaseMismatchError, CaptureError, Editor, MaskError
 from fisedit_compile.editing.pipeline_runs import EditRun
+from fisedit_compile.errors import PipelineInterruptedError
 from fisedit_compile.testing import assert_close
 
 MODEL = Path(__file__).parents[2] / "examples" / "demo_model"
@@ -98,12 +99,12 @@ def test_the_background_is_the_bases_after_every_sparse_step(scheduler: str, run
     assert edit.report.macs["ratio"] > 1
 
 
-def test_a_base_that_was_interrupted_is_refused(editor: Editor) -> None:
+def test_an_interrupted_base_is_refused(editor: Editor) -> None:
     def stop(pipe: Any, *_: Any) -> dict[str, Any]:
         pipe._interrupt = True
         return {}
 
-    with pytest.raises(CaptureError, match="made 1 of 5 steps"):
+    with pytest.raises(PipelineInterruptedError, match=r"pipe\._interrupt"):
         generate(editor, callback_on_step_end=stop)
 
 

@@ -148,15 +148,16 @@ def test_a_dense_step_waits_for_nothing() -> None:
     of = Controlled()
     expected = of.run(1)
     side = torch.cuda.Stream()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        here = of.run(1)
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            there = of.run(1)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with of.sparse.looked_at():  # a look at the model waits, once for all steps of an edit
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            here = of.run(1)
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                there = of.run(1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
     assert torch.equal(here, expected)
     assert torch.equal(there, expected)
