@@ -120,7 +120,7 @@ def _sort_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
 
 
 class _Compiled:
-    """Sends a call to the dense code, or within a context to the record or sparse graphs, captured on first use.
+    """Sends a call to the dense code, or within a context to the record or sparse graphs, exported on first use.
 
     Dynamo compiles anew, into another object, for a U-Net of other attributes, and for sizes that it has to keep open.
     """

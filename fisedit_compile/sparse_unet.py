@@ -37,7 +37,7 @@ def sparsify(unet: torch.nn.Module, config: SparsityConfig | dict[str, Any] | No
 
     Returns:
         A module that behaves as ``unet`` and has :meth:`SparseUNet.record`, :meth:`SparseUNet.plan` and
-        :meth:`SparseUNet.step`. Graphs are captured on first use, once for each signature of inputs.
+        :meth:`SparseUNet.step`. Graphs are exported on first use, once for each signature of inputs.
 
     Raises:
         CaptureError: not a U-Net of this kind.
@@ -49,7 +49,7 @@ def sparsify(unet: torch.nn.Module, config: SparsityConfig | dict[str, Any] | No
 class SparseUNet(torch.nn.Module):
     """See :func:`sparsify`. Calling it runs the dense U-Net, exactly.
 
-    It follows the U-Net: where adapters, processors, FreeU, hooks or weights have changed, graphs are captured anew or
+    It follows the U-Net: where adapters, processors, FreeU, hooks or weights have changed, graphs are exported anew or
     constants folded again, and what was recorded or planned before is refused, with the difference named. Each method
     looks for that, which takes some milliseconds; :meth:`looked_at` looks once for many calls.
 
@@ -96,7 +96,7 @@ class SparseUNet(torch.nn.Module):
         """The state of the U-Net now: equal to an earlier one when it behaves alike and its weights are the same.
 
         Raises:
-            CaptureError: the U-Net is in a state that no captured graph can stand for, such as group offloading.
+            CaptureError: the U-Net is in a state that no exported graph can stand for, such as group offloading.
         """
         return self._look(values=True)
 
@@ -126,12 +126,12 @@ class SparseUNet(torch.nn.Module):
             )
 
     def program(self, call: Call) -> Program:
-        """The graphs for the signature of ``call`` and the U-Net as it is; captured and rewritten on first use."""
+        """The graphs for the signature of ``call`` and the U-Net as it is; exported and rewritten on first use."""
         return self._program(call, self._ready(values=True))
 
     @property
     def build_seconds(self) -> float:
-        """Time spent on capturing and rewriting the graphs that are kept."""
+        """Time spent on exporting and rewriting the graphs that are kept."""
         return sum(program.lowered.build_seconds for program in self._programs)
 
     def dense(self, call: Call) -> Tensor:

@@ -1,4 +1,4 @@
-"""A graph of Dynamo as a model of its own, which can be captured again and watched: what ``torch.compile`` gives us."""
+"""A graph of Dynamo as a model of its own, which can be exported again and watched: what ``torch.compile`` gives us."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class ModelGraph(torch.nn.Module):
 
     def forward(self, sample: Tensor, rest: tuple[Any, ...]) -> Any:
         settings = [
-            # A number of the model as a tensor that is made here is a constant of the captured graph.
+            # A number of the model as a tensor that is made here is a constant of the exported graph.
             value if dtype is None else torch.tensor(value, dtype=dtype)
             for value, dtype in zip(self.settings, self._dtypes, strict=True)
         ]

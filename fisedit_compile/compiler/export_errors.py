@@ -1,4 +1,4 @@
-"""Why a U-Net could not be captured: the module and the line at which it failed, and what can be done about that."""
+"""Why a U-Net could not be exported: the module and the line at which it failed, and what can be done about that."""
 
 from __future__ import annotations
 

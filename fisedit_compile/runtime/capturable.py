@@ -16,7 +16,7 @@ _CASTING = ("layerwise_casting", "peft_autocast_disable")
 
 
 def refuse_uncapturable(unet: torch.nn.Module) -> None:
-    """Hold a U-Net to what a captured graph can stand for.
+    """Hold a U-Net to what an exported graph can stand for.
 
     Raises:
         CaptureError: weights are offloaded or cast layer by layer, tokens are merged, or the model is being trained.
@@ -28,29 +28,29 @@ def refuse_uncapturable(unet: torch.nn.Module) -> None:
         for name in getattr(attributes.get("_diffusers_hook"), "hooks", ()):
             if name in _GROUP_OFFLOAD:
                 raise CaptureError(
-                    "group offloading brings the U-Net's weights to the device layer by layer, a captured graph needs "
+                    "group offloading brings the U-Net's weights to the device layer by layer, an exported graph needs "
                     "them there: load the pipeline without it; pipe.enable_model_cpu_offload() works"
                 )
             if name in _CASTING:
                 raise CaptureError(
-                    "layerwise casting keeps the U-Net's weights in another dtype than they run in, a captured graph "
+                    "layerwise casting keeps the U-Net's weights in another dtype than they run in, an exported graph "
                     "reads them as they lie: load the U-Net without enable_layerwise_casting(), in torch.float16 or "
                     "torch.bfloat16"
                 )
             raise CaptureError(
-                f"the hook {name!r} of {path or 'the U-Net'} decides at each call what is computed, a captured graph "
+                f"the hook {name!r} of {path or 'the U-Net'} decides at each call what is computed, an exported graph "
                 "computes the same each time: take it off first (unet.disable_cache(), for a cache of diffusers)"
             )
         hook = attributes.get("_hf_hook")
         if hook is not None and not _is_model_offload(hook):
             raise CaptureError(
                 f"accelerate's {type(hook).__name__} of {path or 'the U-Net'} brings weights to the device layer by "
-                "layer (sequential CPU offload, a device_map), a captured graph needs them there: load the pipeline "
+                "layer (sequential CPU offload, a device_map), an exported graph needs them there: load the pipeline "
                 "without it; pipe.enable_model_cpu_offload() works"
             )
         if type(module).__name__ == "ToMeBlock":
             raise CaptureError(
-                "token merging (tomesd) draws at random which tokens it merges, a captured graph would merge the same "
+                "token merging (tomesd) draws at random which tokens it merges, an exported graph would merge the same "
                 "ones at each step: call tomesd.remove_patch(pipe) first"
             )
 
@@ -58,7 +58,7 @@ def refuse_uncapturable(unet: torch.nn.Module) -> None:
 def settle_adapters(unet: torch.nn.Module) -> None:
     """Take fused adapters that were disabled out of the weights, as their layers do when they are called next.
 
-    Within a capture that would be noted on the layer, but not done to the weights.
+    Within an export that would be noted on the layer, but not done to the weights.
     """
     for module in unet.modules():
         if getattr(module, "disable_adapters", False) is True and getattr(module, "merged", False) is True:

@@ -110,7 +110,7 @@ class ModelWatch:
                         before.restore()
             if changes:
                 raise CaptureError(
-                    f"{doing} changes what it holds ({'; '.join(changes)}): a graph is captured once, and would "
+                    f"{doing} changes what it holds ({'; '.join(changes)}): a graph is exported once, and would "
                     "never do so again. Take off the attention processor or hook that stores or counts"
                 )
 

@@ -1,4 +1,4 @@
-"""The programs of a model that changes: kept for its last few states, so that going back to one captures nothing."""
+"""The programs of a model that changes: kept for its last few states, so that going back to one exports nothing."""
 
 from __future__ import annotations
 
