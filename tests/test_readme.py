@@ -24,7 +24,7 @@ README = (ROOT / "README.md").read_text()
 SMALLER = {
     r"num_inference_steps=\d+": "num_inference_steps=4",
     r"--steps \d+": "--steps 4",
-    r"--arch \w+ --size \d+": "--arch tiny --size 64",
+    r"--arch \w+ --size \d+": "--arch tiny --size 128",
     r"--edit-size( [\d.]+)+": "--edit-size 0.3",
     r"--baseline eager compile": "--baseline eager --repeats 1 --warmup 1 --device cpu",
 }
