@@ -23,7 +23,7 @@ CALLS = (
     ("SDXL, 1024x1024, one U-Net call, H200", "sdxl_1024_h200.json", "ms", 1.0),
     ("SD 1.5, 512x512, one U-Net call, two cores", "sd15_512_cpu.json", "s", 1000.0),
 )
-EDIT = ("SD 2.1, 768x768, a whole edit, 50 steps, H100", "table_a1_h100.json")
+EDIT = ("SD 2.1, 768x768, a whole edit, 50 steps, H200", "edit_sd2_768_h200.json")
 
 ATTENTION = "full"
 HEADS = ("", "compiled dense", "5 %", "15 %", "30 %", "real masks")
@@ -60,10 +60,11 @@ def _call_line(title: str, file: str, unit: str, scale: float) -> list[str]:
 
 
 def _edit_line(title: str, file: str) -> list[str]:
-    seconds = {row["name"]: row["seconds"] for row in _read(file)["rows"] if row["status"] == "ok"}
-    dense = seconds["compiled"]
-    edits = [seconds[f"fisedit-{size}"] for size in ("5", "15", "30", "real")]
-    return [title, f"{dense:.2f} s", *(f"{edit:.2f} s, {dense / edit:.1f}x" for edit in edits)]
+    result = _read(file)
+    dense = result["compiled_ms"][str(result["steps"])]
+    edits = {row["edit_size"]: row["edit_ms"] for row in result["rows"] if row["source"] == "square"}
+    cells = [f"{edits[size]:.0f} ms, {dense / edits[size]:.1f}x" for size in (0.05, 0.15, 0.30)]
+    return [title, f"{dense:.0f} ms", *cells, "-"]
 
 
 def _cell(row: dict[str, Any], unit: str, scale: float) -> str:

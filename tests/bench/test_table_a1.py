@@ -112,8 +112,8 @@ class TestTable:
             kinds = {kind["kind"]: kind for kind in table["rows"][name]["kinds"]}
             dense, sparse = kinds["batch 2, dense, cross-attention controlled"], kinds["batch 2, sparse"]
             assert (dense["calls"], sparse["calls"]) == (1, 4)
-            # A controlled call adds three products of attention maps to each attention to the text, which is a large part
-            # of this small U-Net: maps of the base by words, and both maps' difference by values.
+            # A controlled call adds three products to each attention to the text, which is a large part of this small
+            # U-Net: its maps, those of the base in the order of the new words, and their difference times the values.
             assert dense_macs < dense["macs"] < 1.5 * dense_macs
             assert sparse["macs"] == 4 * counter.step(counter.plan(square_mask(share, (16, 16)))).total
 
