@@ -179,13 +179,15 @@ class RecordRun(PipelineRun):
         # Of the loop itself: Heun's scheduler makes two steps of one, a picture to start from saves some.
         self._steps = getattr(self.pipe, "num_timesteps", None) or len(self.schedule.timesteps)
         reason = why_not(scheduler, loop_steps=self._steps, arguments=self._arguments)
+        if self.callback and self.callback.official:
+            reason = reason or f"{self.callback.name} may change the loop at a step that an edit would not visit"
         stride = choose_stride(self._config.stride, self._steps, reason)
         self.visits = visited_steps(self._steps, stride)
         self._dense_visits = self._config.count_dense_steps(len(self.visits))
         self._controlled_visits = min(self._dense_visits, round(self._config.cross_replace * len(self.visits)))
         if self._controlled_visits:
             check_text_length(self.pipe, call.kwargs["encoder_hidden_states"].shape[1])
-        self._require_room(call)
+        self._require_room(call, can_stride=not reason)
         if stride > 1 and self._dense_visits:
             self._solver_steps = watch_steps(scheduler)
         refuse_noise_of_its_own(scheduler)
@@ -212,6 +214,11 @@ class RecordRun(PipelineRun):
         return self.timer.time("record", call.tensors[0].device, record)
 
     def finish_step(self, latents: Tensor) -> Tensor:
+        if self.callback_changes and len(self.visits) < self._steps:
+            raise ValueError(
+                f"the callback {self.callback_changes}, runs at all {self._steps} steps here and at the "
+                f"{len(self.visits)} that an edit visits there, which is not the same: Editor(pipe, {{'stride': 1}})"
+            )
         return latents
 
     def finish(self) -> None:
@@ -227,7 +234,7 @@ class RecordRun(PipelineRun):
             return ""
         return f"{self.callback.name}, which changed {', '.join(sorted(self.callback.changed))}"
 
-    def _require_room(self, call: Call) -> None:
+    def _require_room(self, call: Call, *, can_stride: bool) -> None:
         """Hold the memory of the base to what is free."""
         lowered, (samples, _) = self.unet.program(call).lowered, self.parts(call)
         activations = lowered.record_nbytes(samples=samples, activations=True, attention=False)
@@ -239,6 +246,7 @@ class RecordRun(PipelineRun):
         options += ["half precision (torch_dtype)"] if call.tensors[0].dtype.itemsize > 2 else []
         options += ["Editor(pipe, {'attention': 'masked'})"] if self._config.attention == "full" else []
         options += ["a lower cross_replace"] if self._controlled_visits else []
+        options += ["a stride above 1"] if can_stride and len(self.visits) == self._steps else []
         require_room(
             sparse_visits * activations + self._controlled_visits * maps + self._steps * latents,
             call.tensors[0].device,

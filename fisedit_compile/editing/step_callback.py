@@ -23,6 +23,7 @@ class StepCallback:
     Attributes:
         name: what users know it by.
         tensor_inputs: the names.
+        official: whether it is one of diffusers' own kind, made to change the loop.
         changed: what it changed so far: names of tensors, and of attributes of the pipeline.
 
     Raises:
@@ -43,8 +44,9 @@ class StepCallback:
                 f"{self.name} changes the scale of the IP-Adapter within the loop, but all steps of a base are of one "
                 "model: leave the callback out, and set pipe.set_ip_adapter_scale(...) for the whole generation"
             )
-        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
-            tensor_inputs = callback.tensor_inputs
+        self.official = isinstance(callback, (PipelineCallback, MultiPipelineCallbacks))
+        if self.official:
+            tensor_inputs = callback.tensor_inputs  # type: ignore[attr-defined]
         self.tensor_inputs = _names(["latents"] if tensor_inputs is None else tensor_inputs, pipe)
         self.changed: set[str] = set()
         self._callback = callback

@@ -30,7 +30,7 @@ _CONTAINERS = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forwar
 
 #: Attributes of every module that torch itself keeps, and those that say nothing about what a model computes.
 _BOOKKEEPING = frozenset(nn.Module().__dict__) - {"training"} | {
-    "_compiled_call_impl",
+    *("_compiled_call_impl", "_is_torch_compile"),
     *("_diffusers_hook", "_hf_hook", "_old_forward", "_tome_info"),
     *("_hf_peft_config_loaded", "_safe_fusing", "lora_scale", "peft_config"),  # what counts of a LoRA is in its layers
     "_output_capturing_hooks_installed",

@@ -12,7 +12,7 @@ from diffusers.callbacks import (
     PipelineCallback,
     SDCFGCutoffCallback,
 )
-from support.pipelines import EDIT, PROMPT, STEPS, arguments, generate, left_half
+from support.pipelines import CONFIG, EDIT, PROMPT, STEPS, arguments, generate, left_half
 
 from fisedit_compile import Base, BaseMismatchError, Editor
 from fisedit_compile.testing import assert_close
@@ -137,3 +137,18 @@ def test_one_that_changes_the_model_within_the_loop_is_refused(tiny_editor: Edit
         ValueError, match="IPAdapterScaleCutoffCallback changes the scale of the IP-Adapter within the loop"
     ):
         generate(tiny_editor, callback_on_step_end=callback)
+
+
+def test_one_that_changes_the_loop_meets_edits_of_a_stride(tiny_editor: Editor) -> None:
+    """Such edits run it at some steps alone, which is not what the base did."""
+    editor = Editor(tiny_editor.pipe, {**CONFIG, "stride": 2})
+    with pytest.raises(
+        ValueError, match=r"stride=2: SDCFGCutoffCallback may change the loop .*; pass stride=1 or 'auto'"
+    ):
+        generate(editor, callback_on_step_end=cutoff())
+    with pytest.raises(ValueError, match=r"louder, which changed latents, runs at all 6 steps .*'stride': 1"):
+        generate(editor, callback_on_step_end=louder, num_inference_steps=6)
+    watching: list[int] = []
+    base = generate(editor, callback_on_step_end=lambda pipe, step, *_: watching.append(step), num_inference_steps=6)
+    assert watching == list(range(6))
+    assert len(base.visits) < 6
