@@ -36,7 +36,7 @@ def sparsify(unet: torch.nn.Module, config: SparsityConfig | dict[str, Any] | No
         config: a :class:`SparsityConfig`, a dict of its fields, or None for the defaults.
 
     Returns:
-        A module that behaves as ``unet`` and has :meth:`SparseUNet.record`, :meth:`SparseUNet.plan` and
+        A module that behaves as ``unet`` and has :meth:`SparseUNet.record`, :meth:`SparseUNet.prepare` and
         :meth:`SparseUNet.step`. Graphs are exported on first use, once for each signature of inputs.
 
     Raises:
@@ -183,7 +183,7 @@ class SparseUNet(torch.nn.Module):
         _check_recorded(cache, state)
         return self._program(call, state).controlled(call, cache, mapper, keep, part)
 
-    def plan(self, call: Call, mask: Tensor) -> Prepared:
+    def prepare(self, call: Call, mask: Tensor) -> Prepared:
         """Everything about ``mask`` (bool ``[n, h, w]`` at latent resolution) that the steps of an edit share.
 
         Raises:
@@ -207,14 +207,18 @@ class SparseUNet(torch.nn.Module):
         state = self._ready(values=not call.tensors[0].is_cuda)
         _check_recorded(cache, state)
         if not isinstance(prepared, Prepared):
-            raise BaseMismatchError("the plan is not of this call's graphs: pass what plan(call, mask) returned for it")
+            raise BaseMismatchError(
+                "the plan is not of this call's graphs: pass what prepare(call, mask) returned for it"
+            )
         if prepared.model is not None and (difference := prepared.model.difference(state)):
             raise BaseMismatchError(
-                f"the U-Net is another one than the plan was made for ({difference}): call plan(call, mask) again"
+                f"the U-Net is another one than it was prepared for ({difference}): call prepare(call, mask) again"
             )
         program = self._program(call, state)
         if prepared.lowered is not program.lowered:
-            raise BaseMismatchError("the plan is not of this call's graphs: pass what plan(call, mask) returned for it")
+            raise BaseMismatchError(
+                "the plan is not of this call's graphs: pass what prepare(call, mask) returned for it"
+            )
         if prepared.dense:
             return program.restore_base(self.dense(call), cache, prepared)
         return program.step(call, cache, prepared)

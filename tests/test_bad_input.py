@@ -47,7 +47,7 @@ class Session:
 def _session(unets: UNets) -> Session:
     sparse = unets.sparse("micro", torch.float64, "full", 4)
     base = unets.recorded(sparse, "micro", BATCH, SIZE)
-    plan = sparse.plan(base.call, everything())
+    plan = sparse.prepare(base.call, everything())
     out = sparse.step(base.call, base.cache, plan)
     return Session(unets, sparse, base.call, unets.inputs("micro", BATCH, SIZE)[0], base.cache, plan, out)
 
@@ -90,13 +90,13 @@ class TestModel:
         unet = session.unets.fresh("micro")
         sparse = sparsify(unet.train(), {"dense_below": 4})
         call = sparse.call(*session.args)
-        for refused in (lambda: sparse.record(call), lambda: sparse.plan(call, everything())):
+        for refused in (lambda: sparse.record(call), lambda: sparse.prepare(call, everything())):
             with pytest.raises(CaptureError, match=r"training mode: call unet\.eval\(\) first"):
                 refused()
         assert sparse(*session.args).sample.shape == session.out.shape  # dense calls train as ever
         unet.eval()
         _, cache = sparse.record(call)
-        plan = sparse.plan(call, everything())
+        plan = sparse.prepare(call, everything())
         unet.train()
         with pytest.raises(CaptureError, match="training mode"):
             sparse.step(call, cache, plan)
@@ -174,7 +174,7 @@ class TestInputs:
     def test_latents_of_other_channels(self, session: Session) -> None:
         sample, *rest = session.args
         call = session.sparse.call(sample[:, :3], *rest)
-        for refused in (lambda: session.sparse.record(call), lambda: session.sparse.plan(call, everything())):
+        for refused in (lambda: session.sparse.record(call), lambda: session.sparse.prepare(call, everything())):
             with pytest.raises(CaptureError, match="latents of 3 channels: this U-Net takes 4"):
                 refused()
 
@@ -212,13 +212,13 @@ class TestMask:
     )
     def test_of_another_kind(self, session: Session, mask: torch.Tensor, message: str) -> None:
         with pytest.raises(MaskError, match=message) as error:
-            session.sparse.plan(session.call, mask)
+            session.sparse.prepare(session.call, mask)
         assert isinstance(error.value, ValueError)
 
     @pytest.mark.parametrize("mask", [None, [[True]], everything().numpy()], ids=["none", "list", "numpy"])
     def test_that_is_no_tensor(self, session: Session, mask: Any) -> None:
         with pytest.raises(MaskError, match="give a bool tensor"):
-            session.sparse.plan(session.call, mask)
+            session.sparse.prepare(session.call, mask)
 
 
 class TestBase:
@@ -232,7 +232,7 @@ class TestBase:
 
     def test_a_cache_that_holds_more_is_fine(self, session: Session) -> None:
         masked, call, cache = session.of(attention="masked")
-        plan = masked.plan(call, everything())
+        plan = masked.prepare(call, everything())
         assert torch.equal(masked.step(call, session.cache, plan), masked.step(call, cache, plan))
 
     def test_a_cache_for_other_steps(self, session: Session) -> None:
@@ -262,7 +262,7 @@ class TestBase:
                 "config": (2, SIZE, "masked"),
             }[kind]
             sparse, call, _ = session.of(batch, size, attention)
-            plan = sparse.plan(call, everything(1, size))
+            plan = sparse.prepare(call, everything(1, size))
         with pytest.raises((FiseditError, ValueError), match="plan"):
             session.sparse.step(session.call, session.cache, plan)
 

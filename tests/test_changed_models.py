@@ -203,12 +203,12 @@ class OwnLoop:
         call = self.sparse.call(*self.inputs, **self.arguments)
         out, cache = self.sparse.record(call)
         cache.model.digest()
-        plan = self.sparse.plan(call, self.mask)
+        plan = self.sparse.prepare(call, self.mask)
         return out, (call, cache, plan)
 
     def edit(self, base: Any) -> torch.Tensor:
         call, cache, _ = base
-        return self.sparse.step(call, cache, self.sparse.plan(call, self.mask))
+        return self.sparse.step(call, cache, self.sparse.prepare(call, self.mask))
 
 
 @pytest.fixture
@@ -245,7 +245,7 @@ def test_in_ones_own_loop(name: str, device: str, captures: list[str]) -> None:
     )
     assert found is not None, refusal.value
     assert re.fullmatch(change.words, found[1])
-    with pytest.raises(BaseMismatchError, match="than the plan was made for"):
+    with pytest.raises(BaseMismatchError, match="than it was prepared for"):
         loop.sparse.step(new[0], new[1], old[2])
     made = len(captures)
     change.undo(unet)

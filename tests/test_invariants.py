@@ -55,7 +55,7 @@ def test_1_with_a_full_mask_the_sparse_graph_is_the_dense_unet(
     sparse = unets.sparse("micro", torch.float64, attention, dense_below)
     args, kwargs = unets.inputs("micro", batch, size)
     base = unets.recorded(sparse, "micro", batch, size)
-    prepared = sparse.plan(base.call, torch.ones(n, *size, dtype=torch.bool))
+    prepared = sparse.prepare(base.call, torch.ones(n, *size, dtype=torch.bool))
     out = sparse.step(base.call, with_maps(base.cache, torch.nan), prepared)
     assert_close(out, sparse.unet(*args, **kwargs).sample)
 
@@ -70,7 +70,7 @@ def test_2_unchanged_inputs_reproduce_the_base(
 
     @given(masks(n, size))
     def reproduces(mask: torch.Tensor) -> None:
-        assert_close(sparse.step(base.call, base.cache, sparse.plan(base.call, mask)), base.out)
+        assert_close(sparse.step(base.call, base.cache, sparse.prepare(base.call, mask)), base.out)
 
     reproduces()
 
@@ -82,7 +82,7 @@ def test_3_an_empty_mask_is_the_base_bit_for_bit(
 ) -> None:
     sparse = unets.sparse("micro", torch.float64, attention, dense_below)
     base, edit = unets.recorded(sparse, "micro", batch, size), unets.call(sparse, "micro", batch, size, 1)
-    prepared = sparse.plan(edit, torch.zeros(n, *size, dtype=torch.bool))
+    prepared = sparse.prepare(edit, torch.zeros(n, *size, dtype=torch.bool))
     assert same_bits(sparse.step(edit, base.cache, prepared), base.out)
 
 
@@ -96,7 +96,7 @@ def test_4_outside_the_mask_are_the_base_s_bits_and_inside_are_new_values(
 
     @given(masks(n, size))
     def leaves_the_outside(mask: torch.Tensor) -> None:
-        out = sparse.step(edit, base.cache, sparse.plan(edit, mask))
+        out = sparse.step(edit, base.cache, sparse.prepare(edit, mask))
         kept = outside(mask, batch)
         assert out.shape == base.out.shape
         assert out.isfinite().all()
@@ -124,7 +124,7 @@ def test_maps_are_not_read_where_they_are_computed_anew(
                 pooled = F.adaptive_max_pool2d(mask[:, None].double(), sizes[len(kept)])
                 active = pooled.bool().repeat(batch // n, 1, 1, 1).flatten()
                 poisoned[entry] = kept.masked_fill(active.view(-1, *[1] * (kept.ndim - 1)), torch.nan)
-        prepared = sparse.plan(edit, mask)
+        prepared = sparse.prepare(edit, mask)
         assert same_bits(sparse.step(edit, poisoned, prepared), sparse.step(edit, base.cache, prepared))
 
     ignores_active_pixels()
@@ -148,9 +148,9 @@ def test_5_a_batch_of_different_masks_gives_what_each_sample_gives_alone(
     @settings(max_examples=6)
     @given(masks(n, size))
     def samples_are_independent(mask: torch.Tensor) -> None:
-        together = sparse.step(edit, base.cache, sparse.plan(edit, mask))
+        together = sparse.step(edit, base.cache, sparse.prepare(edit, mask))
         for b, (call, kept) in enumerate(zip(edits, caches, strict=True)):
-            assert_close(together[b : b + 1], sparse.step(call, kept, sparse.plan(call, mask[b % n][None])))
+            assert_close(together[b : b + 1], sparse.step(call, kept, sparse.prepare(call, mask[b % n][None])))
 
     samples_are_independent()
 
@@ -171,9 +171,9 @@ def test_6_plans_and_prompts_of_one_base_take_turns_and_nothing_is_written_to(
     def turns_do_not_matter(first: torch.Tensor, second: torch.Tensor, turns: list[tuple[int, int]]) -> None:
         chosen = [first, second]
         alone = [
-            [sparse.step(edit, base.cache, sparse.plan(edit, mask)) for edit in edits] for mask in chosen
+            [sparse.step(edit, base.cache, sparse.prepare(edit, mask)) for edit in edits] for mask in chosen
         ]  # a plan for each
-        shared = [sparse.plan(edits[0], mask) for mask in chosen]
+        shared = [sparse.prepare(edits[0], mask) for mask in chosen]
         for plan, edit in turns:
             out = sparse.step(edits[edit], base.cache, shared[plan])
             assert same_bits(out, alone[plan][edit])
@@ -196,7 +196,7 @@ def test_whole_blocks_keep_the_invariants_outside_their_union(
     @settings(max_examples=8)
     @given(masks(n, size))
     def holds(mask: torch.Tensor) -> None:
-        prepared = sparse.plan(edit, mask)
+        prepared = sparse.prepare(edit, mask)
         kept = ~prepared.plan.active(size)
         assert not kept[~outside(mask, batch)].any()
         assert_close(sparse.step(base.call, base.cache, prepared), base.out)
@@ -214,19 +214,19 @@ def test_a_prompt_written_to_in_place_is_seen(unets: UNets) -> None:
     text = text.clone()
     call = sparse.call(sample, timestep, text)
     mask = torch.rand(1, *size, generator=torch.Generator().manual_seed(0)) < 0.3
-    prepared = sparse.plan(call, mask)
+    prepared = sparse.prepare(call, mask)
     first = sparse.step(call, base.cache, prepared)
     text.mul_(2)
     second = sparse.step(call, base.cache, prepared)
     assert not torch.equal(first, second)
-    assert same_bits(second, sparse.step(call, base.cache, sparse.plan(call, mask)))
+    assert same_bits(second, sparse.step(call, base.cache, sparse.prepare(call, mask)))
 
 
 def test_outside_editing_the_unet_is_the_dense_one(unets: UNets) -> None:
     sparse = unets.sparse("micro", torch.float64, "full", 4)
     args, kwargs = unets.inputs("micro", 2, (16, 16))
     base = unets.recorded(sparse, "micro", 2, (16, 16))
-    sparse.step(base.call, base.cache, sparse.plan(base.call, torch.ones(1, 16, 16, dtype=torch.bool)))
+    sparse.step(base.call, base.cache, sparse.prepare(base.call, torch.ones(1, 16, 16, dtype=torch.bool)))
     dense = unets.dense("micro", torch.float64)(*args, **kwargs)
     assert same_bits(sparse(*args, **kwargs).sample, dense.sample)
     assert same_bits(sparse(*args, **kwargs, return_dict=False)[0], dense.sample)
@@ -242,14 +242,14 @@ def test_stable_diffusion_shapes(unets: UNets, arch: str, attention: str) -> Non
     sparse = unets.sparse(arch, torch.float32, attention, 3)
     args, kwargs = unets.inputs(arch, batch, size, torch.float32)
     base, edit = unets.recorded(sparse, arch, batch, size), unets.call(sparse, arch, batch, size, 1)
-    everything = sparse.plan(base.call, torch.ones(n, *size, dtype=torch.bool))
+    everything = sparse.prepare(base.call, torch.ones(n, *size, dtype=torch.bool))
     out = sparse.step(base.call, with_maps(base.cache, torch.nan), everything)
     assert_close(out, sparse.unet(*args, **kwargs).sample)
 
     @settings(max_examples=8)
     @given(masks(n, size))
     def holds(mask: torch.Tensor) -> None:
-        prepared, kept = sparse.plan(base.call, mask), outside(mask, batch)
+        prepared, kept = sparse.prepare(base.call, mask), outside(mask, batch)
         if attention == "full":
             assert_close(sparse.step(base.call, base.cache, prepared), base.out)
         edited = sparse.step(edit, base.cache, prepared)
@@ -269,7 +269,7 @@ def test_dtypes(unets: UNets, dtype: torch.dtype, attention: str) -> None:
     args, _ = unets.inputs("micro", batch, size, dtype)
     reference = exact(*(arg.double() if arg.is_floating_point() else arg for arg in args)).sample
 
-    everything = sparse.plan(base.call, torch.ones(n, *size, dtype=torch.bool))
+    everything = sparse.prepare(base.call, torch.ones(n, *size, dtype=torch.bool))
     out = sparse.step(base.call, with_maps(base.cache, torch.nan), everything)
     assert out.dtype == dtype
     assert_close(out, reference)
@@ -277,7 +277,7 @@ def test_dtypes(unets: UNets, dtype: torch.dtype, attention: str) -> None:
     @settings(max_examples=8)
     @given(masks(n, size))
     def holds(mask: torch.Tensor) -> None:
-        prepared, kept = sparse.plan(base.call, mask), outside(mask, batch)
+        prepared, kept = sparse.prepare(base.call, mask), outside(mask, batch)
         if attention == "full":
             assert_close(sparse.step(base.call, base.cache, prepared), reference)
         edited = sparse.step(edit, base.cache, prepared)
@@ -305,7 +305,7 @@ class TestCompiled:
             sparse.program(edit)
 
         def step(of: Any, mask: torch.Tensor) -> torch.Tensor:
-            return of.step(edit, base.cache, of.plan(edit, mask))
+            return of.step(edit, base.cache, of.prepare(edit, mask))
 
         for density in (0.05, 0.3, 0.6):
             step(sparse, self.random(density, 0))
@@ -346,7 +346,7 @@ def test_macs_grow_with_the_mask_up_to_those_of_the_dense_unet(unets: UNets, att
     counter = MacCounter(sparse.program(call).lowered, check=False)
 
     def macs(mask: torch.Tensor) -> int:
-        return counter.step(sparse.plan(call, mask).plan).total
+        return counter.step(sparse.prepare(call, mask).plan).total
 
     whole = macs(torch.ones(2, *size, dtype=torch.bool))
     assert whole + counter.prompt.total + counter.timestep.total == counter.dense.total
@@ -379,13 +379,13 @@ def test_a_weight_that_is_written_to_counts_from_the_next_plan_on(
     unet, size = unets.fresh("micro"), (13, 10)
     sparse, (args, _) = sparsify(unet, {"dense_below": 4}), unets.inputs("micro", 1, size)
     call, everything = sparse.call(*args), torch.ones(1, *size, dtype=torch.bool)
-    before = sparse.step(call, sparse.record(call)[1], sparse.plan(call, everything))
+    before = sparse.step(call, sparse.record(call)[1], sparse.prepare(call, everything))
     with torch.no_grad():
         change(unet.down_blocks[0].resnets[0].conv1.weight)
     out, kept = sparse.record(call)
     assert_close(out, unet(*args).sample)
     assert (out != before).all()
-    assert_close(sparse.step(call, kept, sparse.plan(call, everything)), out)
+    assert_close(sparse.step(call, kept, sparse.prepare(call, everything)), out)
 
 
 @pytest.mark.parametrize("what", ["parameter", "module", "load_state_dict"])
@@ -434,7 +434,7 @@ def test_a_mask_of_text_tokens_that_hides_nothing_changes_nothing(unets: UNets) 
         base, edit = (
             sparse.call(*unets.inputs("micro", batch, size, torch.float64, seed)[0], **given_mask) for seed in (0, 1)
         )
-        edited.append(sparse.step(edit, sparse.record(base)[1], sparse.plan(edit, mask)))
+        edited.append(sparse.step(edit, sparse.record(base)[1], sparse.prepare(edit, mask)))
     assert_close(*edited)
 
 
@@ -448,10 +448,10 @@ def test_on_cuda(unets: UNets, attention: str) -> None:
     )
     base, edit = sparse.call(*args), sparse.call(*edited)
     out, kept = sparse.record(base)
-    everything = sparse.plan(base, torch.ones(1, *size, dtype=torch.bool))
+    everything = sparse.prepare(base, torch.ones(1, *size, dtype=torch.bool))
     assert_close(sparse.step(base, with_maps(kept, torch.nan), everything), sparse.unet(*args).sample)
     mask = torch.rand(batch, *size, generator=torch.Generator().manual_seed(0)) < 0.3
-    prepared = sparse.plan(base, mask)
+    prepared = sparse.prepare(base, mask)
     if attention == "full":
         assert_close(sparse.step(base, kept, prepared), out)
     left = outside(mask, batch).cuda()

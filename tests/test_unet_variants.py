@@ -142,12 +142,12 @@ def test_a_variant_of_the_unet(name: str) -> None:
 
     mask = torch.zeros(1, SIDE, SIDE, dtype=torch.bool)
     mask[:, 4:9, 3:10] = True
-    plan = sparse.plan(base, mask)
+    plan = sparse.prepare(base, mask)
     assert_close(sparse.step(base, cache, plan), dense)  # unchanged inputs
     changed = sparse.step(edit, cache, plan)
     outside = ~mask[:, None].expand_as(out)
     assert torch.equal(changed[outside], out[outside])
     assert not torch.allclose(changed[~outside], out[~outside])
-    assert torch.equal(sparse.step(edit, cache, sparse.plan(edit, torch.zeros_like(mask))), out)  # an empty mask
+    assert torch.equal(sparse.step(edit, cache, sparse.prepare(edit, torch.zeros_like(mask))), out)  # an empty mask
     edited, own = sparse.record(edit)
-    assert_close(sparse.step(edit, own, sparse.plan(edit, torch.ones_like(mask))), edited)  # a full one
+    assert_close(sparse.step(edit, own, sparse.prepare(edit, torch.ones_like(mask))), edited)  # a full one

@@ -363,7 +363,7 @@ class EditRun(PipelineRun):
     def _prepare(self, call: Call) -> Prepared:
         if call.signature not in self._prepared:
             start = time.perf_counter()
-            self._prepared[call.signature] = self.unet.plan(call, self.mask)
+            self._prepared[call.signature] = self.unet.prepare(call, self.mask)
             self.plan_ms += (time.perf_counter() - start) * 1e3
         return self._prepared[call.signature]
 

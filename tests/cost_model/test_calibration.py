@@ -200,7 +200,7 @@ def test_measured_blocks_of_a_sparse_unet(unets: UNets, monkeypatch: pytest.Monk
     costs = RowCosts(tuple(row_layers(program.lowered)), found)
     monkeypatch.setattr(RowCosts, "of", lambda program: costs)
     mask = square_mask(0.2, (16, 12))
-    prepared = sparse.plan(call, mask)
+    prepared = sparse.prepare(call, mask)
     assert program.row_costs is costs
     for size, choice in prepared.plan.cost_choices.items():
         assert choice.chosen.microseconds == min(each.microseconds for each in choice.candidates)

@@ -285,7 +285,7 @@ def test_bad_models_are_named() -> None:
 def test_an_edit_reports_its_macs(unets: UNets) -> None:
     sparse = unets.sparse("micro", attention="masked")
     call = unets.call(sparse, "micro", 2, (16, 16))
-    prepared = sparse.plan(call, random_mask(1, 16, 16, share=0.2))
+    prepared = sparse.prepare(call, random_mask(1, 16, 16, share=0.2))
     lowered = sparse.program(call).lowered
     macs = StepMacs(lowered, prepared.plan.mask, dense=False).count()
     dense, step = count_dense(lowered, check=False).total, count_step(lowered, prepared.plan, check=False).total

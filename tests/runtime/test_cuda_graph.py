@@ -99,7 +99,7 @@ def test_a_step_at_fixed_sizes_may_be_taken_in_inference_mode(unets: UNets, firs
     masks = [square_mask(share, base.call.signature.sample_shape[2:]) for share in (0.1, 0.5)]
 
     def steps() -> list[torch.Tensor]:
-        return [sparse.step(base.call, base.cache, sparse.plan(base.call, mask)) for mask in masks]
+        return [sparse.step(base.call, base.cache, sparse.prepare(base.call, mask)) for mask in masks]
 
     with torch.inference_mode(first):
         expected = steps()

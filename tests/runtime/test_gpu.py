@@ -54,7 +54,7 @@ def latents_mask(call: Any, share: float) -> torch.Tensor:
 @shapes
 def test_unchanged_inputs_reproduce_the_base(arch, dtype):
     sparse, call, out, cache = recorded(arch, dtype)
-    edited = sparse.step(call, cache, sparse.plan(call, latents_mask(call, 0.15)))
+    edited = sparse.step(call, cache, sparse.prepare(call, latents_mask(call, 0.15)))
     assert_close(edited, out, dtype)
 
 
@@ -62,7 +62,7 @@ def test_unchanged_inputs_reproduce_the_base(arch, dtype):
 def test_an_empty_mask_is_the_base(arch, dtype):
     sparse, call, out, cache = recorded(arch, dtype)
     empty = torch.zeros_like(latents_mask(call, 0.15))
-    assert torch.equal(sparse.step(call, cache, sparse.plan(call, empty)), out)
+    assert torch.equal(sparse.step(call, cache, sparse.prepare(call, empty)), out)
 
 
 @shapes
@@ -70,7 +70,7 @@ def test_a_full_mask_is_the_dense_unet(arch, dtype):
     sparse, call, out, cache = recorded(arch, dtype)
     poisoned = {entry: value * float("nan") if entry.kind == "map" else value for entry, value in cache.items()}
     full = torch.ones_like(latents_mask(call, 0.15))
-    assert_close(sparse.step(call, poisoned, sparse.plan(call, full)), out, dtype)
+    assert_close(sparse.step(call, poisoned, sparse.prepare(call, full)), out, dtype)
 
 
 @shapes
@@ -80,7 +80,7 @@ def test_changed_latents_change_the_mask_alone_and_the_same_way_twice(arch, dtyp
     sample = call.tensors[0]
     changed = torch.where(mask[:, None].cuda(), sample + 0.5, sample)
     new = sparse.call(**{**call.kwargs, "sample": changed})
-    prepared = sparse.plan(call, mask)
+    prepared = sparse.prepare(call, mask)
     first, second = (sparse.step(new, cache, prepared) for _ in range(2))
     outside = ~mask[:, None].cuda().expand_as(out)
     assert torch.equal(first[outside], out[outside])
@@ -91,11 +91,11 @@ def test_changed_latents_change_the_mask_alone_and_the_same_way_twice(arch, dtyp
 def test_masked_attention_agrees_with_the_cpu():
     sparse, call, _, cache = recorded("tiny", torch.float32, "masked")
     mask = latents_mask(call, 0.15)
-    on_gpu = sparse.step(call, cache, sparse.plan(call, mask))
+    on_gpu = sparse.step(call, cache, sparse.prepare(call, mask))
     unet = build_unet("tiny", dtype=torch.float32)
     unet.load_state_dict(sparse.unet.state_dict())
     reference = sparsify(unet, {"attention": "masked"})
     moved = reference.call(*(tensor.cpu() for tensor in call.tensors))
     kept = {entry: value.cpu() for entry, value in cache.items()}
-    wanted = reference.step(moved, kept, reference.plan(moved, mask))
+    wanted = reference.step(moved, kept, reference.prepare(moved, mask))
     assert_close(on_gpu.cpu(), wanted, torch.float16)  # convolutions on the GPU may use TF32

@@ -43,7 +43,7 @@ class Bases:
         return square_mask(share, self.size).roll(down, -2)
 
     def plan(self, mask: torch.Tensor) -> Any:
-        return self.sparse.plan(self.calls[0], mask)
+        return self.sparse.prepare(self.calls[0], mask)
 
     def step(self, prepared: Any, edit: int = 0, base: int = 0) -> torch.Tensor:
         return self.sparse.step(self.edits[edit], self.caches[base], prepared)
@@ -144,7 +144,7 @@ def test_5_a_batch_of_four_edits_with_four_masks_gives_what_each_gives_alone() -
             alone.sparse.call(*(t[i : i + 1] if t.ndim else t for t in together.calls[seed].tensors)) for seed in (0, 2)
         )
         _, kept = alone.sparse.record(base)
-        assert_close(edited[i : i + 1], alone.sparse.step(edit, kept, alone.sparse.plan(edit, mask[None])))
+        assert_close(edited[i : i + 1], alone.sparse.step(edit, kept, alone.sparse.prepare(edit, mask[None])))
 
 
 @pytest.mark.parametrize("moved", [False, True])
@@ -160,7 +160,7 @@ def test_a_changed_weight_counts_in_recorded_graphs(moved: bool) -> None:
             weight.data *= 1.25
     new = of.step(of.plan(of.mask(0.2)))
     fresh = sparsify(of.sparse.unet, of.sparse.sparsity)
-    expected = fresh.step(of.edits[0], of.caches[0], fresh.plan(of.edits[0], of.mask(0.2)))
+    expected = fresh.step(of.edits[0], of.caches[0], fresh.prepare(of.edits[0], of.mask(0.2)))
     assert not torch.equal(new, old)
     assert torch.equal(new, expected)
 

@@ -56,14 +56,14 @@ class Steps:
         return self.fixed.program(self.base.call)
 
     def plan(self, mask: torch.Tensor, edit: int = 0) -> Prepared:
-        return self.fixed.plan(self.edits[edit], mask)
+        return self.fixed.prepare(self.edits[edit], mask)
 
     def run(self, mask: torch.Tensor, edit: int = 0) -> torch.Tensor:
         return self.fixed.step(self.edits[edit], self.base.cache, self.plan(mask, edit))
 
     def expected(self, mask: torch.Tensor, edit: int = 0) -> torch.Tensor:
         call = self.edits[edit]
-        return self.plain.step(call, self.base.cache, self.plain.plan(call, mask))
+        return self.plain.step(call, self.base.cache, self.plain.prepare(call, mask))
 
 
 def with_fixed_sizes(unet: torch.nn.Module, call: Any, config: Any) -> SparseUNet:
@@ -179,7 +179,7 @@ def test_the_caches_of_several_bases_take_turns(fp64: Steps) -> None:
     """Also of bases whose cache is a plain mapping: moved from a disk, or halved by a user."""
     other = fp64.unets.recorded(fp64.plain, "micro", BATCH, SIZE, 2)
     mask = square(0.2)
-    prepared, plain = fp64.plan(mask), fp64.plain.plan(fp64.edits[0], mask)
+    prepared, plain = fp64.plan(mask), fp64.plain.prepare(fp64.edits[0], mask)
     for cache in (fp64.base.cache, other.cache, dict(other.cache), fp64.base.cache, dict(fp64.base.cache)):
         expected = fp64.plain.step(fp64.edits[0], cache, plain)
         assert_close(fp64.fixed.step(fp64.edits[0], cache, prepared), expected)
@@ -189,7 +189,7 @@ def test_one_cache_serves_programs_that_read_other_parts_of_it(unets: UNets, fp6
     whole = Steps(unets, *REGIONS[2])  # reads none of the lower resolution's maps
     cache, mask = fp64.base.cache, square(0.2)
     for of in (fp64, whole, fp64):
-        expected = of.plain.step(of.edits[0], cache, of.plain.plan(of.edits[0], mask))
+        expected = of.plain.step(of.edits[0], cache, of.plain.prepare(of.edits[0], mask))
         assert_close(of.fixed.step(of.edits[0], cache, of.plan(mask)), expected)
 
 
@@ -211,20 +211,20 @@ def test_isolated_pixels_have_a_bucket_of_their_own(fp64: Steps) -> None:
 def test_a_prompt_written_to_in_place_is_seen(fp64: Steps) -> None:
     sample, timestep, text = (tensor.clone() for tensor in fp64.edits[0].tensors)
     call, mask = fp64.fixed.call(sample, timestep, text), square(0.2)
-    prepared = fp64.fixed.plan(call, mask)
+    prepared = fp64.fixed.prepare(call, mask)
     first = fp64.fixed.step(call, fp64.base.cache, prepared)
     text.mul_(2)
     sample.add_(1)
     second = fp64.fixed.step(call, fp64.base.cache, prepared)
     assert not torch.equal(first, second)
-    assert_close(second, fp64.plain.step(call, fp64.base.cache, fp64.plain.plan(call, mask)))
+    assert_close(second, fp64.plain.step(call, fp64.base.cache, fp64.plain.prepare(call, mask)))
 
 
 def test_a_call_at_another_timestep_is_refused(fp64: Steps) -> None:
     sample, _, text = fp64.edits[0].tensors
     call = fp64.fixed.call(sample, torch.tensor(499), text)
     with pytest.raises(BaseMismatchError, match=r"at timestep 499, the recorded one was at 500: a sparse step"):
-        fp64.fixed.step(call, fp64.base.cache, fp64.fixed.plan(call, square(0.2)))
+        fp64.fixed.step(call, fp64.base.cache, fp64.fixed.prepare(call, square(0.2)))
 
 
 def _written(weight: torch.nn.Parameter) -> None:
@@ -251,24 +251,24 @@ def test_changed_weights_count_from_the_next_plan_on(
     call, config = fp64.edits[0], fp64.plain.sparsity
     cache = dict(fp64.base.cache)  # a plain mapping, which does not say which model it was recorded by
     fixed, few, many = with_fixed_sizes(unet, call, config), square(0.1), square(0.5)
-    old = [fixed.plan(call, mask) for mask in (few, many)]
+    old = [fixed.prepare(call, mask) for mask in (few, many)]
     for prepared in old:
         fixed.step(call, cache, prepared)
     change(weight)
     fresh = sparsify(unet, config)
     for mask in (few, many):
-        expected = fresh.step(call, cache, fresh.plan(call, mask))
+        expected = fresh.step(call, cache, fresh.prepare(call, mask))
         assert (expected - fp64.expected(mask)).abs().max() > 1e-6
-        assert_close(fixed.step(call, cache, fixed.plan(call, mask)), expected)
+        assert_close(fixed.step(call, cache, fixed.prepare(call, mask)), expected)
 
 
 def test_a_plan_from_before_the_weights_moved_is_refused(unets: UNets, fp64: Steps) -> None:
     """Two edits are in the making; a LoRA is loaded, and a third begins."""
     unet, call, cache = unets.fresh("micro"), fp64.edits[0], dict(fp64.base.cache)
     fixed = with_fixed_sizes(unet, call, fp64.plain.sparsity)
-    few, many = fixed.plan(call, square(0.05)), square(0.7)
+    few, many = fixed.prepare(call, square(0.05)), square(0.7)
     fixed.step(call, cache, few)
     _moved(unet.down_blocks[0].resnets[0].conv1.weight)
-    assert fixed.step(call, cache, fixed.plan(call, many)).isfinite().all()
+    assert fixed.step(call, cache, fixed.prepare(call, many)).isfinite().all()
     with pytest.raises(BaseMismatchError, match="conv1"):
         fixed.step(call, cache, few)

@@ -57,7 +57,7 @@ def stages(wanted: dict[str, Any], begin: float) -> dict[str, float]:
         done("capture and rewrite")
         _, cache = sparse.record(call)
         done("record a base")
-        prepared = sparse.plan(call, mask)
+        prepared = sparse.prepare(call, mask)
         done("first plan")
         sparse.step(call, cache, prepared)
         done("first step")

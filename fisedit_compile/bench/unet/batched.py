@@ -43,10 +43,10 @@ def measure_batched(
     runs: dict[Any, Callable[[], object]] = {}
     for edit_size in edit_sizes:
         masks = scattered_squares(edit_size, (latents[0], latents[1]), count)
-        prepared = sparse.plan(together, torch.cat(masks))
+        prepared = sparse.prepare(together, torch.cat(masks))
         runs[edit_size, "together"] = partial(sparse.step, together, together_cache, prepared)
         for i, mask in enumerate(masks):
-            runs[edit_size, i] = partial(sparse.step, call, cache, sparse.plan(call, mask))
+            runs[edit_size, i] = partial(sparse.step, call, cache, sparse.prepare(call, mask))
     for run in runs.values():
         run()  # compiles and captures what this run needs for the first time
     label = f"{count} edits in one batch"

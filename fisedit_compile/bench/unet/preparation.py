@@ -33,9 +33,9 @@ def measure_prep(
         _first_step(sparse, call, cache, mask)
     for mask in on_device:
         plan.append(_milliseconds(partial(program.plan, mask), device))
-        planned.append(_milliseconds(partial(sparse.plan, call, mask), device))
+        planned.append(_milliseconds(partial(sparse.prepare, call, mask), device))
         first.append(_milliseconds(partial(_first_step, sparse, call, cache, mask), device))
-        prepared = sparse.plan(call, mask)
+        prepared = sparse.prepare(call, mask)
         sparse.step(call, cache, prepared)
         with sparse.looked_at():  # as an editor does, once an edit: it is a part of what comes before the steps
             later.append(_milliseconds(partial(sparse.step, call, cache, prepared), device))
@@ -49,7 +49,7 @@ def measure_prep(
 
 
 def _first_step(sparse: SparseUNet, call: Call, cache: StepCache, mask: Tensor) -> Tensor:
-    return sparse.step(call, cache, sparse.plan(call, mask))
+    return sparse.step(call, cache, sparse.prepare(call, mask))
 
 
 def _milliseconds(run: Callable[[], object], device: torch.device) -> float:

@@ -84,7 +84,7 @@ class SparseRuns:
         before, kept = allocated_mb(self.device), None
         for key in keys:
             mask = self.mask_sets[key[0]].masks[key[1]]
-            self.prepared[key] = self.sparse.plan(self.call, mask)
+            self.prepared[key] = self.sparse.prepare(self.call, mask)
             start = time.perf_counter()
             self.program.plan(mask)
             self._plan_ms[key] = (time.perf_counter() - start) * 1e3
