@@ -25,11 +25,13 @@ from fisedit_compile.editing.arguments import (
 )
 from fisedit_compile.editing.background import PixelBackground
 from fisedit_compile.editing.base import Base
+from fisedit_compile.editing.edit_run import EditRun
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.editing.pipeline_call import in_turn
-from fisedit_compile.editing.pipeline_runs import EditRun, PipelineRun, RecordRun
+from fisedit_compile.editing.pipeline_run import PipelineRun
 from fisedit_compile.editing.pipeline_state import PipelineWatch
 from fisedit_compile.editing.prompt_alignment import changed_words
+from fisedit_compile.editing.record_run import RecordRun
 from fisedit_compile.editing.result import Edit, EditReport, summarise_times
 from fisedit_compile.editing.schedule import Schedule
 from fisedit_compile.editing.step_callback import StepCallback

@@ -1,7 +1,8 @@
-"""CUDA graphs: how one is recorded, and a dense stage that runs as one.
+"""CUDA graphs: how one is captured, and a dense stage that runs as one.
 
 Hundreds of kernels take longer to launch one by one than to run; a graph launches them together, but always for the
-same shapes and addresses. So what a graph reads is copied to where it was recorded, and what it leaves copied away.
+same shapes and addresses. So what a graph reads is copied to where it was when the graph was captured, and what it
+leaves is copied away.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ _Out = TypeVar("_Out")
 _capturing = threading.Lock()
 
 
-class GraphRecorder:
-    """Records CUDA graphs that share their memory, because one of them runs at a time.
+class GraphCapturer:
+    """Captures CUDA graphs that share their memory, because one of them runs at a time.
 
-    On other devices than CUDA nothing is recorded, and what would be replayed is run.
+    On other devices than CUDA nothing is captured, and what would be replayed is run.
 
     Attributes:
-        captures: how many graphs were recorded.
+        captures: how many graphs were captured.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -68,10 +69,10 @@ class GraphRecorder:
                     self._done.record(stream)
                     self._done_on = stream
 
-    def record(self, run: Callable[[], _Out]) -> Callable[[], _Out]:
-        """``run`` as one launch, to be called :meth:`in_turn`, too; what it returns is overwritten by the next.
+    def capture(self, run: Callable[[], _Out]) -> Callable[[], _Out]:
+        """Capture ``run`` and return its replay, whose outputs the next one overwrites. Call both :meth:`in_turn`.
 
-        It is run before, which compiles what has to be compiled: a recording may not.
+        ``run`` runs twice before, because Triton must not compile during a capture.
         """
         if not self._cuda:
             return run
@@ -96,34 +97,34 @@ class GraphRecorder:
 
 
 class StaticStage:
-    """A stage that runs as one CUDA graph, recorded at its first call with tensors of the same shapes.
+    """A stage that runs as one CUDA graph, captured at its first call with tensors of the same shapes.
 
     Args:
         stage: reads tensors alone; those on the host are copied to the device.
-        recorder: of the device that the stage runs on.
+        capturer: of the device that the stage runs on.
     """
 
-    def __init__(self, stage: Stage, recorder: GraphRecorder) -> None:
-        self._stage, self._recorder = stage, recorder
-        self._recorded: dict[object, tuple[list[Tensor], Callable[[], Any]]] = {}
+    def __init__(self, stage: Stage, capturer: GraphCapturer) -> None:
+        self._stage, self._capturer = stage, capturer
+        self._captured: dict[object, tuple[list[Tensor], Callable[[], Any]]] = {}
 
     def __call__(self, values: Mapping[Any, Tensor]) -> Any:
         """What the stage returns, in memory of its own."""
         given = [values[name] for name in self._stage.names]
         shapes = tuple((each.shape, each.dtype) for each in given)
-        with self._recorder.in_turn():
-            if shapes not in self._recorded:
-                self._recorded[shapes] = self._record(given)
-            inputs, replay = self._recorded[shapes]
+        with self._capturer.in_turn():
+            if shapes not in self._captured:
+                self._captured[shapes] = self._capture(given)
+            inputs, replay = self._captured[shapes]
             torch._foreach_copy_(inputs, given)
             return pytree.tree_map(torch.clone, replay())
 
     def forget(self) -> None:
-        """Record anew at the next call: a graph reads the weights where they were."""
-        self._recorded.clear()
+        """Capture anew at the next call, because a graph reads the weights where they were."""
+        self._captured.clear()
 
-    def _record(self, given: list[Tensor]) -> tuple[list[Tensor], Callable[[], Any]]:
+    def _capture(self, given: list[Tensor]) -> tuple[list[Tensor], Callable[[], Any]]:
         """What the graph reads, filled with what is given now, and the graph."""
-        inputs = [each.to(self._recorder.device, copy=True) for each in given]
+        inputs = [each.to(self._capturer.device, copy=True) for each in given]
         values = dict(zip(self._stage.names, inputs, strict=True))
-        return inputs, self._recorder.record(lambda: self._stage(values))
+        return inputs, self._capturer.capture(lambda: self._stage(values))

@@ -12,7 +12,7 @@ from fisedit_compile.cache.step_cache import StepCache
 from fisedit_compile.compiler.lowered import Lowered
 from fisedit_compile.compiler.stage_graph import StageGraph
 from fisedit_compile.ir.requests import CacheEntry, ControlTensor
-from fisedit_compile.runtime.cuda_graph import GraphRecorder, StaticStage
+from fisedit_compile.runtime.cuda_graph import GraphCapturer, StaticStage
 from fisedit_compile.runtime.stage import Stage
 
 
@@ -21,7 +21,7 @@ class DenseGraphs:
 
     def __init__(self, lowered: Lowered, device: torch.device) -> None:
         self._lowered = lowered
-        self._recorder = GraphRecorder(device)
+        self._capturer = GraphCapturer(device)
         self._stages: dict[object, Stage | StaticStage] = {}
 
     def record(
@@ -57,6 +57,6 @@ class DenseGraphs:
     def _stage(self, key: object, build: Callable[[], StageGraph]) -> Stage | StaticStage:
         if key not in self._stages:
             stage = Stage(build(), compiled=self._lowered.config.compile)
-            on_gpu = self._recorder.device.type == "cuda"
-            self._stages[key] = StaticStage(stage, self._recorder) if on_gpu else stage
+            on_gpu = self._capturer.device.type == "cuda"
+            self._stages[key] = StaticStage(stage, self._capturer) if on_gpu else stage
         return self._stages[key]

@@ -69,7 +69,7 @@ class Program:
 
     @property
     def captures(self) -> int:
-        """How many CUDA graphs were recorded: one for each bucket that a mask has met."""
+        """How many CUDA graphs were captured: one for each bucket that a mask has met."""
         return self._shared.captures
 
     def follow(self, state: ModelState) -> None:

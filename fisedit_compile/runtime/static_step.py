@@ -24,7 +24,7 @@ from fisedit_compile.ir.requests import CacheEntry
 from fisedit_compile.kernels.indexing.copy_rows import RowCopies
 from fisedit_compile.planning.buckets import Bucket, pad_plan
 from fisedit_compile.planning.edit_plan import EditPlan
-from fisedit_compile.runtime.cuda_graph import GraphRecorder
+from fisedit_compile.runtime.cuda_graph import GraphCapturer
 from fisedit_compile.runtime.stage import Stage
 from fisedit_compile.utils.single_thread import single_thread
 
@@ -55,7 +55,7 @@ class Packed:
         }
 
 
-class Shared(GraphRecorder):
+class Shared(GraphCapturer):
     """What the buckets of a program share: memory, because one of them runs at a time, and the prompt's values."""
 
     def __init__(self, device: torch.device) -> None:
@@ -171,7 +171,7 @@ class StaticStep:
                         self._inputs[name] = torch.empty_like(inputs[name])
                     self._inputs[name].copy_(inputs[name])
             if self._replay is None:
-                self._replay = self._record()
+                self._replay = self._capture()
             return self._replay().clone()
 
     def launch(self) -> Tensor:
@@ -192,14 +192,14 @@ class StaticStep:
             known[cache] = addresses
         return addresses
 
-    def _record(self) -> Callable[[], Tensor]:
+    def _capture(self) -> Callable[[], Tensor]:
         """The step as one CUDA graph."""
         start, shared = time.perf_counter(), self._shared
         on_gpu = shared.device.type == "cuda"
         if on_gpu and not shared.captures:
             logger.info("first sparse step: compiling kernels (their cache serves later processes) ...")
-        replay = shared.record(self.launch)
+        replay = shared.capture(self.launch)
         if on_gpu:
             seconds = time.perf_counter() - start
-            logger.info("recorded the step for masks of %s in %.1f s", self.bucket.name, seconds)
+            logger.info("captured the step for masks of %s in %.1f s", self.bucket.name, seconds)
         return replay

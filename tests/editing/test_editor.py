@@ -11,7 +11,7 @@ import torch
 
 import fisedit_compile.editing.editor as editor_module
 from fisedit_compile import BaseMismatchError, CaptureError, Editor, MaskError
-from fisedit_compile.editing.pipeline_runs import EditRun
+from fisedit_compile.editing.edit_run import EditRun
 from fisedit_compile.errors import PipelineInterruptedError
 from fisedit_compile.testing import assert_close
 

@@ -71,7 +71,7 @@ def test_guidance_of_other_parts_is_refused_before_anything_is_recorded(
         torch.randn(1, 8, 16, 16), torch.tensor(1), torch.randn(1, 8, MICRO["cross_attention_dim"])
     )
     from fisedit_compile.editing.own_tokenizers import OwnTokenizers
-    from fisedit_compile.editing.pipeline_runs import RecordRun
+    from fisedit_compile.editing.record_run import RecordRun
 
     run = RecordRun(pix2pix.unet, pix2pix.pipe, OwnTokenizers(), None, pix2pix.config, {})
     with pytest.raises(CaptureError, match="with a batch of 1, which is not the 3 parts of its guidance"):

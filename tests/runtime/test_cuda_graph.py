@@ -12,7 +12,7 @@ from torch.fx import symbolic_trace
 from fisedit_compile.architectures import build_unet, unet_inputs
 from fisedit_compile.compiler.stage_graph import StageGraph
 from fisedit_compile.masks.sample_masks import square_mask
-from fisedit_compile.runtime.cuda_graph import GraphRecorder, StaticStage
+from fisedit_compile.runtime.cuda_graph import GraphCapturer, StaticStage
 from fisedit_compile.runtime.stage import Stage
 from fisedit_compile.sparse_unet import SparseUNet, sparsify
 
@@ -38,7 +38,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture
 def scaled(device: torch.device) -> tuple[Scaled, StaticStage]:
     module = Scaled().to(device)
-    return module, StaticStage(Stage(StageGraph(symbolic_trace(module)), compiled=False), GraphRecorder(device))
+    return module, StaticStage(Stage(StageGraph(symbolic_trace(module)), compiled=False), GraphCapturer(device))
 
 
 def values(sample: float, device: torch.device) -> dict[str, torch.Tensor]:
@@ -132,7 +132,7 @@ def test_dense_steps_are_what_they_are_launched_one_by_one(monkeypatch: pytest.M
     of = Controlled()
     results = [of.run(1), of.run(2), of.run(1)]
     recorded = [of.sparse.record(call) for call in of.calls]
-    monkeypatch.setattr(GraphRecorder, "record", lambda self, run: run)
+    monkeypatch.setattr(GraphCapturer, "capture", lambda self, run: run)
     plain = sparsify(of.sparse.unet, of.sparse.sparsity)
     of.sparse = plain
     expected = [of.run(1), of.run(2), of.run(1)]

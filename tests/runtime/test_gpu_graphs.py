@@ -1,4 +1,4 @@
-"""CUDA graphs of the sparse step: recorded once for each bucket, and the same step on any stream and in any order."""
+"""CUDA graphs of the sparse step: captured once for each bucket, and the same step on any stream and in any order."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The step at fixed sizes, on the CPU: padded rows, buffers of its own, plans and prompts that take turns.
 
-On a GPU the same code records a CUDA graph (``test_gpu.py``). Here the graph runs as it is, so that what is copied into
-the buffers, and what padding may not do, is tested in every run.
+On a GPU the same code captures a CUDA graph (``test_gpu.py``). Here the graph runs as it is, so that what is copied
+into its buffers, and what is padding in them, is held to steps of the mask's own sizes.
 """
 
 from __future__ import annotations

@@ -1,0 +1,156 @@
+"""What happens at each U-Net call and at the end of each step while a pipeline makes an edit."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisedit_compile.editing.base import Base, RecordedCall
+from fisedit_compile.editing.own_tokenizers import OwnTokenizers
+from fisedit_compile.editing.pipeline_run import PipelineRun
+from fisedit_compile.editing.prompt_alignment import align_prompts
+from fisedit_compile.editing.schedule import Schedule
+from fisedit_compile.editing.step_callback import StepCallback
+from fisedit_compile.editing.step_macs import StepMacs
+from fisedit_compile.editing.stride import (
+    StrideError,
+    visit,
+)
+from fisedit_compile.errors import BaseMismatchError, MaskError
+from fisedit_compile.ir.call import Call, Signature
+from fisedit_compile.masks.difference_mask import difference_mask
+from fisedit_compile.runtime.prepared import Prepared
+from fisedit_compile.sparse_unet import SparseUNet
+
+#: t1 and t2 of the difference formula: the steps whose latents are compared (paper 3.1: within [1, 10]).
+DIFFERENCE_STEPS = (1, 10)
+
+
+class EditRun(PipelineRun):
+    """Edits a base: k dense steps under Prompt-to-Prompt control, the mask, then sparse steps."""
+
+    mask: Tensor  # bool [n, h, w], known after the dense steps
+
+    def __init__(
+        self,
+        unet: SparseUNet,
+        pipe: Any,
+        tokenizers: OwnTokenizers,
+        callback: StepCallback | None,
+        base: Base,
+        prompts: tuple[str, ...],
+        given: Tensor | None,
+        combine: str,
+    ) -> None:
+        super().__init__(unet, pipe, tokenizers, callback)
+        self._base, self._given, self._combine = base, given, combine
+        self._prepared: dict[Signature, Prepared] = {}  # a callback may take a part of the batch away in the loop
+        self.plan_ms = 0.0
+        mapper, keep = align_prompts(
+            self.pipe, base.prompts, prompts, arguments=base.arguments, device=base.latents.device
+        )
+        copies = len(base.latents) // len(prompts)  # num_images_per_prompt: the pipeline repeats each prompt
+        self._mapper, self._keep = mapper.repeat_interleave(copies, 0), keep.repeat_interleave(copies, 0)
+        if base.dense_steps == 0:
+            assert given is not None
+            self.mask = given
+        self._stride_error: StrideError | None = None
+        if not base.visits_all:
+            visit(self.pipe.scheduler, base.num_inference_steps, base.visits, self._check_schedule)
+
+    def begin(self, call: Call) -> None:
+        if self._base.visits_all:
+            self._check_schedule()
+        elif self._base.solver_steps:
+            self._stride_error = StrideError(self.pipe.scheduler)
+        then, now = self._base.latents.device, call.tensors[0].device
+        if then != now:
+            raise BaseMismatchError(f"the base lies on {then}, the U-Net runs on {now}: move the pipeline back")
+
+    def _check_schedule(self) -> None:
+        self._base.check_schedule(Schedule.of(self.pipe.scheduler))
+
+    def predict(self, call: Call) -> Tensor:
+        recorded = self._recorded_call(call)
+        device = call.tensors[0].device
+        if self.step >= self._base.dense_steps:
+            prepared = self._prepare(call)
+            return self.timer.time("sparse", device, lambda: self.unet.step(call, recorded.cache, prepared))
+        if recorded.cache:
+            control = (recorded.cache, self._mapper, self._keep, self.parts(call)[1])
+            return self.timer.time("dense", device, lambda: self.unet.controlled(call, *control))
+        return self.timer.time("dense", device, lambda: self.unet.dense(call))
+
+    def finish_step(self, latents: Tensor) -> Tensor:
+        step, dense, after = self.step, self._base.dense_steps, self._base.latents_after(self.step)
+        if step < dense and self._stride_error is not None:
+            latents = (latents + self._stride_error.of(self._base.solver_steps[step], after)).to(latents.dtype)
+        if step == dense - 1:
+            self.mask = self._decide_mask([*self.latents, latents])
+        if step < dense - 1:
+            return latents
+        # Outside the mask the picture is the base's, bit for bit, whatever the scheduler remembers of other steps.
+        return torch.where(self.mask[:, None], latents, after)
+
+    def finish(self) -> None:
+        if len(self.latents) != len(self._base.visits):
+            raise BaseMismatchError(
+                f"the pipeline made {len(self.latents)} steps, and an edit of this base makes {len(self._base.visits)}"
+            )
+
+    @property
+    def ran_dense(self) -> bool:
+        """Whether the mask was so large that the steps behind it ran dense."""
+        return self._first_prepared.dense
+
+    def step_macs(self) -> StepMacs:
+        """What counts the multiply-accumulates of this edit's steps."""
+        return StepMacs(self._first_prepared.lowered, self.mask, dense=self.ran_dense)
+
+    @property
+    def _first_prepared(self) -> Prepared:
+        return next(iter(self._prepared.values()))
+
+    def _recorded_call(self, call: Call) -> RecordedCall:
+        """The base's call that this one repeats.
+
+        Raises:
+            BaseMismatchError: the pipeline's loop runs otherwise than for the base.
+        """
+        calls = self._base.calls
+        if self.calls_made >= len(calls):
+            raise BaseMismatchError("the pipeline calls its U-Net more often than for the base: use the same arguments")
+        recorded = calls[self.calls_made]
+        then, now = recorded.cache.signature.sample_shape, call.signature.sample_shape
+        if then != now:
+            who = [f"the edit has the callback {self.callback.name}"] if self.callback else []
+            who += [f"the base had {self._base.callback}"] if self._base.callback else []
+            raise BaseMismatchError(
+                f"at step {self.step} the U-Net is called with latents {list(now)}, and was with {list(then)} for the "
+                f"base: give both the same callback_on_step_end ({'; '.join(who) or 'neither has one that changed it'})"
+            )
+        return recorded
+
+    def _prepare(self, call: Call) -> Prepared:
+        if call.signature not in self._prepared:
+            start = time.perf_counter()
+            self._prepared[call.signature] = self.unet.prepare(call, self.mask)
+            self.plan_ms += (time.perf_counter() - start) * 1e3
+        return self._prepared[call.signature]
+
+    def _decide_mask(self, latents: list[Tensor]) -> Tensor:
+        if self._given is not None and self._combine == "replace":
+            return self._given
+        first, last = DIFFERENCE_STEPS[0] - 1, min(DIFFERENCE_STEPS[1], len(latents))
+        after = [self._base.latents_after(visit) for visit in range(last)]
+        base, edit = (torch.stack(each[first:last]) for each in (after, latents))
+        found = difference_mask(base, edit)
+        if self._given is None:
+            return found
+        mask = found & self._given if self._combine == "and" else found | self._given
+        if not mask.flatten(1).any(dim=1).all():
+            raise MaskError("the mask that was found and the one given do not meet: give a larger one, or combine='or'")
+        return mask

@@ -1,0 +1,132 @@
+"""The part that recording a base and editing it share: a pipeline's loop whose U-Net calls and steps are ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fisedit_compile.editing.arguments import call_parameters
+from fisedit_compile.editing.own_tokenizers import OwnTokenizers
+from fisedit_compile.editing.pipeline_call import PipelineCall
+from fisedit_compile.editing.schedule import Schedule
+from fisedit_compile.editing.step_callback import StepCallback
+from fisedit_compile.errors import BaseMismatchError, CaptureError
+from fisedit_compile.ir.call import Call
+from fisedit_compile.runtime.timer import UNetTimer
+from fisedit_compile.sparse_unet import SparseUNet
+
+
+class PipelineRun:
+    """The part that recording and editing share: it counts steps and U-Net calls and keeps the latents.
+
+    Args:
+        unet: the U-Net of the pipeline.
+        pipe: the pipeline, which is left alone.
+        tokenizers: of the editor.
+        callback: the user's own, to be run before ours; None without one.
+
+    Attributes:
+        schedule: the scheduler, its timesteps set; known at the first U-Net call.
+        latents: after each step so far.
+    """
+
+    schedule: Schedule
+
+    def __init__(self, unet: SparseUNet, pipe: Any, tokenizers: OwnTokenizers, callback: StepCallback | None) -> None:
+        self.unet, self.callback = unet, callback
+        self.call = PipelineCall(pipe, self._unet_call, tokenizers)
+        self._parameters = call_parameters(pipe)
+        self.timer = UNetTimer()
+        self.latents: list[Tensor] = []
+        self.calls_made = 0
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline that runs."""
+        return self.call.pipe
+
+    @property
+    def step(self) -> int:
+        """The denoising step that is being computed."""
+        return len(self.latents)
+
+    def run(self, **arguments: Any) -> Any:
+        """What the pipeline returns for ``arguments``.
+
+        Raises:
+            PipelineInterruptedError: ``_interrupt`` was set before the last step had ended.
+        """
+        names = ["latents", *(self.callback.tensor_inputs if self.callback else ())]
+        output = self.call(
+            **arguments,
+            callback_on_step_end=self._step_end,
+            callback_on_step_end_tensor_inputs=list(dict.fromkeys(names)),
+        )
+        self.finish()
+        return output
+
+    def begin(self, call: Call) -> None:
+        """Called at the first U-Net call, before anything is computed for it."""
+        raise NotImplementedError
+
+    def predict(self, call: Call) -> Tensor:
+        """The noise prediction of a U-Net call."""
+        raise NotImplementedError
+
+    def finish_step(self, latents: Tensor) -> Tensor:
+        """The latents that the next step starts from."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Called when the pipeline has returned."""
+        raise NotImplementedError
+
+    def parts(self, call: Call) -> tuple[int, int]:
+        """How many pictures are in the batch, which guidance makes several parts of, and which part is conditional.
+
+        Raises:
+            CaptureError: the batch does not consist of as many parts.
+        """
+        batch = call.signature.sample_shape[0]
+        if not getattr(self.pipe, "do_classifier_free_guidance", False):
+            parts, conditional = 1, -1
+        elif "image_guidance_scale" in self._parameters:  # InstructPix2Pix: text and image, image alone, neither
+            parts, conditional = 3, 0
+        else:
+            parts, conditional = 2, -1
+        if batch % parts:
+            raise CaptureError(
+                f"{type(self.pipe).__name__} calls its U-Net with a batch of {batch}, which is not the {parts} parts "
+                "of its guidance: an editor knows no other guidance"
+            )
+        return batch // parts, conditional
+
+    def _unet_call(self, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the U-Net's ``forward``."""
+        self.call.raise_if_interrupted()
+        call = self.unet.call(*args, **kwargs)
+        if not self.calls_made:
+            self.schedule = Schedule.of(self.pipe.scheduler)
+            self.begin(call)
+        out = self.predict(call)
+        self.calls_made += 1
+        if kwargs.get("return_dict", True):
+            from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+            return UNet2DConditionOutput(sample=out)
+        return (out,)
+
+    def _step_end(self, pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        """The pipeline's ``callback_on_step_end``: the user's own first, then ours."""
+        changed = {}
+        if self.callback:
+            changed = self.callback(self.call, index, timestep, values)
+            try:
+                self.unet.look_again()
+            except BaseMismatchError as error:
+                raise BaseMismatchError(f"after {self.callback.name}: {error}") from error
+        self.call.raise_if_interrupted()
+        latents = self.finish_step(changed.get("latents", values["latents"]))
+        self.latents.append(latents.clone())
+        return {**changed, "latents": latents}

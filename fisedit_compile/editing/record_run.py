@@ -1,0 +1,127 @@
+"""What happens at each U-Net call and at the end of each step while a pipeline records a base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from fisedit_compile.cache.memory import require_room
+from fisedit_compile.config import SparsityConfig
+from fisedit_compile.editing.base import RecordedCall
+from fisedit_compile.editing.own_tokenizers import OwnTokenizers
+from fisedit_compile.editing.pipeline_run import PipelineRun
+from fisedit_compile.editing.prompt_tokens import check_text_length
+from fisedit_compile.editing.schedule import refuse_noise_of_its_own
+from fisedit_compile.editing.step_callback import StepCallback
+from fisedit_compile.editing.stride import (
+    SolverStep,
+    choose_stride,
+    visited_steps,
+    watch_steps,
+    why_not,
+)
+from fisedit_compile.errors import CaptureError
+from fisedit_compile.ir.call import Call
+from fisedit_compile.sparse_unet import SparseUNet
+
+
+class RecordRun(PipelineRun):
+    """Generates a base: every call dense, with what edits read kept from it."""
+
+    def __init__(
+        self,
+        unet: SparseUNet,
+        pipe: Any,
+        tokenizers: OwnTokenizers,
+        callback: StepCallback | None,
+        config: SparsityConfig,
+        arguments: Mapping[str, Any],
+    ) -> None:
+        super().__init__(unet, pipe, tokenizers, callback)
+        self.calls: list[RecordedCall] = []
+        self.visits: tuple[int, ...] = ()
+        self._config, self._arguments = config, arguments
+        self._steps = self._dense_visits = self._controlled_visits = 0
+        self._solver_steps: list[SolverStep] = []
+
+    def begin(self, call: Call) -> None:
+        scheduler = self.pipe.scheduler
+        # Of the loop itself: Heun's scheduler makes two steps of one, a picture to start from saves some.
+        self._steps = getattr(self.pipe, "num_timesteps", None) or len(self.schedule.timesteps)
+        reason = why_not(scheduler, loop_steps=self._steps, arguments=self._arguments)
+        if self.callback and self.callback.official:
+            reason = reason or f"{self.callback.name} may change the loop at a step that an edit would not visit"
+        stride = choose_stride(self._config.stride, self._steps, reason)
+        self.visits = visited_steps(self._steps, stride)
+        self._dense_visits = self._config.count_dense_steps(len(self.visits))
+        self._controlled_visits = min(self._dense_visits, round(self._config.cross_replace * len(self.visits)))
+        if self._controlled_visits:
+            check_text_length(self.pipe, call.kwargs["encoder_hidden_states"].shape[1])
+        self._require_room(call, can_stride=not reason)
+        if stride > 1 and self._dense_visits:
+            self._solver_steps = watch_steps(scheduler)
+        refuse_noise_of_its_own(scheduler)
+
+    @property
+    def solver_steps(self) -> tuple[SolverStep, ...]:
+        """What the scheduler was given at the visited dense steps; empty where edits visit all steps."""
+        visited = self.visits[: self._dense_visits] if self._solver_steps else ()
+        return tuple(self._solver_steps[step] for step in visited)
+
+    def predict(self, call: Call) -> Tensor:
+        visit = self.visits.index(self.step) if self.step in self.visits else None
+
+        samples, part = self.parts(call)
+
+        def record() -> Tensor:
+            if visit is None:
+                return self.unet.dense(call)
+            sparse, controlled = visit >= self._dense_visits, visit < self._controlled_visits
+            out, kept = self.unet.record(call, samples=samples, part=part, activations=sparse, attention=controlled)
+            self.calls.append(RecordedCall(self.step, kept))
+            return out
+
+        return self.timer.time("record", call.tensors[0].device, record)
+
+    def finish_step(self, latents: Tensor) -> Tensor:
+        if self.callback_changes and len(self.visits) < self._steps:
+            raise ValueError(
+                f"the callback {self.callback_changes}, runs at all {self._steps} steps here and at the "
+                f"{len(self.visits)} that an edit visits there, which is not the same: Editor(pipe, {{'stride': 1}})"
+            )
+        return latents
+
+    def finish(self) -> None:
+        if len(self.latents) != self._steps:
+            raise CaptureError(
+                f"{type(self.pipe).__name__} made {len(self.latents)} of {self._steps} steps: a base needs all of them"
+            )
+
+    @property
+    def callback_changes(self) -> str:
+        """The name of the user's callback and what it changed; empty if nothing."""
+        if self.callback is None or not self.callback.changed:
+            return ""
+        return f"{self.callback.name}, which changed {', '.join(sorted(self.callback.changed))}"
+
+    def _require_room(self, call: Call, *, can_stride: bool) -> None:
+        """Hold the memory of the base to what is free."""
+        lowered, (samples, _) = self.unet.program(call).lowered, self.parts(call)
+        activations = lowered.record_nbytes(samples=samples, activations=True, attention=False)
+        maps = lowered.record_nbytes(samples=samples, activations=False, attention=True)
+        latents = call.tensors[0].nbytes * samples // call.signature.sample_shape[0]
+        sparse_visits = len(self.visits) - self._dense_visits
+        options = [f"fewer than {self._steps} steps", "a smaller height and width"]
+        options += [f"fewer than {samples} pictures at a time"] if samples > 1 else []
+        options += ["half precision (torch_dtype)"] if call.tensors[0].dtype.itemsize > 2 else []
+        options += ["Editor(pipe, {'attention': 'masked'})"] if self._config.attention == "full" else []
+        options += ["a lower cross_replace"] if self._controlled_visits else []
+        options += ["a stride above 1"] if can_stride and len(self.visits) == self._steps else []
+        require_room(
+            sparse_visits * activations + self._controlled_visits * maps + self._steps * latents,
+            call.tensors[0].device,
+            f"A base of {self._steps} steps",
+            options,
+        )
