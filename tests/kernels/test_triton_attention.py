@@ -28,7 +28,7 @@ HEADS = 2
 
 @pytest.fixture(params=[0, 1024], ids=["blocks without a mask in their own loop", "one loop"])
 def many_keys(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "_MANY_KEYS", request.param)
+    monkeypatch.setattr(launcher, "_UNMASKED_LOOP_FROM_KEYS", request.param)
 
 
 def rows(count: int, head_dim: int, dtype: torch.dtype, seed: int) -> torch.Tensor:

@@ -47,7 +47,7 @@ def test_own_statistics(
     dtype: torch.dtype, samples: int, pixels: int, channels: int, groups: int, silu: bool, tile: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(whole, "_TILE", tile)
+    monkeypatch.setattr(whole, "_GROUP_VALUES", tile)
     rows = normal(samples * pixels, channels, dtype=dtype, seed=0) * 2 + 3
     weight, bias = (normal(channels, dtype=dtype, seed=seed) for seed in (1, 2))
     for given in ((weight, bias), (None, None)):
