@@ -234,7 +234,7 @@ def test_refuses_what_does_not_fit() -> None:
     for given in ((shortcut, None), (None, shortcut_weight)):
         with pytest.raises(ValueError, match="belong together"):
             conv.conv2d_rows_triton(rows, None, weight, None, table, shortcut=given[0], shortcut_weight=given[1])
-    with pytest.raises(ValueError, match="need its neighbour table"):
+    with pytest.raises(ValueError, match="needs the neighbour table"):
         linear.linear_rows_triton(rows, weight[:, :8], None, shortcut=shortcut, shortcut_weight=shortcut_weight)
     with pytest.raises(ValueError, match="give the sample of each row"):
         conv.conv2d_rows_triton(rows, None, weight, None, table, sample_bias=torch.zeros(1, 4))
