@@ -6,7 +6,9 @@
     with fisedit_compile.backend.editing(base, mask):
         unet(sample, timestep, new_text)            # sparse: only the mask is computed anew
 
-Outside both contexts the compiled U-Net is what ``inductor`` makes of it.
+Outside both contexts the compiled U-Net is what ``inductor`` makes of it. What torch.compile does not see, the backend
+does not see either: a hook that a module is given after the first call counts only with
+``torch._dynamo.config.skip_nnmodule_hook_guards = False``.
 """
 
 from __future__ import annotations

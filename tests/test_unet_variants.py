@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, IPAdapterAttnProcessor2_0
-from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
+from diffusers.models.attention_processor import AttnProcessor
+from support.changes import add_ip_adapter
 from support.unets import MICRO
 
 from fisedit_compile import sparsify
@@ -62,18 +62,6 @@ def boxes() -> dict[str, Any]:
     boxes, real = torch.rand(BATCH, 3, 4, dtype=DTYPE), torch.ones(BATCH, 3, dtype=DTYPE)
     phrases = normal(BATCH, 3, TEXT)
     return {"cross_attention_kwargs": {"gligen": {"boxes": boxes, "positive_embeddings": phrases, "masks": real}}}
-
-
-def add_ip_adapter(unet: UNet2DConditionModel) -> None:
-    projection = ImageProjection(image_embed_dim=10, cross_attention_dim=TEXT, num_image_text_embeds=4)
-    unet.encoder_hid_proj = MultiIPAdapterImageProjection([projection])
-    unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
-    processors: dict[str, Any] = {}
-    for name in unet.attn_processors:
-        width = unet.get_submodule(name.removesuffix(".processor")).to_q.in_features
-        image = IPAdapterAttnProcessor2_0(hidden_size=width, cross_attention_dim=TEXT, num_tokens=(4,))
-        processors[name] = AttnProcessor2_0() if "attn1" in name else image
-    unet.set_attn_processor(processors)
 
 
 VARIANTS = {

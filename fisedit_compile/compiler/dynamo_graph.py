@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from fisedit_compile.errors import CaptureError
 
@@ -20,7 +20,7 @@ class ModelGraph(torch.nn.Module):
             of a LoRA: part of the model's state, as its weights are.
 
     Raises:
-        CaptureError: the graph is only a part of a U-Net.
+        CaptureError: the graph is only a part of a U-Net, or writes to its weights.
     """
 
     settings: tuple[int | float | bool, ...]
@@ -35,6 +35,7 @@ class ModelGraph(torch.nn.Module):
                 "backend 'fisedit' was given a part of a U-Net, not the whole: compile the U-Net itself, with "
                 "fullgraph=True to see what breaks the graph"
             )
+        _refuse_written_weights(graph_module.graph, kinds)
         self._places["user"].remove(samples[0])
         self._sample_at = samples[0]
         self._graph_module = graph_module
@@ -68,6 +69,8 @@ class ModelGraph(torch.nn.Module):
 
 _KINDS = ("user", "weight", "setting")
 
+_IN_PLACE = frozenset({"iadd", "isub", "imul", "itruediv", "add_", "sub_", "mul_", "div_", "copy_", "fill_", "zero_"})
+
 
 def kinds_of_inputs(graph_module: GraphModule, inputs: Sequence[Any]) -> list[str]:
     """Of each input of Dynamo's graph: ``"user"``, ``"weight"`` or ``"setting"``; to be asked while it compiles."""
@@ -83,6 +86,22 @@ def _kind(node: Node, value: Any) -> str:
     if "_modules[" not in (name() if callable(name) else name):
         return "user"
     return "weight" if isinstance(value, Tensor) and value.ndim else "setting"
+
+
+def _refuse_written_weights(graph: Graph, kinds: Sequence[str]) -> None:
+    """Refuse a graph that writes to ``weight.data``, which a graph that is exported from it would not repeat."""
+    for node, kind in zip(graph.find_nodes(op="placeholder"), kinds, strict=True):
+        for data in node.users if kind == "weight" else ():
+            for writer in data.users if _name(data).endswith("_get_data_attr") else ():
+                if writer.args[0] is data and _name(writer) in _IN_PLACE:
+                    raise CaptureError(
+                        "the U-Net writes to its weights within a call, as PEFT does with adapters that were fused and "
+                        "then disabled: call unet.unfuse_lora() instead of disabling them, and compile it anew"
+                    )
+
+
+def _name(node: Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 def _is_latents(value: Any) -> bool:
