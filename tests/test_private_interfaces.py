@@ -7,7 +7,7 @@ sources for the name) before anything else. ``test_all_are_listed`` finds what i
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +190,52 @@ def test_a_pipeline_says_what_its_callbacks_may_ask_for_and_can_be_interrupted()
     assert StableDiffusionPipeline.interrupt.fget(pipe) is True
 
 
+@uses("_hf_hook")
+def test_accelerate_notes_its_hook_on_the_module_and_keeps_the_class_s_name() -> None:
+    from accelerate import cpu_offload_with_hook
+
+    module = nn.Linear(2, 2)
+    cpu_offload_with_hook(module, torch.device("cpu"))
+    assert type(vars(module)["_hf_hook"]).__name__ == "CpuOffload"
+    assert "forward" in vars(module)
+
+
+@uses("_diffusers_hook", "_internal_dict")
+def test_diffusers_notes_hooks_and_configuration_on_the_model() -> None:
+    from diffusers import UNet2DConditionModel
+    from diffusers.hooks import apply_layerwise_casting
+    from support.unets import MICRO
+
+    unet = UNet2DConditionModel(**MICRO)
+    assert vars(unet)["_internal_dict"]["sample_size"] == unet.config.sample_size == MICRO["sample_size"]
+    apply_layerwise_casting(unet, torch.float16, torch.float32)
+    hooked = [vars(module)["_diffusers_hook"] for module in unet.modules() if "_diffusers_hook" in vars(module)]
+    assert hooked
+    assert all("layerwise_casting" in each.hooks for each in hooked)
+
+
+@uses("_active_adapter")
+def test_an_adapter_layer_notes_which_of_its_adapters_are_active() -> None:
+    from diffusers import UNet2DConditionModel
+    from peft import LoraConfig
+    from support.unets import MICRO
+
+    unet = UNet2DConditionModel(**MICRO)
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="snow")
+    layers = [vars(module) for module in unet.modules() if "_active_adapter" in vars(module)]
+    assert layers
+    assert all(layer["_active_adapter"] in ("snow", ["snow"]) and "snow" in layer["scaling"] for layer in layers)
+
+
+@uses("_class_name")
+def test_a_saved_model_names_its_class(tmp_path: Path) -> None:
+    from diffusers import UNet2DConditionModel
+    from support.unets import MICRO
+
+    UNet2DConditionModel(**MICRO).save_config(tmp_path)
+    assert UNet2DConditionModel.load_config(tmp_path)["_class_name"] == "UNet2DConditionModel"
+
+
 def test_all_are_listed() -> None:
     own = {name for path in SOURCES for name in own_names(ast.parse(path.read_text()))}
     found = {
@@ -226,7 +272,19 @@ def private_names(tree: ast.Module) -> Iterator[tuple[str, int]]:
             names = [part for alias in node.names for part in alias.name.split(".")]
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "setattr"):
             names = [part.value for part in node.args[1:2] if isinstance(part, ast.Constant)]
-        yield from ((name, node.lineno) for name in names if name.startswith("_") and not name.startswith("__"))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("get", "pop"):
+            names = strings(node.args[:1])
+        elif isinstance(node, ast.Subscript):
+            names = strings([node.slice])
+        elif isinstance(node, ast.Compare):
+            names = strings([node.left, *node.comparators])
+        yield from (
+            (name, node.lineno) for name in names if name.isidentifier() and name[0] == "_" and name[:2] != "__"
+        )
+
+
+def strings(nodes: Sequence[ast.expr]) -> list[str]:
+    return [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
 
 
 def is_self(node: ast.expr) -> bool:
