@@ -2,8 +2,8 @@
 
     python benchmarks/model_look.py --arch sd2 sdxl --device cuda
 
-Weights in bf16 of any values. Before each look other work overwrites the processor's caches, as a generation does between two.
-Printed are milliseconds of wall time: the median and the 90th percentile.
+Weights in bf16 of any values. Before each look other work overwrites the processor's caches, as a generation does
+between two looks. Printed are milliseconds of wall time: the median and the 90th percentile.
 """
 
 from __future__ import annotations
