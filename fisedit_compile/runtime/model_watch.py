@@ -19,8 +19,8 @@ from fisedit_compile.runtime.watched_tensors import WatchedTensors
 class ModelWatch:
     """Watches a model, which it holds.
 
-    While nothing has changed, a look takes some 2 ms for the U-Net of Stable Diffusion 2 and 4 ms for that of SDXL; when
-    something has, what modules hold is described again (25 and 60 ms). `benchmarks/model_look.py` measures a look.
+    While nothing has changed, a look takes some 2 ms for Stable Diffusion 2's U-Net and 4 ms for SDXL's; when something
+    has, what modules hold is described again (25 and 60 ms). `benchmarks/model_look.py` measures a look.
 
     Args:
         module: any model; another one is another watch.

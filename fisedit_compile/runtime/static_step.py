@@ -61,7 +61,7 @@ class Shared(GraphCapturer):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self.prompt: dict[Any, Tensor] = {}
-        self.addresses: WeakKeyDictionary[Recorded, Any] = WeakKeyDictionary()  # of its tensors, on the device
+        self.addresses: WeakKeyDictionary[Recorded, Any] = WeakKeyDictionary()  # where the tensors of a call lie
         self._prompt_of: object = None
         self._fetched: Tensor | None = None
 
