@@ -16,7 +16,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from demo_world.edits import BACKGROUNDS, BESIDE, FACES, NAMES, PLACES, SIZES, Item, place_background, place_item, windows
+from demo_world.edits import (
+    BACKGROUNDS,
+    BESIDE,
+    FACES,
+    NAMES,
+    PLACES,
+    SIZES,
+    Item,
+    place_background,
+    place_item,
+    windows,
+)
 from demo_world.renderer import Renderer
 from demo_world.scene import BACKGROUND_PARAMETERS, WIDTHS, Background, Scene
 from demo_world.vocabulary import ACCESSORIES, COLORS, OBJECTS, TINTABLE, TINTS
