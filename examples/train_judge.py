@@ -199,9 +199,9 @@ def accuracy(network: JudgeNetwork, held_out: Samples) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the judge")
-    parser.add_argument("--scenes", type=int, default=9600, help="rendered scenes to train on")
-    parser.add_argument("--held-out", type=int, default=960, help="rendered scenes to test on")
-    parser.add_argument("--steps", type=int, default=3500)
+    parser.add_argument("--scenes", type=int, default=6400, help="rendered scenes to train on")
+    parser.add_argument("--held-out", type=int, default=640, help="rendered scenes to test on")
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
