@@ -10,7 +10,7 @@ from torch import Tensor
 
 #: A cell has changed where the difference of the final latents, as a root mean square over channels, is more than this
 #: share of the base's standard deviation.
-CHANGED = 0.5
+CHANGED = 0.7
 
 #: Cells that have to be changed in the 3x3 around a changed one, itself included, for it to count: a smaller speck is
 #: texture.

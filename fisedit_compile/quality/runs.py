@@ -1,4 +1,4 @@
-"""The pictures of a case: the base, its dense edits by length of control, and each variant's edit with its reference."""
+"""The pictures of a case: the base, dense edits by length of control, and each variant with its own reference."""
 
 from __future__ import annotations
 
