@@ -102,6 +102,10 @@ class SparsityConfig:
             return min(self.dense_steps, steps)
         return min(-int(-self.dense_steps * steps // 1), steps)
 
+    def count_controlled_steps(self, steps: int) -> int:
+        """How many of ``steps`` denoising steps run dense under Prompt-to-Prompt control."""
+        return min(self.count_dense_steps(steps), round(self.cross_replace * steps))
+
 
 def _is_number(value: object, kind: Any) -> bool:
     """Whether ``value`` is an instance of ``kind``; True and False do not count as numbers."""

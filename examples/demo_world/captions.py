@@ -33,6 +33,13 @@ def describe(scene: Scene, rng: np.random.Generator) -> str:
     return f"{subject} , {_background_phrase(scene.background)}"
 
 
+def describe_fully(scene: Scene) -> str:
+    """The caption that says everything: each place, what is worn before it, and the background."""
+    phrases = [_object_phrase(item, True, hat_first=True) for item in scene.objects]
+    subject = " and ".join(filter(None, (" , ".join(phrases[:-1]), phrases[-1])))
+    return f"{subject} , {_background_phrase(scene.background)}"
+
+
 def _object_phrase(item: SceneObject, say_place: bool, hat_first: bool) -> str:
     adjectives = [item.size] if item.size != "normal" else []
     adjectives += [item.color] if item.color else []

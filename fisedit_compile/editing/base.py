@@ -96,6 +96,11 @@ class Base:
         return self.config.count_dense_steps(len(self.visits))
 
     @property
+    def controlled_steps(self) -> int:
+        """Steps among these whose attention maps the base keeps, for Prompt-to-Prompt control."""
+        return self.config.count_controlled_steps(len(self.visits))
+
+    @property
     def visits_all(self) -> bool:
         """Whether an edit visits every step."""
         return len(self.visits) == self.num_inference_steps

@@ -102,8 +102,13 @@ class EditRun(PipelineRun):
             )
 
     @property
+    def steps(self) -> tuple[int, int]:
+        """How many steps are dense, and how many come behind the mask."""
+        return self._base.dense_steps, len(self._base.visits) - self._base.dense_steps
+
+    @property
     def ran_dense(self) -> bool:
-        """Whether the mask was so large that the steps behind it ran dense."""
+        """Whether the steps behind the mask ran dense, because it is so large."""
         return self._first_prepared.dense
 
     def step_macs(self) -> StepMacs:

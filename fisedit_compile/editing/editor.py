@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
@@ -25,14 +25,15 @@ from fisedit_compile.editing.arguments import (
 )
 from fisedit_compile.editing.background import PixelBackground
 from fisedit_compile.editing.base import Base
+from fisedit_compile.editing.dense_run import DenseRun
+from fisedit_compile.editing.edit_request import Background, Combine, check_request, count_controlled_steps
 from fisedit_compile.editing.edit_run import EditRun
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.editing.pipeline_call import in_turn
 from fisedit_compile.editing.pipeline_run import PipelineRun
 from fisedit_compile.editing.pipeline_state import PipelineWatch
-from fisedit_compile.editing.prompt_alignment import changed_words
 from fisedit_compile.editing.record_run import RecordRun
-from fisedit_compile.editing.result import Edit, EditReport, summarise_times
+from fisedit_compile.editing.result import Edit, EditReport
 from fisedit_compile.editing.schedule import Schedule
 from fisedit_compile.editing.step_callback import StepCallback
 from fisedit_compile.errors import BaseMismatchError, CaptureError
@@ -40,9 +41,6 @@ from fisedit_compile.masks.user_mask import MaskLike, as_mask
 from fisedit_compile.runtime.model_state import ModelState
 from fisedit_compile.sparse_unet import SparseUNet, sparsify
 from fisedit_compile.utils.frozen_mapping import FrozenMapping
-
-Combine = Literal["replace", "and", "or"]
-Background = Literal["pixels", "latents"]
 
 
 class Editor:
@@ -172,6 +170,8 @@ class Editor:
         *,
         combine: Combine = "replace",
         background: Background = "pixels",
+        dense: bool = False,
+        cross_replace: float | None = None,
         callback_on_step_end: Callable[..., Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
         **arguments: Any,
@@ -188,25 +188,29 @@ class Editor:
             background: ``"pixels"``: away from the mask the picture is the base's, bit for bit
                 (:class:`~fisedit_compile.editing.background.PixelBackground`); ``"latents"``: the picture as the
                 pipeline decodes it, whose latents outside the mask are the base's.
+            dense: run all steps through the dense U-Net, to see what a sparse edit should look like
+                (:class:`~fisedit_compile.editing.dense_run.DenseRun`). No mask is looked for: without one given the
+                whole picture is free.
+            cross_replace: with ``dense``: the share of the steps, in [0, 1], that take the base's attention maps; None
+                is all those whose maps the base keeps. The base keeps them for its dense steps alone: a base for
+                control over all steps is generated with ``{"dense_steps": steps, "cross_replace": 1.0}``.
             callback_on_step_end, callback_on_step_end_tensor_inputs: as the pipeline takes them; it sees the latents
                 before the background is restored.
             arguments: none; an edit repeats those of its base, and says so where one is given.
 
         Raises:
-            BaseMismatchError: a base of another model, tokenizer, scheduler, config or callback.
+            BaseMismatchError: a base of another model, tokenizer, scheduler, config or callback, or one that keeps
+                fewer attention maps than ``cross_replace`` asks for.
             MaskError: a mask of no pixels, not finite, or for another number of samples; or none can be found; or the
                 words of a sample change nothing that its text encoder sees.
             PipelineInterruptedError: ``pipe._interrupt`` was set before the last step had ended.
             ValueError: a prompt that is the base's own, or another number of prompts than the base has; an argument
                 that an edit does not take; or pictures whose background cannot be the base's in pixels.
         """
-        if not isinstance(base, Base):
-            raise ValueError(f"base is of type {type(base).__name__}: pass what editor.generate(...) returned")
         prompts = check_prompts(prompt)
         self._refuse_arguments(arguments)
-        _check_edit(base, prompts, mask, combine)
-        if background not in get_args(Background):
-            raise ValueError(f"background={background!r}: choose 'pixels' or 'latents'")
+        check_request(base, prompts, mask, combine=combine, background=background, dense=dense)
+        controlled = count_controlled_steps(base, dense=dense, cross_replace=cross_replace)
         callback = self._callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         if base.callback and callback is None:
             raise BaseMismatchError(
@@ -217,7 +221,8 @@ class Editor:
         if mask is not None:
             given = as_mask(mask, samples=samples, size=(size[0], size[1]), device=base.latents.device)
         with self._in_turn() as (unet, unet_state):
-            run = EditRun(unet, self.pipe, self._tokenizers, callback, base, prompts, given, combine)
+            start_from = (unet, self.pipe, self._tokenizers, callback, base, prompts, given)
+            run = DenseRun(*start_from, controlled) if dense else EditRun(*start_from, combine)
             state = self._watch.look(run.pipe, unet_state, base.prompts)
             base.check(state, Schedule.of(self.pipe.scheduler), self.config)
             keep = None
@@ -233,26 +238,17 @@ class Editor:
                 flags = {"base_flags": base.nsfw, "edit_flags": nsfw}
                 images, uncomposed = keep.compose(base.pictures, images, run.mask, **flags)
             seconds = time.perf_counter() - start
-            final, edited = run.latents[-1], run.mask[:, None].expand_as(base.latents)
-            times = run.timer.milliseconds()
-        words = [changed_words(old, new) for old, new in zip(base.prompts, prompts, strict=True)]
-        report = EditReport(
-            mask_area=float(run.mask.float().mean()),
-            mask_source="found" if given is None else "given" if combine == "replace" else f"found {combine} given",
-            removed_words=tuple(tuple(removed) for removed, _ in words),
-            added_words=tuple(tuple(added) for _, added in words),
-            dense_steps=base.dense_steps,
-            sparse_steps=len(base.visits) - base.dense_steps,
-            unet_ms=summarise_times(times["dense"], times["sparse"]),
-            plan_ms=run.plan_ms,
-            seconds=seconds,
-            ran_dense=run.ran_dense,
-            background_identical=torch.equal(final[~edited], base.latents[~edited]),
-            background=background,
-            uncomposed=uncomposed,
-            step_macs=run.step_macs(),
-        )
-        return Edit(images=images, nsfw=nsfw, mask=run.mask, latents=final, report=report)
+            source = "found" if given is None else "given" if combine == "replace" else f"found {combine} given"
+            report = EditReport.of(
+                run,
+                base,
+                prompts,
+                mask_source="none" if dense and given is None else source,
+                seconds=seconds,
+                background=background,
+                uncomposed=uncomposed,
+            )
+        return Edit(images=images, nsfw=nsfw, mask=run.mask, latents=run.latents[-1], report=report)
 
     @contextmanager
     def _in_turn(self) -> Iterator[tuple[SparseUNet, ModelState]]:
@@ -271,8 +267,8 @@ class Editor:
         for name, value in arguments.items():
             if name in parameters:
                 raise ValueError(f"{name}: an edit repeats what its base was generated with; generate a base with it")
-            known = ("base", "prompt", "mask", "combine", "background", "callback_on_step_end", *parameters)
-            refuse_unknown(name, value, known, "edit(...) does not take it")
+            own = ("base", "prompt", "mask", "combine", "background", "dense", "cross_replace", "callback_on_step_end")
+            refuse_unknown(name, value, (*own, *parameters), "edit(...) does not take it")
 
 
 def _pictures(
@@ -286,18 +282,3 @@ def _pictures(
     )
     flags = getattr(output, "nsfw_content_detected", None)
     return output.images, None if flags is None else tuple(bool(flag) for flag in flags)
-
-
-def _check_edit(base: Base, prompts: tuple[str, ...], mask: MaskLike | None, combine: str) -> None:
-    if combine not in get_args(Combine):
-        raise ValueError(f"combine={combine!r}: choose 'replace', 'and' or 'or'")
-    if combine != "replace" and mask is None:
-        raise ValueError(f"combine={combine!r} needs a mask to combine with the one that is found")
-    if len(prompts) != len(base.prompts):
-        raise ValueError(f"{len(prompts)} prompt(s) for a base of {len(base.prompts)}: give one for each")
-    if same := [new for old, new in zip(base.prompts, prompts, strict=True) if old == new]:
-        raise ValueError(f"the new prompt is the base's own ({same[0]!r}): change at least one word")
-    if base.dense_steps == 0 and (mask is None or combine != "replace"):
-        raise ValueError("with dense_steps=0 no mask can be found: give a mask, or run some dense steps")
-    if base.dense_steps == len(base.visits):
-        raise ValueError(f"all {len(base.visits)} steps would run dense: lower dense_steps or take more steps")

@@ -47,13 +47,13 @@ def draw_overview(base: Image.Image, edit: Image.Image, mask: Any, *, prompt: st
     panels = [
         (base, f"Base: {prompt}"),
         (edit, f"Edit: {edit_prompt}"),
-        (_tinted(base, mask_picture(mask, base.size)), f"Mask: {mask.mean():.1%} of the picture recomputed"),
+        (tinted(base, mask_picture(mask, base.size)), f"Mask: {mask.mean():.1%} of the picture recomputed"),
         (difference, f"Difference, {DIFFERENCE_GAIN} times as bright"),
     ]
     return _side_by_side(panels)
 
 
-def _tinted(base: Image.Image, mask: Image.Image) -> Image.Image:
+def tinted(base: Image.Image, mask: Image.Image) -> Image.Image:
     """The base in grey, with its own colours under a light tint, outlined, inside the mask."""
     colour = Image.new("RGB", base.size, _TINT)
     outline = ImageChops.difference(mask, mask.filter(ImageFilter.MinFilter(_OUTLINE)))

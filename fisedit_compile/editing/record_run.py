@@ -56,7 +56,7 @@ class RecordRun(PipelineRun):
         stride = choose_stride(self._config.stride, self._steps, reason)
         self.visits = visited_steps(self._steps, stride)
         self._dense_visits = self._config.count_dense_steps(len(self.visits))
-        self._controlled_visits = min(self._dense_visits, round(self._config.cross_replace * len(self.visits)))
+        self._controlled_visits = self._config.count_controlled_steps(len(self.visits))
         if self._controlled_visits:
             check_text_length(self.pipe, call.kwargs["encoder_hidden_states"].shape[1])
         self._require_room(call, can_stride=not reason)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from fisedit_compile.editing.base import Base
+from fisedit_compile.editing.prompt_alignment import changed_words
 from fisedit_compile.editing.step_macs import StepMacs
+
+if TYPE_CHECKING:
+    from fisedit_compile.editing.edit_run import EditRun
 
 
 @dataclass(frozen=True)
@@ -17,13 +23,14 @@ class EditReport:
 
     Attributes:
         mask_area: share of the latents that was recomputed, of all samples.
-        mask_source: ``"found"``, ``"given"``, or ``"found and given"`` / ``"found or given"``.
+        mask_source: ``"found"``, ``"given"``, or ``"found and given"`` / ``"found or given"``; ``"none"`` for a dense
+            edit without one, which recomputes the whole picture.
         removed_words, added_words: what changed in the prompt of each sample.
         dense_steps, sparse_steps: denoising steps of either kind.
         unet_ms: median wall time of a dense (controlled) and a sparse U-Net call, and their ratio.
         plan_ms: from the mask to the first sparse step.
         seconds: wall time of the whole edit.
-        ran_dense: whether the mask was larger than ``dense_above``, so that the steps behind the mask ran dense, too.
+        ran_dense: whether all steps ran dense: because the mask was larger than ``dense_above``, or as asked for.
         background_identical: whether the final latents outside the mask have the base's bits.
         background: ``"pixels"``: away from the mask the pictures are the base's, bit for bit; ``"latents"``: they are
             as the pipeline decoded them.
@@ -45,6 +52,39 @@ class EditReport:
     background: str
     uncomposed: tuple[int, ...]
     step_macs: StepMacs = field(repr=False, compare=False)
+
+    @classmethod
+    def of(
+        cls,
+        run: EditRun,
+        base: Base,
+        prompts: tuple[str, ...],
+        *,
+        mask_source: str,
+        seconds: float,
+        background: str,
+        uncomposed: tuple[int, ...],
+    ) -> EditReport:
+        """Of a run that has ended."""
+        final, edited = run.latents[-1], run.mask[:, None].expand_as(base.latents)
+        times = run.timer.milliseconds()
+        words = [changed_words(old, new) for old, new in zip(base.prompts, prompts, strict=True)]
+        return cls(
+            mask_area=float(run.mask.float().mean()),
+            mask_source=mask_source,
+            removed_words=tuple(tuple(removed) for removed, _ in words),
+            added_words=tuple(tuple(added) for _, added in words),
+            dense_steps=run.steps[0],
+            sparse_steps=run.steps[1],
+            unet_ms=summarise_times(times["dense"], times["sparse"]),
+            plan_ms=run.plan_ms,
+            seconds=seconds,
+            ran_dense=run.ran_dense,
+            background_identical=torch.equal(final[~edited], base.latents[~edited]),
+            background=background,
+            uncomposed=uncomposed,
+            step_macs=run.step_macs(),
+        )
 
     @property
     def macs(self) -> dict[str, float]:
@@ -70,7 +110,7 @@ class EditReport:
             f"mask {self.mask_area:.1%} of the picture ({self.mask_source}), "
             f"{self.dense_steps} dense and {self.sparse_steps} sparse steps"
             + (f"; a sparse step takes {' and '.join(savings)}" if savings else "")
-            + (" (the mask is so large that they ran the dense U-Net)" if self.ran_dense else "")
+            + (" (the mask is so large that they ran the dense U-Net)" if self.ran_dense and self.sparse_steps else "")
             + f"; {self.seconds:.1f} s; background "
             + (f"identical in {self.background}" if self.background_identical else "CHANGED")
             + (f" (not in sample(s) {', '.join(map(str, self.uncomposed))}: blackened)" if self.uncomposed else "")

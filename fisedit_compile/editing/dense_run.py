@@ -1,0 +1,73 @@
+"""An edit whose steps all run the dense U-Net: the reference that sparse edits are held against."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisedit_compile.editing.base import Base
+from fisedit_compile.editing.edit_run import EditRun
+from fisedit_compile.editing.own_tokenizers import OwnTokenizers
+from fisedit_compile.editing.step_callback import StepCallback
+from fisedit_compile.editing.step_macs import StepMacs
+from fisedit_compile.ir.call import Call
+from fisedit_compile.sparse_unet import SparseUNet
+
+
+class DenseRun(EditRun):
+    """Edits a base by dense steps alone, the first ``controlled`` of them under Prompt-to-Prompt control.
+
+    Without a mask the whole picture is free. With one, the latents outside it are the base's from the step on from
+    which they are in a sparse edit of the same base, so that the two differ in what the sparse U-Net leaves out and in
+    nothing else; where the base leaves no step sparse, from the first one on.
+    """
+
+    def __init__(
+        self,
+        unet: SparseUNet,
+        pipe: Any,
+        tokenizers: OwnTokenizers,
+        callback: StepCallback | None,
+        base: Base,
+        prompts: tuple[str, ...],
+        given: Tensor | None,
+        controlled: int,
+    ) -> None:
+        samples, _, *size = base.latents.shape
+        whole = torch.ones(samples, *size, dtype=torch.bool, device=base.latents.device)
+        self.mask = whole if given is None else given
+        super().__init__(unet, pipe, tokenizers, callback, base, prompts, self.mask, "replace")
+        self._controlled = controlled
+        self._macs: StepMacs | None = None
+
+    def begin(self, call: Call) -> None:
+        super().begin(call)
+        self._macs = StepMacs(self.unet.program(call).lowered, self.mask, dense=True)
+
+    def predict(self, call: Call) -> Tensor:
+        recorded, device = self._recorded_call(call), call.tensors[0].device
+        if self.step >= self._controlled:
+            return self.timer.time("dense", device, lambda: self.unet.dense(call))
+        control = (recorded.cache, self._mapper, self._keep, self.parts(call)[1])
+        return self.timer.time("dense", device, lambda: self.unet.controlled(call, *control))
+
+    def finish_step(self, latents: Tensor) -> Tensor:
+        after = self._base.latents_after(self.step)
+        latents = super().finish_step(latents)
+        if self._base.dense_steps < len(self._base.visits):
+            return latents
+        return torch.where(self.mask[:, None], latents, after)
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        return len(self._base.visits), 0
+
+    @property
+    def ran_dense(self) -> bool:
+        return True
+
+    def step_macs(self) -> StepMacs:
+        assert self._macs is not None
+        return self._macs
