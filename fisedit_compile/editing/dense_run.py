@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,13 +33,14 @@ class DenseRun(EditRun):
         callback: StepCallback | None,
         base: Base,
         prompts: tuple[str, ...],
+        changes: Mapping[str, Any],
         given: Tensor | None,
         controlled: int,
     ) -> None:
         samples, _, *size = base.latents.shape
         whole = torch.ones(samples, *size, dtype=torch.bool, device=base.latents.device)
         self.mask = whole if given is None else given
-        super().__init__(unet, pipe, tokenizers, callback, base, prompts, self.mask, "replace")
+        super().__init__(unet, pipe, tokenizers, callback, base, prompts, changes, self.mask, "replace")
         self._controlled = controlled
         self._macs: StepMacs | None = None
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+from fisedit_compile.editing.arguments import call_parameters, check_arguments, refuse_unknown
 from fisedit_compile.editing.base import Base
 from fisedit_compile.errors import BaseMismatchError
 from fisedit_compile.masks.user_mask import MaskLike
@@ -12,17 +14,55 @@ Combine = Literal["replace", "and", "or"]
 Background = Literal["pixels", "latents"]
 
 
+#: The pipeline's arguments that an edit may be given other values of; all others are its base's.
+_CHANGEABLE = ("guidance_scale", "negative_prompt", "prompt_2", "negative_prompt_2")
+
+_OPTIONS = ("base", "prompt", "mask", "combine", "background", "dense", "cross_replace", "callback_on_step_end")
+
+
+def changed_arguments(pipe: Any, base: Base, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the pipeline's call that an edit has other values of than its base.
+
+    Raises:
+        ValueError: one that an edit repeats, that the pipeline does not take, or of a wrong type or value; a guidance
+            scale that turns guidance on or off, for which the U-Net would be called otherwise than for the base.
+    """
+    parameters = call_parameters(pipe)
+    for name, value in arguments.items():
+        if name not in parameters:
+            refuse_unknown(name, value, (*_OPTIONS, *parameters), "edit(...) does not take it")
+        if name not in _CHANGEABLE:
+            raise ValueError(f"{name}: an edit repeats what its base was generated with; generate a base with it")
+    check_arguments(pipe, {**base.arguments, **arguments})
+    before = {name: base.arguments.get(name, parameters[name].default) for name in arguments}
+    changed = {name: value for name, value in arguments.items() if value != before[name]}
+    if "guidance_scale" in changed and (changed["guidance_scale"] > 1) != (before["guidance_scale"] > 1):
+        raise ValueError(
+            f"guidance_scale={changed['guidance_scale']}: the base was generated with {before['guidance_scale']}, and "
+            "guidance is off up to 1; keep to the base's side of 1, or generate a base with it"
+        )
+    return changed
+
+
 def check_request(
-    base: Any, prompts: tuple[str, ...], mask: MaskLike | None, *, combine: str, background: str, dense: bool
+    base: Base,
+    prompts: tuple[str, ...],
+    changes: Mapping[str, Any],
+    mask: MaskLike | None,
+    *,
+    combine: str,
+    background: str,
+    dense: bool,
 ) -> None:
     """Hold what was asked for to the base.
 
+    Args:
+        changes: of :func:`changed_arguments`; the others are those of :meth:`~fisedit_compile.Editor.edit`.
+
     Raises:
-        ValueError: something else than a base; an option of an unknown value; a prompt that is the base's own, or
+        ValueError: an option of an unknown value; a prompt that is the base's own though nothing else changes, or
             another number of prompts than the base has; a mask to be found where no step is there to find it from.
     """
-    if not isinstance(base, Base):
-        raise ValueError(f"base is of type {type(base).__name__}: pass what editor.generate(...) returned")
     if combine not in get_args(Combine):
         raise ValueError(f"combine={combine!r}: choose 'replace', 'and' or 'or'")
     if combine != "replace" and mask is None:
@@ -33,7 +73,8 @@ def check_request(
         raise ValueError(f"dense={dense!r}: give True or False")
     if len(prompts) != len(base.prompts):
         raise ValueError(f"{len(prompts)} prompt(s) for a base of {len(base.prompts)}: give one for each")
-    if same := [new for old, new in zip(base.prompts, prompts, strict=True) if old == new]:
+    same = [new for old, new in zip(base.prompts, prompts, strict=True) if old == new]
+    if same and not changes:
         raise ValueError(f"the new prompt is the base's own ({same[0]!r}): change at least one word")
     if dense:
         if combine != "replace":

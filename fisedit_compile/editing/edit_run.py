@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class EditRun(PipelineRun):
         callback: StepCallback | None,
         base: Base,
         prompts: tuple[str, ...],
+        changes: Mapping[str, Any],
         given: Tensor | None,
         combine: str,
     ) -> None:
@@ -49,8 +51,9 @@ class EditRun(PipelineRun):
         self._base, self._given, self._combine = base, given, combine
         self._prepared: dict[Signature, Prepared] = {}  # a callback may take a part of the batch away in the loop
         self.plan_ms = 0.0
+        device = base.latents.device
         mapper, keep = align_prompts(
-            self.pipe, base.prompts, prompts, arguments=base.arguments, device=base.latents.device
+            self.pipe, base.prompts, prompts, arguments=base.arguments, changes=changes, device=device
         )
         copies = len(base.latents) // len(prompts)  # num_images_per_prompt: the pipeline repeats each prompt
         self._mapper, self._keep = mapper.repeat_interleave(copies, 0), keep.repeat_interleave(copies, 0)

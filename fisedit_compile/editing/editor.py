@@ -21,12 +21,17 @@ from fisedit_compile.editing.arguments import (
     check_generators,
     check_prompts,
     owned,
-    refuse_unknown,
 )
 from fisedit_compile.editing.background import PixelBackground
 from fisedit_compile.editing.base import Base
 from fisedit_compile.editing.dense_run import DenseRun
-from fisedit_compile.editing.edit_request import Background, Combine, check_request, count_controlled_steps
+from fisedit_compile.editing.edit_request import (
+    Background,
+    Combine,
+    changed_arguments,
+    check_request,
+    count_controlled_steps,
+)
 from fisedit_compile.editing.edit_run import EditRun
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.editing.pipeline_call import in_turn
@@ -196,7 +201,9 @@ class Editor:
                 control over all steps is generated with ``{"dense_steps": steps, "cross_replace": 1.0}``.
             callback_on_step_end, callback_on_step_end_tensor_inputs: as the pipeline takes them; it sees the latents
                 before the background is restored.
-            arguments: none; an edit repeats those of its base, and says so where one is given.
+            arguments: ``guidance_scale``, ``negative_prompt``, and for SDXL ``prompt_2`` and ``negative_prompt_2``,
+                where they are others than the base's. An edit repeats all other arguments of its base, and says so
+                where one is given. With another negative prompt or guidance scale the prompt may be the base's own.
 
         Raises:
             BaseMismatchError: a base of another model, tokenizer, scheduler, config or callback, or one that keeps
@@ -204,12 +211,15 @@ class Editor:
             MaskError: a mask of no pixels, not finite, or for another number of samples; or none can be found; or the
                 words of a sample change nothing that its text encoder sees.
             PipelineInterruptedError: ``pipe._interrupt`` was set before the last step had ended.
-            ValueError: a prompt that is the base's own, or another number of prompts than the base has; an argument
-                that an edit does not take; or pictures whose background cannot be the base's in pixels.
+            ValueError: a prompt that is the base's own though nothing else changes, or another number of prompts than
+                the base has; an argument that an edit does not take; or pictures whose background cannot be the base's
+                in pixels.
         """
+        if not isinstance(base, Base):
+            raise ValueError(f"base is of type {type(base).__name__}: pass what editor.generate(...) returned")
         prompts = check_prompts(prompt)
-        self._refuse_arguments(arguments)
-        check_request(base, prompts, mask, combine=combine, background=background, dense=dense)
+        changes = changed_arguments(self.pipe, base, arguments)
+        check_request(base, prompts, changes, mask, combine=combine, background=background, dense=dense)
         controlled = count_controlled_steps(base, dense=dense, cross_replace=cross_replace)
         callback = self._callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         if base.callback and callback is None:
@@ -221,7 +231,7 @@ class Editor:
         if mask is not None:
             given = as_mask(mask, samples=samples, size=(size[0], size[1]), device=base.latents.device)
         with self._in_turn() as (unet, unet_state):
-            start_from = (unet, self.pipe, self._tokenizers, callback, base, prompts, given)
+            start_from = (unet, self.pipe, self._tokenizers, callback, base, prompts, changes, given)
             run = DenseRun(*start_from, controlled) if dense else EditRun(*start_from, combine)
             state = self._watch.look(run.pipe, unet_state, base.prompts)
             base.check(state, Schedule.of(self.pipe.scheduler), self.config)
@@ -231,8 +241,8 @@ class Editor:
             start = time.perf_counter()
             # Where an edit visits all steps, as many as were asked for: Heun's scheduler makes two of each.
             steps = base.arguments["num_inference_steps"] if base.visits_all else len(base.visits)
-            arguments = owned({**base.arguments, "num_inference_steps": steps})
-            images, nsfw = _pictures(run, prompt, base.rewound_generators(), arguments)
+            repeated = owned({**base.arguments, **changes, "num_inference_steps": steps})
+            images, nsfw = _pictures(run, prompt, base.rewound_generators(), repeated)
             uncomposed: tuple[int, ...] = ()
             if keep is not None:
                 flags = {"base_flags": base.nsfw, "edit_flags": nsfw}
@@ -260,15 +270,6 @@ class Editor:
 
     def _callback(self, callback: Any, tensor_inputs: Any) -> StepCallback | None:
         return None if callback is None else StepCallback(callback, tensor_inputs, self.pipe)
-
-    def _refuse_arguments(self, arguments: Mapping[str, Any]) -> None:
-        """Say of an argument that an edit does not take where it belongs."""
-        parameters = call_parameters(self.pipe)
-        for name, value in arguments.items():
-            if name in parameters:
-                raise ValueError(f"{name}: an edit repeats what its base was generated with; generate a base with it")
-            own = ("base", "prompt", "mask", "combine", "background", "dense", "cross_replace", "callback_on_step_end")
-            refuse_unknown(name, value, (*own, *parameters), "edit(...) does not take it")
 
 
 def _pictures(

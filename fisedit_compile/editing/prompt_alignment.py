@@ -85,6 +85,7 @@ def align_prompts(
     edit_prompts: Sequence[str],
     *,
     arguments: Mapping[str, Any],
+    changes: Mapping[str, Any] | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Align the prompts of an edit as all text encoders of its pipeline see them.
@@ -93,7 +94,8 @@ def align_prompts(
         pipe: the diffusers pipeline; its tokenizers decide what a word is, and that a prompt changed at all.
         base_prompts: the prompt of each sample of the base, as it was typed.
         edit_prompts: one new prompt for each.
-        arguments: the other arguments of both calls; ``prompt_2`` (SDXL) stays as it is.
+        arguments: the other arguments of the base's call, ``prompt_2`` (SDXL) among them.
+        changes: those that are others for the edit; without, its words alone have to change something.
         device: where the result goes.
 
     Returns:
@@ -106,8 +108,9 @@ def align_prompts(
             align the words differently: cross-attention has one map for both.
     """
     _check_counts(base_prompts, edit_prompts)
+    edit_arguments = {**arguments, **(changes or {})}
     old_texts = pipeline_prompts(pipe, base_prompts, arguments)
-    new_texts = pipeline_prompts(pipe, edit_prompts, arguments)
+    new_texts = pipeline_prompts(pipe, edit_prompts, edit_arguments)
     encoders = [
         [
             (tokenize(tokenizer, old), tokenize(tokenizer, new))
@@ -115,8 +118,9 @@ def align_prompts(
         ]
         for (tokenizer, old_prompts), (_, new_prompts) in zip(old_texts, new_texts, strict=True)
     ]
-    for sample, prompts in enumerate(zip(base_prompts, edit_prompts, strict=True)):
-        _check_change(sample, *prompts, [tokens[sample] for tokens in encoders])
+    if not changes:
+        for sample, prompts in enumerate(zip(base_prompts, edit_prompts, strict=True)):
+            _check_change(sample, *prompts, [tokens[sample] for tokens in encoders])
     alignments = [[_align(old, new) for old, new in tokens] for tokens in encoders]
     for sample, (first, *others) in enumerate(zip(*alignments, strict=True)):
         if not all(torch.equal(first.mapper, other.mapper) for other in others):
@@ -124,9 +128,8 @@ def align_prompts(
                 f"the two text encoders of {type(pipe).__name__} would align the words of {edit_prompts[sample]!r} "
                 "differently, and cross-attention has one map for both: "
                 + (
-                    "prompt_2 stays as it is in an edit, so replace words one by one, or generate the base without "
-                    "prompt_2"
-                    if arguments.get("prompt_2")
+                    "change the same words in prompt_2, which stays as it is unless edit(...) is given another"
+                    if edit_arguments.get("prompt_2")
                     else "give a textual inversion as many vectors in tokenizer as in tokenizer_2"
                 )
             )

@@ -86,7 +86,11 @@ def test_what_are_no_prompts(refusing: Editor, tiny_base: Base, prompt: Any) -> 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"negative_prompt": "x"}, "negative_prompt: an edit repeats what its base was generated with"),
+        ({"height": 32}, "height: an edit repeats what its base was generated with"),
+        ({"negative_prompt": 3}, "negative_prompt=3: give a string, a list of strings, or None"),
+        ({"guidance_scale": "high"}, "guidance_scale='high': give a finite number"),
+        ({"guidance_scale": 1.0}, "guidance_scale=1.0: the base was generated with 5.0, and guidance is off up to 1"),
+        ({"prompt_2": "x"}, r"prompt_2='x': edit\(...\) does not take it; did you mean prompt?"),
         ({"num_inference_steps": STEPS}, "num_inference_steps: an edit repeats what its base"),
         ({"masks": None}, r"masks=None: edit\(...\) does not take it; did you mean mask?"),
         ({"seed": 3}, r"seed=3: edit\(...\) does not take it; give generator=torch.Generator"),

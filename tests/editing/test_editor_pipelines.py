@@ -7,11 +7,12 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from support.pipelines import CONFIG, EDIT, STEPS, generate, left_half, tiny_pipeline
+from support.pipelines import CONFIG, EDIT, PROMPT, STEPS, arguments, generate, left_half, tiny_pipeline
 from support.unets import MICRO
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from fisedit_compile import Editor
+from fisedit_compile.testing import assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -110,3 +111,11 @@ def test_sdxl(sdxl: Editor, arguments: dict[str, Any]) -> None:
     assert edit.report.background_identical
     assert not torch.equal(edit.latents, base.latents)
     assert sdxl.edit(base, EDIT).report.mask_source == "found"
+
+
+def test_the_second_prompt_of_sdxl_may_change_alone(sdxl: Editor) -> None:
+    base = generate(sdxl, prompt_2="an apple on the left")
+    changes = {"prompt_2": EDIT, "negative_prompt_2": "a cat"}
+    edit = sdxl.edit(base, PROMPT, dense=True, cross_replace=0, background="latents", **changes)
+    assert_close(edit.latents, sdxl.pipe(PROMPT, output_type="latent", **arguments(**changes)).images)
+    assert sdxl.edit(base, PROMPT, left_half(), **changes).report.background_identical

@@ -298,7 +298,7 @@ class TestTwoTextEncoders:
         pipe = Pipe(word_level(), word_level())
         second = {"prompt_2": "a blue crown"}
         assert moved(pipe, "a red cat", "a red dog", **second) == {}
-        with pytest.raises(ValueError, match="prompt_2 stays as it is"):
+        with pytest.raises(ValueError, match="change the same words in prompt_2, which stays as it is unless"):
             align_prompts(pipe, ["a red cat"], ["a red cat on the left"], arguments=second)
         with pytest.raises(ValueError, match=r"1 prompt\(s\) in prompt_2 for 2"):
             align_prompts(pipe, ["a cat", "a dog"], ["a lion", "a lion"], arguments=second)
