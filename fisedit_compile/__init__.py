@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fisedit_compile.cache.store import BaseStore
     from fisedit_compile.config import SparsityConfig
     from fisedit_compile.editing.editor import Base, Edit, Editor
     from fisedit_compile.errors import (
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
         BaseMemoryError,
         BaseMismatchError,
         BaseStorageError,
+        BaseVersionError,
         CaptureError,
         DamagedBaseError,
         FiseditError,
@@ -38,6 +40,8 @@ _PUBLIC = {
     "BaseMemoryError": "errors",
     "BaseMismatchError": "errors",
     "BaseStorageError": "errors",
+    "BaseStore": "cache.store",
+    "BaseVersionError": "errors",
     "CaptureError": "errors",
     "DamagedBaseError": "errors",
     "FiseditError": "errors",
@@ -57,6 +61,8 @@ __all__ = [
     "BaseMemoryError",
     "BaseMismatchError",
     "BaseStorageError",
+    "BaseStore",
+    "BaseVersionError",
     "CaptureError",
     "DamagedBaseError",
     "Edit",

@@ -39,7 +39,11 @@ class SavedBaseError(FiseditError):
 
 
 class BaseFormatError(SavedBaseError):
-    """A folder that is no saved base, or one of a format that this version does not read."""
+    """A folder that is no saved base, or holds other things beside one."""
+
+
+class BaseVersionError(BaseFormatError):
+    """A saved base of a format that this version does not read."""
 
 
 class DamagedBaseError(SavedBaseError):

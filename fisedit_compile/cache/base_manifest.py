@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fisedit_compile.errors import BaseFormatError, BaseMismatchError, DamagedBaseError
+from fisedit_compile.errors import BaseFormatError, BaseMismatchError, BaseVersionError, DamagedBaseError
 
 MANIFEST = "manifest.json"
 CONTENT = "base.json"
@@ -20,7 +20,12 @@ CONTENT = "base.json"
 #: Names of the files of a base: the first shard holds latents and pictures, the others what a U-Net call keeps each.
 OWN_FILES = re.compile(r"manifest\.json|base\.json|base\.safetensors|call-\d{4,}\.safetensors")
 
+#: How hidden folders end in which a base is being written or removed; before it a dot, the base's name, eight digits.
+PARTIAL, REMOVED = ".partial", ".removed"
+
 FORMAT, FORMAT_VERSION = "fisedit_compile base", 1
+
+WHAT_TO_DO = "remove the folder and generate the base again"
 
 #: Packages whose versions decide how nodes of a graph are named and what models hold.
 _PACKAGES = ("fisedit-compile", "torch", "diffusers")
@@ -70,7 +75,8 @@ class Manifest:
         """The manifest of a file's content; ``folder`` is for messages.
 
         Raises:
-            BaseFormatError: the file is of something else, or of a format that this version does not read.
+            BaseFormatError: the file is of something else.
+            BaseVersionError: it is of a format that this version does not read.
             DamagedBaseError: it is not what was written.
         """
         try:
@@ -80,7 +86,7 @@ class Manifest:
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise BaseFormatError(f"{folder} is no saved base: its {MANIFEST} is of something else")
         if values.get("format_version") != FORMAT_VERSION:
-            raise BaseFormatError(
+            raise BaseVersionError(
                 f"{folder} is of format {values.get('format_version')!r}, this version reads format {FORMAT_VERSION}: "
                 f"use the version that wrote it ({_in_words(values.get('versions'))}), or generate the base again"
             )
@@ -110,9 +116,6 @@ class Manifest:
 
     def _values(self) -> dict[str, Any]:
         return asdict(self)
-
-
-WHAT_TO_DO = "remove the folder and generate the base again"
 
 
 def checksum(data: bytes | memoryview) -> str:

@@ -6,26 +6,23 @@ import contextlib
 import json
 import os
 import stat
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from fisedit_compile.cache.base_manifest import (
     CONTENT,
     MANIFEST,
-    OWN_FILES,
     WHAT_TO_DO,
     BaseFile,
     Manifest,
     checksum,
 )
 from fisedit_compile.cache.folder_lock import folder_lock
-from fisedit_compile.cache.packed_base import shard_tensors
-from fisedit_compile.errors import BaseFormatError, BaseStorageError, DamagedBaseError, SavedBaseError
+from fisedit_compile.errors import BaseFormatError, BaseStorageError, DamagedBaseError
 
 #: More than any manifest and any content takes: a U-Net of SDXL has some thousand tensors and ten thousand values.
 _MOST_JSON = 64 * 2**20
@@ -64,17 +61,6 @@ class BaseFolder:
         except (ValueError, RecursionError):
             raise self.damaged(CONTENT, "is no JSON") from None
 
-    def shard(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a shard by name, on the CPU.
-
-        Raises:
-            DamagedBaseError: it is not what was written.
-        """
-        try:
-            return shard_tensors(self.read(name))
-        except ValueError as error:
-            raise self.damaged(name, str(error)) from None
-
     def read(self, name: str, *, most: int | None = None) -> bytes:
         """The content of a file that the manifest names; ``most`` bytes, if it is given.
 
@@ -110,7 +96,7 @@ class BaseFolder:
     def note_use(self) -> None:
         """Let the folder's time say that the base was used now; where that is forbidden, it stays as it was."""
         with contextlib.suppress(OSError):
-            os.utime(self._descriptor)
+            note_use(self._descriptor)
 
     def damaged(self, name: str, how: str) -> DamagedBaseError:
         return DamagedBaseError(f"{self.folder}: {name} {how}: {WHAT_TO_DO}")
@@ -143,6 +129,12 @@ class BaseFolder:
                 raise BaseStorageError(f"{self.folder / name} cannot be read ({error.strerror})") from error
 
 
+def note_use(folder: Path | int) -> None:
+    """Let a folder's time be now, by the same clock for all: what the kernel notes itself is some milliseconds old."""
+    now = time.time_ns()
+    os.utime(folder, ns=(now, now))
+
+
 @contextmanager
 def open_base(folder: Path, *, follow: bool = True) -> Iterator[BaseFolder]:
     """A saved base, which nobody removes within the context.
@@ -158,20 +150,3 @@ def open_base(folder: Path, *, follow: bool = True) -> Iterator[BaseFolder]:
     """
     with folder_lock(folder, alone=False, follow=follow) as descriptor:
         yield BaseFolder(folder, descriptor)
-
-
-def summary_or_error(folder: Path) -> Manifest | SavedBaseError:
-    """The manifest of a base, or why it cannot be used: for lists of many."""
-    try:
-        with open_base(folder, follow=False) as base:
-            return base.manifest
-    except SavedBaseError as error:
-        return error
-
-
-def is_base(folder: Path) -> bool:
-    """Whether a folder holds nothing but files named as a base's, a manifest among them; damaged ones, too."""
-    if folder.is_symlink() or not folder.is_dir():
-        return False
-    names = os.listdir(folder)
-    return MANIFEST in names and all(OWN_FILES.fullmatch(name) for name in names)

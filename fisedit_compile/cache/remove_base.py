@@ -8,14 +8,11 @@ import secrets
 import shutil
 from pathlib import Path
 
-from fisedit_compile.cache.base_manifest import MANIFEST, OWN_FILES
+from fisedit_compile.cache.base_manifest import MANIFEST, OWN_FILES, PARTIAL, REMOVED
 from fisedit_compile.cache.folder_lock import folder_lock
-from fisedit_compile.cache.write_base import PARTIAL
 from fisedit_compile.errors import BaseFormatError, BaseInUseError, BaseStorageError
 
-_REMOVED = ".removed"
-
-_LEFTOVER = re.compile(rf"\..+\.[0-9a-f]{{8}}({re.escape(PARTIAL)}|{re.escape(_REMOVED)})")
+_LEFTOVER = re.compile(rf"\..+\.[0-9a-f]{{8}}({re.escape(PARTIAL)}|{re.escape(REMOVED)})")
 
 
 def remove_base(folder: Path) -> None:
@@ -28,14 +25,14 @@ def remove_base(folder: Path) -> None:
     """
     with folder_lock(folder, alone=True):
         names = os.listdir(folder)
-        if MANIFEST not in names:
-            raise BaseFormatError(f"{folder} is no folder of a saved base (no {MANIFEST} in it): nothing was removed")
+        if MANIFEST not in names or len(names) == 1:
+            raise BaseFormatError(f"{folder} is no folder of a saved base: nothing was removed")
         if foreign := sorted(name for name in names if not OWN_FILES.fullmatch(name)):
             raise BaseFormatError(
                 f"{folder} holds {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''} beside a base: move "
                 "that elsewhere first; nothing was removed"
             )
-        hidden = folder.parent / f".{folder.name}.{secrets.token_hex(4)}{_REMOVED}"
+        hidden = folder.parent / f".{folder.name}.{secrets.token_hex(4)}{REMOVED}"
         try:
             os.rename(folder, hidden)  # so that nobody meets a part of it
             shutil.rmtree(hidden)

@@ -17,13 +17,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fisedit_compile.cache.base_manifest import CONTENT, MANIFEST, BaseFile, Manifest
+from fisedit_compile.cache.base_manifest import CONTENT, MANIFEST, PARTIAL, BaseFile, Manifest
 from fisedit_compile.cache.folder_lock import folder_lock
 from fisedit_compile.cache.packed_base import PackedBase, shard_chunks
+from fisedit_compile.cache.read_base import note_use
 from fisedit_compile.errors import BaseFormatError, BaseInUseError, BaseStorageError, SavedBaseError
-
-#: How a hidden folder is named: the base's name, eight random digits, and what it is.
-PARTIAL = ".partial"
 
 
 def write_base(packed: PackedBase, folder: Path) -> Manifest:
@@ -31,46 +29,48 @@ def write_base(packed: PackedBase, folder: Path) -> Manifest:
 
     Args:
         packed: the base.
-        folder: where it will lie; the folder above it has to be there, itself it may be an empty folder at most.
+        folder: where it will lie: one that is not there yet, or empty; those above it are made.
 
     Raises:
-        SavedBaseError: something lies there already, or there is no folder above it.
+        SavedBaseError: something lies there already.
         BaseStorageError: the file system is full, read-only or forbidden; nothing is left of what was written.
     """
-    _check_target(folder)
+    check_target(folder)
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         _check_room(packed.nbytes, folder)
         with _partial_folder(folder) as partial:
-            manifest = write_files(packed, partial)
-            put_in_place(partial, folder)
+            manifest = _write_files(packed, partial)
+            _put_in_place(partial, folder)
             return manifest
     except OSError as error:
         if isinstance(error, SavedBaseError):
             raise
-        raise storage_error(error, folder) from error
+        raise _storage_error(error, folder) from error
 
 
-def write_files(packed: PackedBase, partial: Path) -> Manifest:
+def _write_files(packed: PackedBase, partial: Path) -> Manifest:
     """Write all files of a base into a folder, and to the disk."""
     files = [_write(partial / name, shard_chunks(tensors)) for name, tensors in packed.shards.items()]
     files.append(_write(partial / CONTENT, [json.dumps(packed.content).encode()]))
     manifest = Manifest(packed.summary, tuple(files))
     _write(partial / MANIFEST, [manifest.to_json()])
+    note_use(partial)
     _flush(partial)
     return manifest
 
 
-def put_in_place(partial: Path, folder: Path) -> None:
+def _put_in_place(partial: Path, folder: Path) -> None:
     """Give a folder that was written its name; an empty folder of that name gives way."""
     try:
         os.rename(partial, folder)
     except OSError:
-        _check_target(folder)  # somebody else was faster
+        check_target(folder)  # somebody else was faster
         raise
     _flush(folder.parent)
 
 
-def storage_error(error: OSError, folder: Path) -> BaseStorageError:
+def _storage_error(error: OSError, folder: Path) -> BaseStorageError:
     """What the file system says of a base that could not be written."""
     return BaseStorageError(
         f"{folder} could not be written ({error.strerror or error}), and nothing is left of it: free space or check "
@@ -96,9 +96,12 @@ def _partial_folder(folder: Path) -> Iterator[Path]:
             return
 
 
-def _check_target(folder: Path) -> None:
-    if not folder.parent.is_dir():
-        raise SavedBaseError(f"{folder}: there is no folder {folder.parent}: make it first, or give another one")
+def check_target(folder: Path) -> None:
+    """Whether a base may be written to a folder, asked before it is generated.
+
+    Raises:
+        SavedBaseError: something lies there already.
+    """
     if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir())):
         raise SavedBaseError(f"{folder} is there already: give another name, or remove it first")
 

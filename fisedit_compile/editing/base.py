@@ -116,7 +116,7 @@ class Base:
         """Write the base to disk, whole or not at all; :meth:`fisedit_compile.Editor.load` reads it.
 
         Args:
-            folder: where it will lie: a folder that is not there yet, or empty, in one that is there.
+            folder: where it will lie: one that is not there yet, or empty; those above it are made.
 
         Raises:
             SavedBaseError: something lies there already, or an argument of the pipeline cannot be kept.

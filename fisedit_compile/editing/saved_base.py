@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fisedit_compile.cache.memory import require_room
-from fisedit_compile.cache.packed_base import PackedBase, place
+from fisedit_compile.cache.packed_base import PackedBase, place, shard_tensors
 from fisedit_compile.cache.plain_form import Fetch, from_plain, to_plain
 from fisedit_compile.cache.read_base import WORKERS, BaseFolder
 from fisedit_compile.cache.step_cache import Recorded
@@ -82,7 +82,7 @@ class SavedBase:
         opened.manifest.check_versions(opened.folder)
         self._opened, self._device = opened, device
         self._content = opened.content()
-        self._first = opened.shard(_FIRST)
+        self._first = self._shard(_FIRST)
         self.base = self._formed(self._without_calls)
         for _, generator in self.base.generators:
             if not _is_here(generator):
@@ -136,7 +136,7 @@ class SavedBase:
     def _call(self, index: int, form: Any) -> RecordedCall:
         about, entries = form
         name = _call_shard(index)
-        shard = self._opened.shard(name) if entries else {}
+        shard = self._shard(name) if entries else {}
 
         def formed() -> RecordedCall:
             step, tree, leaves, timesteps = from_plain(about, self._fetch({_FIRST: self._first}))
@@ -145,6 +145,12 @@ class SavedBase:
             return RecordedCall(step, Recorded(Signature(tree, leaves), timesteps, kept))
 
         return self._formed(formed)
+
+    def _shard(self, name: str) -> dict[str, Tensor]:
+        try:
+            return shard_tensors(self._opened.read(name))
+        except ValueError as error:
+            raise self._opened.damaged(name, str(error)) from None
 
     def _fetch(self, shards: Mapping[str, Mapping[str, Tensor]]) -> Fetch:
         def fetch(reference: Any) -> Tensor:
@@ -178,6 +184,7 @@ def _summary(base: Base) -> dict[str, Any]:
         "visited_steps": len(base.visits),
         "scheduler": base.schedule.name,
         "latents": list(base.latents.shape),
+        "pil": base.arguments.get("output_type", "pil") == "pil",
         "dtype": str(base.latents.dtype).removeprefix("torch."),
         "device": str(base.latents.device),
         "config": asdict(base.config),

@@ -80,6 +80,14 @@ def test_a_base_is_what_the_pipeline_generates(editor: Editor, base: Any) -> Non
     assert type(editor.pipe.unet).__name__ == "UNet2DConditionModel"  # put back
 
 
+def test_an_edit_of_a_saved_base_has_the_same_bits(editor: Editor, base: Any, tmp_path: Path) -> None:
+    base.save(tmp_path / "base")
+    want, got = (editor.edit(each, DOG) for each in (base, editor.load(tmp_path / "base")))
+    assert torch.equal(got.latents, want.latents)
+    assert torch.equal(got.mask, want.mask)
+    assert np.array_equal(np.asarray(got.image), np.asarray(want.image))
+
+
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_the_background_is_the_bases_after_every_sparse_step(scheduler: str, runs: list[EditRun]) -> None:
     editor = Editor(load_pipeline(scheduler), CONFIG)
