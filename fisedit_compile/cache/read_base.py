@@ -50,6 +50,20 @@ class BaseFolder:
         self.manifest = Manifest.of_json(data, folder)
         self._files = {file.name: file for file in self.manifest.files}
 
+    def check_sizes(self) -> None:
+        """Look at all files, without reading them.
+
+        Raises:
+            DamagedBaseError: one is missing, no regular file, or of another size than was written.
+        """
+        for file in self.manifest.files:
+            try:
+                self._check_status(
+                    file.name, os.stat(file.name, dir_fd=self._descriptor, follow_symlinks=False), file.bytes
+                )
+            except FileNotFoundError:
+                raise self.damaged(file.name, "is missing") from None
+
     def content(self) -> Any:
         """What ``base.json`` holds.
 
@@ -104,6 +118,14 @@ class BaseFolder:
     def _check(self, file: BaseFile) -> None:
         self.read(file.name)
 
+    def _check_status(self, name: str, status: os.stat_result, size: int | None) -> None:
+        if stat.S_ISLNK(status.st_mode):
+            raise self.damaged(name, "is a symbolic link")
+        if not stat.S_ISREG(status.st_mode):
+            raise self.damaged(name, "is no regular file")
+        if size is not None and status.st_size != size:
+            raise self.damaged(name, f"has {status.st_size} bytes instead of {size}")
+
     def _read(self, name: str, *, size: int | None = None, most: int | None = None) -> bytes:
         """A file's content; nothing is allocated for it before it is known to be a file of that size."""
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -112,15 +134,11 @@ class BaseFolder:
         except FileNotFoundError:
             raise
         except OSError as error:
-            if stat.S_ISLNK(os.stat(name, dir_fd=self._descriptor, follow_symlinks=False).st_mode):
-                raise self.damaged(name, "is a symbolic link") from None
+            self._check_status(name, os.stat(name, dir_fd=self._descriptor, follow_symlinks=False), size)
             raise BaseStorageError(f"{self.folder / name} cannot be read ({error.strerror})") from error
         with open(descriptor, "rb") as file:
             status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise self.damaged(name, "is no regular file")
-            if size is not None and status.st_size != size:
-                raise self.damaged(name, f"has {status.st_size} bytes instead of {size}")
+            self._check_status(name, status, size)
             if most is not None and status.st_size > most:
                 raise self.damaged(name, f"has {status.st_size} bytes, more than a base's can have")
             try:

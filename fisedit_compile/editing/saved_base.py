@@ -80,6 +80,7 @@ class SavedBase:
 
     def __init__(self, opened: BaseFolder, device: torch.device) -> None:
         opened.manifest.check_versions(opened.folder)
+        opened.check_sizes()
         self._opened, self._device = opened, device
         self._content = opened.content()
         self._first = self._shard(_FIRST)
@@ -101,14 +102,8 @@ class SavedBase:
             BaseMemoryError: it would take more memory than is free.
             DamagedBaseError: a file is not what was written.
         """
-        sizes = {file.name: file.bytes for file in self._opened.manifest.files}
         forms = self._content["calls"]
-        needed: dict[torch.device, int] = {}
-        for i, (_, entries) in enumerate(forms):
-            if entries:
-                device = self._landing(entries[0][2]["device"])
-                needed[device] = needed.get(device, 0) + sizes.get(_call_shard(i), 0)
-        for device, count in needed.items():
+        for device, count in self._formed(self._needed).items():
             require_room(count, device, str(self._opened.folder), ["fewer bases at a time", "a base of fewer steps"])
         with ThreadPoolExecutor(WORKERS) as workers:
             calls = tuple(workers.map(self._call, range(len(forms)), forms))
@@ -132,6 +127,16 @@ class SavedBase:
             config=SparsityConfig(**values["config"]),
             **{each: values[each] for each in _PLAIN},
         )
+
+    def _needed(self) -> dict[torch.device, int]:
+        """Bytes of the shards of all calls, by the device that they come to."""
+        sizes = {file.name: file.bytes for file in self._opened.manifest.files}
+        needed: dict[torch.device, int] = {}
+        for i, (_, entries) in enumerate(self._content["calls"]):
+            if entries:
+                device = self._landing(entries[0][2]["device"])
+                needed[device] = needed.get(device, 0) + sizes[_call_shard(i)]
+        return needed
 
     def _call(self, index: int, form: Any) -> RecordedCall:
         about, entries = form

@@ -268,8 +268,9 @@ def _join(path: str, name: str) -> str:
 def _says_nothing(module: nn.Module, name: str) -> bool:
     """Whether an attribute is as good as missing.
 
-    FreeU leaves None where it was on, and transformers notes False of what it would have exchanged. Hooks that were taken off leave the class's own ``forward`` as an attribute; the
-    hook of model offload brings weights to a device first, and calls it.
+    FreeU leaves None where it was on, and transformers notes False of what it would have exchanged. Hooks that were
+    taken off leave the class's own ``forward`` as an attribute; the hook of model offload brings weights to a device
+    first, and calls it.
     """
     if name != "forward":
         value = vars(module)[name]
