@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from fisedit_compile.cache.base_manifest import MANIFEST, Manifest
 from fisedit_compile.cache.read_base import open_base
-from fisedit_compile.cache.remove_base import remove_base, remove_leftovers
+from fisedit_compile.cache.remove_base import remove_base, remove_leftovers, why_kept
 from fisedit_compile.errors import (
     BaseFormatError,
     BaseInUseError,
@@ -158,23 +158,24 @@ class BaseStore:
             remove_base(self._folder_of(name))
 
     def _make_room(self, most: int) -> list[str]:
-        bases, gone = self.bases(), []
+        bases, going, why = self.bases(), [], ""
         taken = sum(base.bytes for base in bases)
         for base in bases:
             if taken <= most:
                 break
-            try:
-                remove_base(self.folder / base.name)
-            except (BaseFormatError, BaseInUseError):  # removed by its user meanwhile, beside other files, or in use
-                continue
-            taken -= base.bytes
-            gone.append(base.name)
+            if kept := why_kept(self.folder / base.name):
+                why = why or kept
+            else:
+                taken -= base.bytes
+                going.append(base.name)
         if taken > most:
             raise BaseInUseError(
-                f"{self.folder}: bases that are in use take {_mib(taken)}, and {_mib(most)} are left for them: wait "
-                "until they are not, or raise max_bytes"
+                f"{self.folder}: bases that have to stay take {_mib(taken)} of {_mib(most)} that are left for them, so "
+                f"nothing was removed: {why}; or raise max_bytes"
             )
-        return gone
+        for name in going:
+            remove_base(self.folder / name)
+        return going
 
     def _folder_of(self, name: str) -> Path:
         if not _NAME.fullmatch(name):
