@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
@@ -174,7 +175,8 @@ class BaseStore:
                 f"nothing was removed: {why}; or raise max_bytes"
             )
         for name in going:
-            remove_base(self.folder / name)
+            with contextlib.suppress(BaseFormatError):  # somebody removed it meanwhile, beside the store
+                remove_base(self.folder / name)
         return going
 
     def _folder_of(self, name: str) -> Path:
