@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -149,7 +150,7 @@ class TestFolder:
         (store.folder / "a" / "note.txt").touch()
         with pytest.raises(BaseInUseError, match=r"bases that have to stay take 0\.1 MiB of .*a holds note\.txt"):
             store.evict(1)
-        assert names(store) == ["a", "b"]
+        assert sorted(names(store)) == ["a", "b"]
 
     def test_a_damaged_base_is_listed_with_its_fault_and_goes_like_others(self, store: BaseStore) -> None:
         filled(store, "a", "b")
@@ -206,3 +207,13 @@ def test_edits_of_a_stored_base(tiny_editor: Editor, tiny_base: Base, tmp_path: 
     store.remove(name)  # a loaded base is in memory
     want, got = (tiny_editor.edit(base, EDIT, left_half()).latents for base in (tiny_base, loaded))
     assert torch.equal(got, want)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_random_operations_lose_no_base_and_change_none(tiny_editor: Editor, tmp_path: Path) -> None:
+    """The short form of ``benchmarks/base_soak.py``; processes that are killed are in the tests above."""
+    soak = runpy.run_path(str(ROOT / "benchmarks" / "base_soak.py"))["Soak"]
+    short = soak(tiny_editor, {"num_inference_steps": 4}, tmp_path, seed=0, kills=False)
+    short.run(40)
+    assert not short.faults
+    assert min(short.done[name] for name in ("save", "load", "evict", "damage", "fill_disk", "use")) > 0
