@@ -6,15 +6,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fisedit_compile.cache.store import BaseStore
     from fisedit_compile.config import SparsityConfig
     from fisedit_compile.editing.editor import Base, Edit, Editor
     from fisedit_compile.errors import (
+        BaseFormatError,
+        BaseInUseError,
         BaseMemoryError,
         BaseMismatchError,
+        BaseStorageError,
+        BaseVersionError,
         CaptureError,
+        DamagedBaseError,
         FiseditError,
         MaskError,
         PipelineInterruptedError,
+        SavedBaseError,
         SparsifyError,
     )
     from fisedit_compile.macs.counter import count_macs
@@ -28,12 +35,19 @@ _PUBLIC = {
     "Base": "editing.editor",
     "Edit": "editing.editor",
     "Editor": "editing.editor",
+    "BaseFormatError": "errors",
+    "BaseInUseError": "errors",
     "BaseMemoryError": "errors",
     "BaseMismatchError": "errors",
+    "BaseStorageError": "errors",
+    "BaseStore": "cache.store",
+    "BaseVersionError": "errors",
     "CaptureError": "errors",
+    "DamagedBaseError": "errors",
     "FiseditError": "errors",
     "MaskError": "errors",
     "PipelineInterruptedError": "errors",
+    "SavedBaseError": "errors",
     "SparsifyError": "errors",
     "count_macs": "macs.counter",
     "SparseUNet": "sparse_unet",
@@ -42,14 +56,21 @@ _PUBLIC = {
 
 __all__ = [
     "Base",
+    "BaseFormatError",
+    "BaseInUseError",
     "BaseMemoryError",
     "BaseMismatchError",
+    "BaseStorageError",
+    "BaseStore",
+    "BaseVersionError",
     "CaptureError",
+    "DamagedBaseError",
     "Edit",
     "Editor",
     "FiseditError",
     "MaskError",
     "PipelineInterruptedError",
+    "SavedBaseError",
     "SparseUNet",
     "SparsifyError",
     "SparsityConfig",

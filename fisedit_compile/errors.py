@@ -32,3 +32,27 @@ class BaseMemoryError(FiseditError, MemoryError):
 
 class PipelineInterruptedError(FiseditError):
     """A generation or an edit was stopped by ``pipe._interrupt``; nothing was kept of it, and it can be made again."""
+
+
+class SavedBaseError(FiseditError):
+    """A base cannot be saved, or what lies on disk cannot be used as one."""
+
+
+class BaseFormatError(SavedBaseError):
+    """A folder that is no saved base, or holds other things beside one."""
+
+
+class BaseVersionError(BaseFormatError):
+    """A saved base of a format that this version does not read."""
+
+
+class DamagedBaseError(SavedBaseError):
+    """A saved base whose files are not those that were written: cut short, changed, missing, or replaced by links."""
+
+
+class BaseInUseError(SavedBaseError):
+    """A saved base that somebody reads cannot be removed, and one that is being removed cannot be read."""
+
+
+class BaseStorageError(SavedBaseError, OSError):
+    """The file system refused to write, read or remove a base: it is full, read-only or forbidden."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from support.deprecations import own_calls_raise
+from support.pipelines import CONFIG, generate, tiny_pipeline
 from support.unets import UNets
+
+from fisedit_compile import Base, Editor
 
 torch.set_num_threads(min(2, torch.get_num_threads()))  # OMP_NUM_THREADS=1 is respected
 
@@ -39,6 +43,23 @@ def pytest_runtest_protocol() -> Generator[None, object, object]:
 @pytest.fixture(scope="session")
 def unets() -> UNets:
     return UNets()
+
+
+@pytest.fixture(scope="session")
+def tiny_editor() -> Editor:
+    """Of one small pipeline, whose U-Net is captured once, for all tests that leave it as they found it."""
+    return Editor(tiny_pipeline(), CONFIG)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tiny_editor: Editor) -> Base:
+    return generate(tiny_editor)
+
+
+@pytest.fixture
+def tiny_pipe(tiny_editor: Editor) -> Any:
+    """The pipeline of ``tiny_editor``."""
+    return tiny_editor.pipe
 
 
 @pytest.fixture(scope="module")

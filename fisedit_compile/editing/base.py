@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fisedit_compile.cache.packed_base import PackedBase
 from fisedit_compile.cache.step_cache import Recorded
+from fisedit_compile.cache.write_base import write_base
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.editing.pipeline_state import PipelineState
 from fisedit_compile.editing.schedule import Schedule
@@ -33,7 +36,7 @@ class RecordedCall:
 class Base:
     """A generation and everything that its edits read. Made by :meth:`fisedit_compile.Editor.generate`.
 
-    It shares no tensor with whoever called, holds no pipeline, model or callback, and pickles and deep-copies.
+    It shares no tensor with whoever called, holds no pipeline, model or callback, and pickles, deep-copies and saves.
 
     Attributes:
         images: what the pipeline returned, one picture a sample (PIL images unless ``output_type`` said otherwise).
@@ -113,6 +116,28 @@ class Base:
     def nbytes(self) -> int:
         """Memory of everything kept for edits."""
         return sum(call.nbytes for call in self.calls) + sum(latents.nbytes for latents in self.step_latents)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the base to disk, whole or not at all; :meth:`fisedit_compile.Editor.load` reads it.
+
+        Args:
+            folder: where it will lie: one that is not there yet, or empty; those above it are made.
+
+        Raises:
+            SavedBaseError: something lies there already, or an argument of the pipeline cannot be kept.
+            BaseStorageError: the file system is full, read-only or forbidden; nothing is left of what was written.
+        """
+        write_base(self.pack(), Path(folder))
+
+    def pack(self) -> PackedBase:
+        """The base as it is written to disk.
+
+        Raises:
+            SavedBaseError: an argument of the pipeline that cannot be kept, by name.
+        """
+        from fisedit_compile.editing.saved_base import pack  # it makes bases of what it reads
+
+        return pack(self)
 
     def rewound_generators(self) -> list[torch.Generator]:
         """Fresh random generators in the state in which the base drew its first noise."""

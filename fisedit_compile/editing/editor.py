@@ -10,10 +10,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from fisedit_compile.cache.read_base import open_base
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.editing.arguments import (
     call_parameters,
@@ -39,6 +41,7 @@ from fisedit_compile.editing.pipeline_run import PipelineRun
 from fisedit_compile.editing.pipeline_state import PipelineWatch
 from fisedit_compile.editing.record_run import RecordRun
 from fisedit_compile.editing.result import Edit, EditReport
+from fisedit_compile.editing.saved_base import SavedBase
 from fisedit_compile.editing.schedule import Schedule
 from fisedit_compile.editing.step_callback import StepCallback
 from fisedit_compile.errors import BaseMismatchError, CaptureError
@@ -259,6 +262,31 @@ class Editor:
                 uncomposed=uncomposed,
             )
         return Edit(images=images, nsfw=nsfw, mask=run.mask, latents=run.latents[-1], report=report)
+
+    def load(self, folder: str | Path) -> Base:
+        """Read a base that :meth:`Base.save` wrote. Its edits are those of the base that was saved.
+
+        Its tensors come to the device on which they were made, or to the pipeline's where that one is not here.
+
+        Args:
+            folder: of the base.
+
+        Raises:
+            BaseMismatchError: a base of another model, tokenizer, scheduler or config, or one that other versions of
+                this package, torch or diffusers wrote.
+            BaseFormatError: no saved base, or one of another format.
+            DamagedBaseError: files that are not what was written.
+            BaseMemoryError: the base would take more memory than is free.
+        """
+        with open_base(Path(folder)) as opened, self._in_turn() as (_, unet_state):
+            saved = SavedBase(opened, self.pipe.device)
+            pipe = self._tokenizers.within(self.pipe)
+            state = self._watch.look(pipe, unet_state, saved.base.prompts)
+            saved.base.check(state, Schedule.of(pipe.scheduler), self.config)
+            state.read_weights()
+            base = saved.read_calls(state)
+            opened.note_use()
+            return base
 
     @contextmanager
     def _in_turn(self) -> Iterator[tuple[SparseUNet, ModelState]]:

@@ -32,6 +32,14 @@ class OwnTokenizers:
             self._copies[name] = (tokenizer, now, own)
         return own
 
+    def within(self, pipe: Any) -> Any:
+        """A copy of ``pipe`` with the same parts, but for its tokenizers, which are these."""
+        twin = copy.copy(pipe)
+        # Not by setattr, which would write the parts' classes into the pipeline's config.
+        state = vars(twin)
+        state.update({name: self.of(name, part) for name, part in state.items() if name.startswith("tokenizer")})
+        return twin
+
 
 def _settings(tokenizer: Any) -> Any:
     """What decides how a fast tokenizer encodes, but for its vocabulary, which only grows, by added tokens."""

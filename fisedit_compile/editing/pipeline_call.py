@@ -74,12 +74,11 @@ class PipelineCall:
         self._original = pipe
         if getattr(pipe, "_interrupt", False):
             pipe._interrupt = False  # as every call of a pipeline begins: it was meant for the one before
-        self.pipe = copy.copy(pipe)
+        self.pipe = tokenizers.within(pipe)
         # Not by setattr, which would write the modules' new classes into the pipeline's config.
         state = vars(self.pipe)
         state["unet"] = UNetRoute(pipe.unet, unet_handler)
         state["scheduler"] = copy.deepcopy(pipe.scheduler)
-        state.update({name: tokenizers.of(name, part) for name, part in state.items() if name.startswith("tokenizer")})
         # Offloading hooks belong to the pipeline itself, which sets them up anew at the end of each call.
         state["maybe_free_model_hooks"] = pipe.maybe_free_model_hooks
 

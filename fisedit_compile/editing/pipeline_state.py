@@ -23,10 +23,12 @@ class PipelineState:
     """The models and tokenizers of a pipeline at one time; plain data, without any of them.
 
     Attributes:
+        kind: name of the pipeline's class, whose loop an edit repeats.
         models: name of a part of the pipeline, ``"unet"`` or ``"text_encoder"`` for example, -> its state.
         tokens: name of a tokenizer -> the token ids that it makes of the base's prompts.
     """
 
+    kind: str
     models: Mapping[str, ModelState]
     tokens: Mapping[str, tuple[tuple[int, ...], ...]]
 
@@ -41,6 +43,8 @@ class PipelineState:
 
     def difference(self, now: PipelineState) -> str:
         """What has changed up to ``now``, in words that fit behind "the base was generated with another"; or empty."""
+        if self.kind != now.kind:
+            return f"pipeline ({self.kind} -> {now.kind})"
         for name in {**self.models, **now.models}:
             title = "U-Net" if name == "unet" else name
             before, after = self.models.get(name), now.models.get(name)
@@ -68,7 +72,7 @@ class PipelineWatch:
                 if name not in self._watches or self._watches[name].module is not part:
                     self._watches[name] = ModelWatch(part)
                 models[name] = self._watches[name].look()
-        return PipelineState(FrozenMapping(models), FrozenMapping(_tokens(pipe, prompts)))
+        return PipelineState(type(pipe).__name__, FrozenMapping(models), FrozenMapping(_tokens(pipe, prompts)))
 
 
 def _tokens(pipe: Any, prompts: Sequence[str]) -> dict[str, tuple[tuple[int, ...], ...]]:

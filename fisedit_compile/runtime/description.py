@@ -34,6 +34,7 @@ _BOOKKEEPING = frozenset(nn.Module().__dict__) - {"training"} | {
     *("_diffusers_hook", "_hf_hook", "_old_forward", "_tome_info"),
     *("_hf_peft_config_loaded", "_safe_fusing", "lora_scale", "peft_config"),  # what counts of a LoRA is in its layers
     "_output_capturing_hooks_installed",
+    *("name_or_path", "_weight_conversions"),  # where a text encoder's weights came from, and in what form
 }
 
 #: Where hooks come from that only collect what a model computes; transformers adds them at the first call that asks.
@@ -267,11 +268,13 @@ def _join(path: str, name: str) -> str:
 def _says_nothing(module: nn.Module, name: str) -> bool:
     """Whether an attribute is as good as missing.
 
-    FreeU leaves None where it was on. Hooks that were taken off leave the class's own ``forward`` as an attribute; the
-    hook of model offload brings weights to a device first, and calls it.
+    FreeU leaves None where it was on, and transformers notes False of what it would have exchanged. Hooks that were
+    taken off leave the class's own ``forward`` as an attribute; the hook of model offload brings weights to a device
+    first, and calls it.
     """
     if name != "forward":
-        return name in _FREEU and vars(module)[name] is None
+        value = vars(module)[name]
+        return (name in _FREEU and value is None) or (name == "_use_kernels" and value is False)
     forward = vars(module)["forward"]
     plain = isinstance(forward, MethodType) and forward.__self__ is module
     return (plain and forward.__func__ is type(module).forward) or "_hf_hook" in vars(module)

@@ -45,12 +45,21 @@ class ModelState:
         values: path -> plain value; see :class:`~fisedit_compile.runtime.description.Description`.
         behaviour: a hexadecimal digest of the values and names, the same in every process.
         names: path of each parameter, buffer or other tensor.
-        live: see :class:`Live`; None for one that was pickled.
+        live: see :class:`Live`; None for one that was pickled or saved.
     """
 
     def __init__(self, values: Mapping[str, Any], behaviour: str, names: tuple[str, ...], live: Live | None) -> None:
         self.values, self.behaviour, self.names, self.live = values, behaviour, names, live
         self._checksums: tuple[str, ...] | None = None
+
+    @classmethod
+    def of_another_process(
+        cls, values: Mapping[str, Any], behaviour: str, names: tuple[str, ...], checksums: tuple[str, ...]
+    ) -> ModelState:
+        """The state of a model that is not here: what another process knew of it, its checksums read there."""
+        state = cls(values, behaviour, names, live=None)
+        state._checksums = checksums
+        return state
 
     def checksums(self) -> tuple[str, ...]:
         """A checksum of each tensor; read from the model once, while it is in this state, and kept.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -46,6 +47,14 @@ def test_a_base_is_what_the_pipeline_generates(tiny_editor: Editor, tiny_base: B
     plain = tiny_editor.pipe(PROMPT, **arguments()).images[0]
     assert np.array_equal(np.asarray(plain), np.asarray(tiny_base.image))
     assert type(tiny_editor.pipe.unet).__name__ == "UNet2DConditionModel"  # never exchanged
+
+
+def test_an_edit_of_a_saved_base_has_the_same_bits(tiny_editor: Editor, tiny_base: Base, tmp_path: Path) -> None:
+    tiny_base.save(tmp_path / "base")
+    want, got = (tiny_editor.edit(each, EDIT) for each in (tiny_base, tiny_editor.load(tmp_path / "base")))
+    assert torch.equal(got.latents, want.latents)
+    assert torch.equal(got.mask, want.mask)
+    assert np.array_equal(np.asarray(got.image), np.asarray(want.image))
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
