@@ -26,6 +26,9 @@ _REFUSED = {
 _OUTPUTS = ("pil", "np", "pt")
 _SIZES = ("height", "width")
 
+#: Words beside the prompt: one string for all samples, or one each.
+_WORDS = ("negative_prompt", "prompt_2", "negative_prompt_2")
+
 
 def call_parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
     """The parameters of the pipeline's call that have a name."""
@@ -67,7 +70,7 @@ def check_arguments(pipe: Any, arguments: Mapping[str, Any]) -> None:
             f"output_type={_shown(arguments['output_type'])}: give 'pil', 'np' or 'pt'; a base and an edit have the "
             "latents beside the pictures"
         )
-    for name in ("negative_prompt", "prompt_2", "negative_prompt_2"):
+    for name in _WORDS:
         words = arguments.get(name)
         if words is not None and not _are_words(words):
             raise ValueError(f"{name}={_shown(words)}: give a string, a list of strings, or None")
@@ -86,6 +89,24 @@ def refuse_unknown(name: str, value: Any, known: Iterable[str], why: str) -> NoR
         nearest = difflib.get_close_matches(name, list(known), n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else "leave it out"
     raise ValueError(f"{name}={_shown(value)}: {why}; {hint}")
+
+
+def one_for_each(prompts: Sequence[str], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with a list in the place of each string that goes with the prompts: pipelines want lists for lists.
+
+    Raises:
+        ValueError: a list of another length than there are prompts.
+    """
+    spread = dict(arguments)
+    for name in _WORDS:
+        words = arguments.get(name)
+        if isinstance(words, str):
+            spread[name] = [words] * len(prompts)
+        elif words is not None and len(words) != len(prompts):
+            raise ValueError(
+                f"{len(words)} string(s) in {name} for {len(prompts)} prompt(s): give one for each, or one"
+            )
+    return spread
 
 
 def check_prompts(prompt: Any) -> tuple[str, ...]:

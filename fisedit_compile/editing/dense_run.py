@@ -41,6 +41,7 @@ class DenseRun(EditRun):
         whole = torch.ones(samples, *size, dtype=torch.bool, device=base.latents.device)
         self.mask = whole if given is None else given
         super().__init__(unet, pipe, tokenizers, callback, base, prompts, changes, self.mask, "replace")
+        self.mask = self._of_edited(self.mask)
         self._controlled = controlled
         self._macs: StepMacs | None = None
 

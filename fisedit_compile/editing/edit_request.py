@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from fisedit_compile.editing.arguments import call_parameters, check_arguments, refuse_unknown
+from fisedit_compile.editing.arguments import call_parameters, check_arguments, one_for_each, refuse_unknown
 from fisedit_compile.editing.base import Base
 from fisedit_compile.errors import BaseMismatchError
 from fisedit_compile.masks.user_mask import MaskLike
@@ -35,7 +35,8 @@ def changed_arguments(pipe: Any, base: Base, arguments: Mapping[str, Any]) -> di
             raise ValueError(f"{name}: an edit repeats what its base was generated with; generate a base with it")
     check_arguments(pipe, {**base.arguments, **arguments})
     before = {name: base.arguments.get(name, parameters[name].default) for name in arguments}
-    changed = {name: value for name, value in arguments.items() if value != before[name]}
+    given = one_for_each(base.prompts, arguments)
+    changed = {name: value for name, value in given.items() if value != before[name]}
     if "guidance_scale" in changed and (changed["guidance_scale"] > 1) != (before["guidance_scale"] > 1):
         raise ValueError(
             f"guidance_scale={changed['guidance_scale']}: the base was generated with {before['guidance_scale']}, and "
@@ -60,7 +61,7 @@ def check_request(
         changes: of :func:`changed_arguments`; the others are those of :meth:`~fisedit_compile.Editor.edit`.
 
     Raises:
-        ValueError: an option of an unknown value; a prompt that is the base's own though nothing else changes, or
+        ValueError: an option of an unknown value; prompts that are the base's own though nothing else changes, or
             another number of prompts than the base has; a mask to be found where no step is there to find it from.
     """
     if combine not in get_args(Combine):
@@ -73,9 +74,8 @@ def check_request(
         raise ValueError(f"dense={dense!r}: give True or False")
     if len(prompts) != len(base.prompts):
         raise ValueError(f"{len(prompts)} prompt(s) for a base of {len(base.prompts)}: give one for each")
-    same = [new for old, new in zip(base.prompts, prompts, strict=True) if old == new]
-    if same and not changes:
-        raise ValueError(f"the new prompt is the base's own ({same[0]!r}): change at least one word")
+    if prompts == base.prompts and not changes:
+        raise ValueError(f"the new prompt is the base's own ({prompts[0]!r}): change at least one word")
     if dense:
         if combine != "replace":
             raise ValueError(f"combine={combine!r}: a dense edit finds no mask to combine one with; leave it out")

@@ -57,9 +57,11 @@ class EditRun(PipelineRun):
         )
         copies = len(base.latents) // len(prompts)  # num_images_per_prompt: the pipeline repeats each prompt
         self._mapper, self._keep = mapper.repeat_interleave(copies, 0), keep.repeat_interleave(copies, 0)
+        edited = [bool(changes) or old != new for old, new in zip(base.prompts, prompts, strict=True)]
+        self._edited = torch.tensor(edited, device=device).repeat_interleave(copies)  # bool [n]: the others stay
         if base.dense_steps == 0:
             assert given is not None
-            self.mask = given
+            self.mask = self._of_edited(given)
         self._stride_error: StrideError | None = None
         if not base.visits_all:
             visit(self.pipe.scheduler, base.num_inference_steps, base.visits, self._check_schedule)
@@ -151,14 +153,19 @@ class EditRun(PipelineRun):
 
     def _decide_mask(self, latents: list[Tensor]) -> Tensor:
         if self._given is not None and self._combine == "replace":
-            return self._given
+            return self._of_edited(self._given)
         first, last = DIFFERENCE_STEPS[0] - 1, min(DIFFERENCE_STEPS[1], len(latents))
         after = [self._base.latents_after(visit) for visit in range(last)]
-        base, edit = (torch.stack(each[first:last]) for each in (after, latents))
-        found = difference_mask(base, edit)
+        base, edit = (torch.stack(each[first:last])[:, self._edited] for each in (after, latents))
+        found = torch.zeros_like(latents[0][:, 0], dtype=torch.bool)
+        found[self._edited] = difference_mask(base, edit)
         if self._given is None:
             return found
-        mask = found & self._given if self._combine == "and" else found | self._given
-        if not mask.flatten(1).any(dim=1).all():
+        mask = self._of_edited(found & self._given if self._combine == "and" else found | self._given)
+        if not mask[self._edited].flatten(1).any(dim=1).all():
             raise MaskError("the mask that was found and the one given do not meet: give a larger one, or combine='or'")
         return mask
+
+    def _of_edited(self, mask: Tensor) -> Tensor:
+        """The mask, bool ``[n, h, w]``, of the samples that change: those whose prompts stay are the base's."""
+        return mask & self._edited[:, None, None]

@@ -22,6 +22,7 @@ from fisedit_compile.editing.arguments import (
     check_arguments,
     check_generators,
     check_prompts,
+    one_for_each,
     owned,
 )
 from fisedit_compile.editing.background import PixelBackground
@@ -142,13 +143,13 @@ class Editor:
         kept = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **arguments}
         check_arguments(self.pipe, kept)
         callback = self._callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        kept = owned(kept)
+        kept = owned(one_for_each(prompts, kept))
         states = tuple((each.get_state(), each.device) for each in generators)
         with self._in_turn() as (unet, unet_state):
             run = RecordRun(unet, self.pipe, self._tokenizers, callback, self.config, kept)
             state = self._watch.look(run.pipe, unet_state, prompts)
             start = time.perf_counter()
-            images, nsfw = _pictures(run, prompt, generators, kept)
+            images, nsfw = _pictures(run, prompts, generators, kept)
             seconds = time.perf_counter() - start
             state.read_weights()
             return Base(
@@ -188,7 +189,7 @@ class Editor:
 
         Args:
             base: from :meth:`generate` of an editor with this pipeline and config. Read only.
-            prompt: the new prompt, or one a sample of the base.
+            prompt: the new prompt, or one a sample of the base. Samples whose prompts stay are the base's, bit for bit.
             mask: where to edit, instead of finding out: an image, array or tensor of any size, soft in [0, 1] or hard,
                 one for all samples or one each.
             combine: with a mask given: ``"replace"`` uses it alone, ``"and"`` / ``"or"`` cut or join it with the one
@@ -214,7 +215,7 @@ class Editor:
             MaskError: a mask of no pixels, not finite, or for another number of samples; or none can be found; or the
                 words of a sample change nothing that its text encoder sees.
             PipelineInterruptedError: ``pipe._interrupt`` was set before the last step had ended.
-            ValueError: a prompt that is the base's own though nothing else changes, or another number of prompts than
+            ValueError: prompts that are the base's own though nothing else changes, or another number of prompts than
                 the base has; an argument that an edit does not take; or pictures whose background cannot be the base's
                 in pixels.
         """
@@ -245,7 +246,7 @@ class Editor:
             # Where an edit visits all steps, as many as were asked for: Heun's scheduler makes two of each.
             steps = base.arguments["num_inference_steps"] if base.visits_all else len(base.visits)
             repeated = owned({**base.arguments, **changes, "num_inference_steps": steps})
-            images, nsfw = _pictures(run, prompt, base.rewound_generators(), repeated)
+            images, nsfw = _pictures(run, prompts, base.rewound_generators(), repeated)
             uncomposed: tuple[int, ...] = ()
             if keep is not None:
                 flags = {"base_flags": base.nsfw, "edit_flags": nsfw}
@@ -301,11 +302,11 @@ class Editor:
 
 
 def _pictures(
-    run: PipelineRun, prompt: str | Sequence[str], generators: list[torch.Generator], arguments: Mapping[str, Any]
+    run: PipelineRun, prompts: tuple[str, ...], generators: list[torch.Generator], arguments: Mapping[str, Any]
 ) -> tuple[Any, tuple[bool, ...] | None]:
     """The pictures of a run, and the safety checker's flags."""
     output = run.run(
-        prompt=prompt if isinstance(prompt, str) else list(prompt),
+        prompt=list(prompts),
         generator=generators[0] if len(generators) == 1 else generators,
         **arguments,
     )

@@ -102,8 +102,9 @@ def align_prompts(
         mapper fp32 ``[n, T, T]`` and keep fp32 ``[n, T]``, on ``device``.
 
     Raises:
-        MaskError: the prompts of a sample differ in nothing that a text encoder sees (letter case, spaces, or words
-            beyond its length), so that there is no change to find or to draw.
+        MaskError: the prompts of a sample are not the same, but differ in nothing that a text encoder sees (letter
+            case, spaces, or words beyond its length), so that there is no change to find or to draw; or no prompt
+            changes at all.
         ValueError: not one new prompt for each prompt of the base, no tokenizer, or two text encoders that would
             align the words differently: cross-attention has one map for both.
     """
@@ -119,8 +120,10 @@ def align_prompts(
         for (tokenizer, old_prompts), (_, new_prompts) in zip(old_texts, new_texts, strict=True)
     ]
     if not changes:
+        none_changes = list(base_prompts) == list(edit_prompts)
         for sample, prompts in enumerate(zip(base_prompts, edit_prompts, strict=True)):
-            _check_change(sample, *prompts, [tokens[sample] for tokens in encoders])
+            if none_changes or prompts[0] != prompts[1]:
+                _check_change(sample, *prompts, [tokens[sample] for tokens in encoders])
     alignments = [[_align(old, new) for old, new in tokens] for tokens in encoders]
     for sample, (first, *others) in enumerate(zip(*alignments, strict=True)):
         if not all(torch.equal(first.mapper, other.mapper) for other in others):
