@@ -1,13 +1,15 @@
 """The region that new words change, found from how the latents of two generations drift apart.
 
 Source: Yu et al., "Accelerating Text-to-image Editing via Cache-enabled Sparse Diffusion Inference", section
-3.1: ``diff = Normalize(sum over t1..t2 of |X_t - Y_t|)``, a threshold by Otsu's between-class variance, a
-light clean-up. A mask that the user draws is read by ``user_mask.py``.
+3.1: ``diff = Normalize(sum over t1..t2 of |X_t - Y_t|)`` and a threshold by Otsu's between-class variance. Weaker
+change that is connected to what is over the threshold is part of the region as well (hysteresis; Canny, "A
+Computational Approach to Edge Detection", 1986). A mask that the user draws is read by ``user_mask.py``.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,13 @@ logger = logging.getLogger(__name__)
 
 #: Bins of the histogram under Otsu's threshold.
 _BINS = 256
+
+#: Weights of a cell and its neighbours to either side, along rows and columns, by which the difference is smoothed.
+_SMOOTHING = (0.25, 0.5, 0.25)
+
+#: Share of Otsu's threshold over which a cell is part of the region that it touches, and how far from a cell over the
+#: threshold itself it may lie, as a share of the picture's longer side (docs/measurements/masks.md).
+_WEAK, _REACH = 0.4, 0.25
 
 #: Share of the picture from which a found region is reported as "the whole picture".
 _WHOLE_PICTURE = 0.95
@@ -122,31 +131,40 @@ def _without_frame(mask: torch.Tensor) -> torch.Tensor:
     return mask & _dilate(inside)
 
 
-def clean_up(mask: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
-    """Light clean-up of a thresholded difference: no frame, no specks, no pin-holes, one cell of margin.
+def find_region(strength: torch.Tensor) -> torch.Tensor:
+    """The cells that changed: those over Otsu's threshold, and the weaker ones around that are connected to them.
 
-    In this order: a frame one cell thin at the border goes; cells with fewer than two active neighbours
-    (specks) go; the strongest cell stays whatever happened; the region grows by one cell, which closes holes
-    and gaps up to two cells wide and covers more of the pixels that the edit changes in the end.
+    A frame one cell thin at the border is left out, and so are cells over the threshold with fewer than two such
+    neighbours (specks). The strongest cell stays whatever happened.
 
     Args:
-        mask: bool ``[n, h, w]``, cells over the threshold.
-        strength: ``[n, h, w]``, the difference the mask was made from.
+        strength: how strongly each cell changed, ``[n, h, w]``.
 
     Returns:
         bool ``[n, h, w]`` with at least one cell a sample.
     """
-    mask = _without_frame(mask)
+    threshold = otsu_threshold(strength)[:, None, None]
+    region = _without_frame(strength > threshold)
     # Active cells in each 3x3 window, the cell itself included.
-    crowd = F.avg_pool2d(mask.float(), kernel_size=3, stride=1, padding=1, divisor_override=1)
-    mask = mask & (crowd > 2.5)
+    crowd = F.avg_pool2d(region.float(), kernel_size=3, stride=1, padding=1, divisor_override=1)
+    region = region & (crowd > 2.5)
     strongest = strength.flatten(1).argmax(dim=1, keepdim=True)
-    mask = mask.flatten(1).scatter(1, strongest, True).view_as(mask)
-    return _dilate(mask)  # closing before it would change nothing: dilate(erode(dilate(x))) == dilate(x)
+    region = region.flatten(1).scatter(1, strongest, True).view_as(region)
+    weak = region | _without_frame(strength > _WEAK * threshold)
+    for _ in range(math.ceil(_REACH * max(strength.shape[1:]))):  # a count, so that no device has to be waited for
+        region = weak & _dilate(region)
+    return region
+
+
+def _smooth(total: torch.Tensor) -> torch.Tensor:
+    """Smooth ``[n, h, w]`` a little: single cells say less about an object than their neighbourhood does."""
+    weights = torch.tensor(_SMOOTHING, dtype=total.dtype, device=total.device)
+    padded = F.pad(total[:, None], (1, 1, 1, 1), mode="replicate")
+    return F.conv2d(padded, torch.outer(weights, weights)[None, None])[:, 0]
 
 
 def difference_mask(base: torch.Tensor, edit: torch.Tensor) -> torch.Tensor:
-    """The latent cells that the new prompt changes: difference, Otsu's threshold, clean-up (paper 3.1).
+    """The latent cells that the new prompt changes: difference, Otsu's threshold (paper 3.1), growth around it.
 
     Args:
         base: latents of the base at the compared steps, ``[steps, n, channels, h, w]``, in the dtype they
@@ -170,8 +188,7 @@ def difference_mask(base: torch.Tensor, edit: torch.Tensor) -> torch.Tensor:
             f"both prompts give the same latents for sample {int(same.nonzero()[0])} in the {base.shape[0]} "
             f"compared steps, so there is no region to edit; {_WHAT_TO_DO}, or compare more steps"
         )
-    strength = _normalise(total)
-    mask = clean_up(strength > otsu_threshold(strength)[:, None, None], strength)
+    mask = find_region(_normalise(_smooth(total)))
     # The same change in every cell leaves no contrast to threshold: all of the picture changed.
     mask |= (total.amax(dim=(1, 2)) == total.amin(dim=(1, 2)))[:, None, None]
 

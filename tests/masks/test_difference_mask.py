@@ -5,13 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from skimage.filters import threshold_otsu
 
 from fisedit_compile.errors import MaskError
-from fisedit_compile.masks.difference_mask import clean_up, difference, difference_mask, otsu_threshold
+from fisedit_compile.masks.difference_mask import difference, difference_mask, find_region, otsu_threshold
 
 
 def generations(
@@ -107,77 +106,82 @@ def cells(*rows: str) -> torch.Tensor:
     return torch.tensor([[character == "#" for character in row] for row in rows])[None]
 
 
-class TestCleanUp:
-    def test_pin_holes_close(self) -> None:
-        mask = torch.zeros(1, 16, 16, dtype=torch.bool)
-        mask[:, 4:12, 4:12] = True
-        holed = mask.clone()
-        holed[:, 6:8, 6:8] = False
-        holed[:, 9, 9] = False
-        assert torch.equal(clean_up(holed, holed.float()), clean_up(mask, mask.float()))
+class TestFindRegion:
+    def test_specks_go(self) -> None:
+        strength = torch.zeros(1, 20, 20)
+        strength[:, 5:9, 5:9] = 0.9
+        strength[:, 6, 6] = 1  # the strongest cell lies in the region
+        expected = strength > 0
+        strength[:, 14, 14] = strength[:, 16, 3] = strength[:, 16, 4] = 0.9
+        assert torch.equal(find_region(strength), expected)
 
-    def test_specks_go_and_one_cell_of_margin_comes(self) -> None:
-        mask = torch.zeros(1, 20, 20, dtype=torch.bool)
-        mask[:, 5:9, 5:9] = True
-        expected = torch.zeros_like(mask)
-        expected[:, 4:10, 4:10] = True
-        specked = mask.clone()
-        specked[:, 14, 14] = specked[:, 16, 3] = specked[:, 16, 4] = True
-        strength = specked.float()
-        strength[:, 6, 6] = 2  # the strongest cell lies in the region
-        assert torch.equal(clean_up(specked, strength), expected)
+    def test_weak_change_counts_where_it_touches_strong_change(self) -> None:
+        strength = torch.zeros(1, 24, 24)
+        strength[:, 2:20, 2:6] = 1.0
+        strength[:, 8:12, 6:8] = 0.2  # Otsu's threshold is between this and the strong cells
+        expected = strength > 0
+        strength[:, 18:21, 18:21] = 0.2
+        assert torch.equal(find_region(strength), expected)
+
+    def test_weak_change_counts_up_to_a_quarter_of_the_picture(self) -> None:
+        strength = torch.zeros(1, 8, 32)
+        strength[:, :, 0:10] = 1.0
+        strength[:, 3:5, 10:30] = 0.2
+        found = find_region(strength)
+        assert torch.equal(found[:, :, :18], strength[:, :, :18] > 0)
+        assert not found[:, :, 18:].any()
 
     def test_the_strongest_cell_stays_a_lone_speck_though_it_is(self) -> None:
         mask = cells(".....", ".....", "...#.", ".....", ".....")
-        expected = cells(".....", "..###", "..###", "..###", ".....")
-        assert torch.equal(clean_up(mask, mask.float()), expected)
+        assert torch.equal(find_region(mask.float()), mask)
 
     def test_a_thin_frame_goes_and_what_reaches_the_border_stays(self) -> None:
-        frame = torch.ones(1, 16, 16, dtype=torch.bool)
-        frame[:, 1:-1, 1:-1] = False
-        region = torch.zeros_like(frame)
+        strength = torch.zeros(1, 16, 16)
+        strength[:, 0] = strength[:, -1] = strength[:, :, 0] = strength[:, :, -1] = 0.9
+        region = torch.zeros(1, 16, 16, dtype=torch.bool)
         region[:, 6:11, 0:5] = True
-        strength = region.float()
-        strength[:, 8, 2] = 2
-        found = clean_up(frame | region, strength)
-        expected = F.max_pool2d(region.float(), 3, 1, 1) > 0
-        assert (found & expected).sum() == expected.sum()
-        # The frame's cells next to the region touch it, so they stay, and grow by the margin.
-        extra = (found & ~expected).nonzero()[:, 1:]
-        assert len(extra) <= 4
-        assert (extra[:, 1] <= 1).all()
+        strength[region] = 1
+        found = find_region(strength)
+        assert found[region].all()
+        # The frame's cells next to the region touch it, so they stay.
+        extra = (found & ~region).nonzero()[:, 1:]
+        assert len(extra) <= 2
+        assert (extra[:, 1] == 0).all()
 
     @settings(deadline=None, max_examples=60)
-    @given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 12), st.floats(0, 1))
-    def test_always_holds_the_strongest_cell_and_its_margin(
-        self, seed: int, height: int, width: int, share: float
-    ) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        strength = torch.rand(2, height, width, generator=generator)
-        found = clean_up(strength > 1 - share, strength)
+    @given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 12), st.integers(1, 6))
+    def test_always_holds_the_strongest_cell(self, seed: int, height: int, width: int, power: int) -> None:
+        strength = torch.rand(2, height, width, generator=torch.Generator().manual_seed(seed)) ** power
+        found = find_region(strength)
         assert found.dtype == torch.bool
         assert found.shape == strength.shape
         for sample in range(2):
             y, x = divmod(int(strength[sample].argmax()), width)
-            assert found[sample, max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2].all()
+            assert found[sample, y, x]
 
     def test_samples_do_not_touch_each_other(self) -> None:
-        strength = torch.rand(3, 9, 9, generator=torch.Generator().manual_seed(5))
-        mask = strength > 0.7
-        alone = [clean_up(mask[i : i + 1], strength[i : i + 1]) for i in range(3)]
-        assert torch.equal(clean_up(mask, strength), torch.cat(alone))
+        strength = torch.rand(3, 9, 9, generator=torch.Generator().manual_seed(5)) ** 3
+        alone = [find_region(strength[i : i + 1]) for i in range(3)]
+        assert torch.equal(find_region(strength), torch.cat(alone))
 
 
 class TestDifferenceMask:
-    def test_finds_the_changed_box_of_each_sample_with_one_cell_of_margin(self) -> None:
+    def test_finds_the_changed_box_of_each_sample_with_a_margin_but_for_its_corners(self) -> None:
         boxes = [(slice(4, 12), slice(6, 14)), (slice(20, 32), slice(0, 5))]
         found = difference_mask(*generations(boxes))
         assert found.dtype == torch.bool
         assert found.shape == (2, 32, 24)
         for sample, (rows, columns) in enumerate(boxes):
             expected = torch.zeros(32, 24, dtype=torch.bool)
-            expected[max(rows.start - 1, 0) : rows.stop + 1, max(columns.start - 1, 0) : columns.stop + 1] = True
+            expected[max(rows.start - 1, 0) : rows.stop + 1, columns] = True
+            expected[rows, max(columns.start - 1, 0) : columns.stop + 1] = True
             assert torch.equal(found[sample], expected)
+
+    def test_pin_holes_close(self) -> None:
+        base, edit = generations([(slice(4, 20), slice(6, 18))])
+        for hole in ((8, 9), (8, 13), (9, 13)):
+            edit[..., hole[0], hole[1]] = base[..., hole[0], hole[1]]
+        assert difference_mask(base, edit)[0, 4:20, 6:18].all()
 
     def test_a_batch_gives_what_each_sample_gives_alone(self) -> None:
         base, edit = generations([(slice(0, 9), slice(3, 8)), (slice(8, 20), slice(2, 20))])
@@ -233,10 +237,10 @@ class TestDifferenceMask:
         assert found.float().mean() < 0.1
 
     def test_a_change_of_the_whole_picture_is_returned_with_a_warning(self, caplog: pytest.LogCaptureFixture) -> None:
-        found = difference_mask(*generations([(slice(1, 31), slice(1, 23)), (slice(4, 8), slice(4, 8))]))
-        assert "changes 100% of sample 0" in caplog.text
-        assert found[0].all()
-        assert not found[1].all()
+        found = difference_mask(*generations([(slice(0, 32), slice(0, 23)), (slice(4, 8), slice(4, 8))]))
+        assert "changes 98% of sample 0" in caplog.text
+        assert found[0, :, :23].all()
+        assert found[1].float().mean() < 0.1
 
     def test_the_same_change_in_every_cell_is_the_whole_picture(self, caplog: pytest.LogCaptureFixture) -> None:
         base = torch.zeros(2, 1, 4, 8, 8)
