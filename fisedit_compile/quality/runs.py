@@ -93,7 +93,7 @@ class CaseRunner:
         longest = {"dense_steps": steps, "cross_replace": self._controls[-1], "stride": reference_stride}
         self._reference = Editor(pipe, longest)
         self._editors = {name: Editor(pipe, config) for name, config in variants.items()}
-        self._arguments = {"num_inference_steps": steps, "guidance_scale": guidance}
+        self._arguments: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
 
     def run(self, case: Case) -> CaseRun:
         """Draw one case.

@@ -82,8 +82,8 @@ def tables(summary: dict[str, Any]) -> str:
             mark = "best" if each["control"] == summary["best_control"][kind] else ""
             figures = (each[key] for key in ("success", "wrong", "right", "ssim_to_base"))
             rows.append([kind, f"{each['control']:g}", *map(_shown, figures), mark])
-    heads = ["", "control", "success", "wrong object", "right", "SSIM to base", ""]
-    parts.append("dense edits by length of control\n" + tabulate(rows, heads, disable_numparse=True))
+    columns = ["", "control", "success", "wrong object", "right", "SSIM to base", ""]
+    parts.append("dense edits by length of control\n" + tabulate(rows, columns, disable_numparse=True))
     return "\n\n".join(parts)
 
 
