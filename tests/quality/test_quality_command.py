@@ -151,6 +151,12 @@ class TestRefusals:
     def test_a_model_without_a_judge(self, model: Path, tmp_path: Path) -> None:
         assert "examples/train_judge.py" in self.refused(model, "--judge", str(tmp_path))
 
+    def test_a_model_of_other_pictures(self, model: Path, tmp_path: Path) -> None:
+        pipe = demo_pipeline()
+        pipe.unet.register_to_config(sample_size=(16, 24))
+        pipe.save_pretrained(tmp_path)
+        assert "the cases are square" in self.refused(tmp_path, "--judge", str(model / "judge"))
+
     def test_a_judge_of_other_things(self, model: Path, tmp_path: Path) -> None:
         judge = untrained_judge()
         known = JudgeConfig(**{**vars(judge.config), "backgrounds": ("green",)})
