@@ -70,6 +70,12 @@ def add_parser(subparsers: Any) -> None:
         metavar="N|auto",
         help="dense edits visit every N-th step of their base (default: 1, all)",
     )
+    parser.add_argument(
+        "--clip",
+        type=Path,
+        metavar="DIR",
+        help="folder of a CLIP model, for the paper's figures (default: without them)",
+    )
     add_runtime_options(parser)
     add_json_option(parser)
     parser.add_argument("--html", type=Path, metavar="DIR", help="write a page of all pictures to DIR/index.html")
@@ -82,6 +88,7 @@ def run(args: argparse.Namespace) -> None:
     _check(args, variants)
 
     from fisedit_compile.quality.cases import check_words, load_cases
+    from fisedit_compile.quality.clip_scores import Clip
     from fisedit_compile.quality.judge import Judge
 
     cases = load_cases(args.subset, args.cases)
@@ -101,6 +108,7 @@ def run(args: argparse.Namespace) -> None:
     pipe.set_progress_bar_config(disable=True)
     check_words(cases, pipe)
     judge = Judge.load(args.judge or args.model / "judge")
+    clip = Clip.load(args.clip) if args.clip else None
     for case in cases:
         judge.check(case.before)
         judge.check(case.after)
@@ -119,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
         except FiseditError as error:
             raise FiseditError(f"case {case.id}: {error}") from error
         logger.info("%d of %d cases (%s): %.0f s", number, len(cases), case.id, time.perf_counter() - began)
-    scores = score_runs(runs, judge)
+    scores = score_runs(runs, judge, clip)
     summary = summarise(scores)
     text = tables(summary)
     print(text)
@@ -131,6 +139,7 @@ def run(args: argparse.Namespace) -> None:
             "judge_accuracy": dict(judge.config.accuracy),
             "variants": {name: asdict(config) for name, config in variants.items()},
             "model": str(args.model),
+            "clip": str(args.clip) if args.clip else None,
             "steps": args.steps,
             "guidance": args.guidance,
             "controls": sorted({0.0, *args.control}),

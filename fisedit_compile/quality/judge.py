@@ -7,7 +7,7 @@ judges.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ class Judge:
             ValueError: a name, colour, accessory, background or place that it was not trained for.
         """
         known = self.config
-        found = [(scene.background, known.backgrounds)]
+        found: list[tuple[str, Container[str]]] = [(scene.background, known.backgrounds)]
         for place, item in scene.items.items():
             found += [(place, known.windows), (item.name, known.names), (item.accessory, known.accessories)]
             found += [(item.size, known.windows.get(place, {}))]

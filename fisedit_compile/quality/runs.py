@@ -77,6 +77,9 @@ class CaseRunner:
         reference_stride: which steps of their base the dense edits visit; 1 is all.
         steps: denoising steps.
         guidance: guidance scale.
+
+    Raises:
+        ValueError: a pipeline whose pictures are not square by default, as those of the cases are.
     """
 
     def __init__(
@@ -89,11 +92,14 @@ class CaseRunner:
         steps: int,
         guidance: float,
     ) -> None:
+        size = pipe.unet.config.sample_size
+        if not isinstance(size, int) and len(set(size)) > 1:
+            raise ValueError(f"the model draws pictures of {size[0]}x{size[1]} latent cells, and the cases are square")
         self._controls = sorted({0.0, *controls})
         longest = {"dense_steps": steps, "cross_replace": self._controls[-1], "stride": reference_stride}
         self._reference = Editor(pipe, longest)
         self._editors = {name: Editor(pipe, config) for name, config in variants.items()}
-        self._arguments = {"num_inference_steps": steps, "guidance_scale": guidance}
+        self._arguments: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
 
     def run(self, case: Case) -> CaseRun:
         """Draw one case.

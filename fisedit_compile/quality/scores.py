@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fisedit_compile.quality.cases import KINDS, Case
+from fisedit_compile.quality.clip_scores import Clip, ClipFigures
 from fisedit_compile.quality.control_choice import ControlScore, JudgedDense, choose_control, score_control
 from fisedit_compile.quality.judge import Judge, Sight
 from fisedit_compile.quality.regions import MaskScores, changed_cells, enlarge, score_mask
@@ -30,6 +32,7 @@ class VariantScores:
             dense U-Net under the mask, in levels of 8 bits.
         latents_equal, far_pixels_equal: see :class:`~fisedit_compile.quality.runs.VariantEdit`.
         verdict, verdict_under_mask: the judge's, on ours and on the dense U-Net under the mask.
+        clip: by CLIP; None without a model of it.
     """
 
     mask: MaskScores | None
@@ -43,6 +46,7 @@ class VariantScores:
     far_pixels_equal: float
     verdict: Verdict
     verdict_under_mask: Verdict
+    clip: ClipFigures | None
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class CaseScores:
         best_control: length of control of the best dense edit of this kind.
         true_area: share of the cells that it changes.
         dense: length of control -> the dense edit, judged.
+        clip_best_dense: the best dense edit by CLIP; None without a model of it.
         variants: name -> scores.
     """
 
@@ -64,6 +69,7 @@ class CaseScores:
     best_control: float
     true_area: float
     dense: Mapping[float, JudgedDense]
+    clip_best_dense: ClipFigures | None
     variants: Mapping[str, VariantScores]
 
 
@@ -76,8 +82,14 @@ class Scores:
     best_control: Mapping[str, float]
 
 
-def score_runs(runs: Sequence[CaseRun], judge: Judge) -> Scores:
-    """Score all cases; which dense edit is the best of a kind is decided by all of the kind that are here."""
+def score_runs(runs: Sequence[CaseRun], judge: Judge, clip: Clip | None = None) -> Scores:
+    """Score all cases; which dense edit is the best of a kind is decided by all of the kind that are here.
+
+    Args:
+        runs: the pictures.
+        judge: says what they show.
+        clip: for the paper's figures; None leaves them out.
+    """
     sights = {run.case.id: judge.look(run.base, run.case.before) for run in runs}
     dense = {run.case.id: _judged_dense(run, judge, sights[run.case.id]) for run in runs}
     shown = {run.case.id: shows(sights[run.case.id], run.case.before, run.case.changed) for run in runs}
@@ -100,8 +112,9 @@ def score_runs(runs: Sequence[CaseRun], judge: Judge) -> Scores:
                 best_control=control,
                 true_area=float(region.float().mean()),
                 dense=dense[case.id],
+                clip_best_dense=_by_clip(clip, run, run.dense[control].picture),
                 variants={
-                    name: _score_variant(run, edit, control, region, judge, sights[case.id])
+                    name: _score_variant(run, edit, control, region, judge, sights[case.id], clip)
                     for name, edit in run.variants.items()
                 },
             )
@@ -118,7 +131,13 @@ def _judged_dense(run: CaseRun, judge: Judge, before: Sight) -> dict[float, Judg
 
 
 def _score_variant(
-    run: CaseRun, edit: VariantEdit, control: float, region: torch.Tensor, judge: Judge, before: Sight
+    run: CaseRun,
+    edit: VariantEdit,
+    control: float,
+    region: torch.Tensor,
+    judge: Judge,
+    before: Sight,
+    clip: Clip | None,
 ) -> VariantScores:
     best = run.dense[control].picture
     ours, under, reference = as_pixels(edit.picture), as_pixels(edit.under_mask), as_pixels(best)
@@ -135,4 +154,9 @@ def _score_variant(
         far_pixels_equal=edit.far_pixels_equal,
         verdict=judge_edit(before, judge.look(edit.picture, run.case.after), run.case),
         verdict_under_mask=judge_edit(before, judge.look(edit.under_mask, run.case.after), run.case),
+        clip=_by_clip(clip, run, edit.picture),
     )
+
+
+def _by_clip(clip: Clip | None, run: CaseRun, picture: Any) -> ClipFigures | None:
+    return clip.score(run.base, picture, run.case.prompt, run.case.edit) if clip else None

@@ -41,6 +41,14 @@ _JUDGE = {
     "best dense ": "wrong_best_dense",
     "plain ": "wrong_plain",
 }
+_CLIP = {
+    "image-image": "clip_image_similarity",
+    "best dense": "clip_image_similarity_best_dense",
+    "directional": "clip_directional_similarity",
+    "best dense ": "clip_directional_similarity_best_dense",
+    "accuracy": "clip_follows",
+    "best dense  ": "clip_follows_best_dense",
+}
 
 
 def summarise(scores: Scores) -> dict[str, Any]:
@@ -73,6 +81,7 @@ def tables(summary: dict[str, Any]) -> str:
             ("mask against the cells that the best dense edit changes", _MASK),
             ("pictures: in the mask against the dense U-Net under it, whole against the best dense edit", _PICTURE),
             ("by the judge: shares of the cases whose base shows what its words say", _JUDGE),
+            *([("by CLIP, of the edit and of the best dense edit", _CLIP)] if _has_clip(groups) else []),
         ):
             rows = [[group, *(_shown(figures[key]) for key in heads.values())] for group, figures in groups.items()]
             parts.append(f"{name}: {title}\n" + tabulate(rows, ["", *heads], disable_numparse=True))
@@ -82,9 +91,13 @@ def tables(summary: dict[str, Any]) -> str:
             mark = "best" if each["control"] == summary["best_control"][kind] else ""
             figures = (each[key] for key in ("success", "wrong", "right", "ssim_to_base"))
             rows.append([kind, f"{each['control']:g}", *map(_shown, figures), mark])
-    heads = ["", "control", "success", "wrong object", "right", "SSIM to base", ""]
-    parts.append("dense edits by length of control\n" + tabulate(rows, heads, disable_numparse=True))
+    columns = ["", "control", "success", "wrong object", "right", "SSIM to base", ""]
+    parts.append("dense edits by length of control\n" + tabulate(rows, columns, disable_numparse=True))
     return "\n\n".join(parts)
+
+
+def _has_clip(groups: dict[str, Any]) -> bool:
+    return any(figures["clip_follows"] is not None for figures in groups.values())
 
 
 def _groups(cases: Sequence[CaseScores]) -> Iterable[tuple[str, list[CaseScores]]]:
@@ -102,6 +115,8 @@ def _figures(cases: Sequence[CaseScores], name: str) -> dict[str, float | int | 
     verdicts = [each.variants[name].verdict for each in judged]
     under = [each.variants[name].verdict_under_mask for each in judged]
     inside = [each.ssim_inside for each in ours]
+    clip = [each.clip for each in ours if each.clip]
+    clip_dense = [each.clip_best_dense for each in cases if each.clip_best_dense]
     return {
         "cases": len(cases),
         **{key: _mean(getattr(mask, key) for mask in masks) for key in ("iou", "recall", "precision", "area_ratio")},
@@ -118,6 +133,11 @@ def _figures(cases: Sequence[CaseScores], name: str) -> dict[str, float | int | 
             f"{what}{suffix}": _mean(getattr(each, what) for each in found)
             for what in ("success", "wrong")
             for suffix, found in (("", verdicts), ("_under_mask", under), ("_best_dense", best), ("_plain", plain))
+        },
+        **{
+            f"clip_{what}{suffix}": _mean(getattr(each, what) for each in figures)
+            for what in ("image_similarity", "directional_similarity", "follows")
+            for suffix, figures in (("", clip), ("_best_dense", clip_dense))
         },
     }
 

@@ -52,10 +52,13 @@ def quality(model: Path, *options: str) -> tuple[int, str, str]:
 
 
 @pytest.fixture(scope="module")
-def measured(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, Path]:
+def measured(
+    model: Path, clip_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], str, Path]:
     """The JSON, stdout and page of two cases by two variants."""
     out = tmp_path_factory.mktemp("quality")
     options = ["--cases", "2", "--steps", "6", "--control", "0", "0.5", "1"]
+    options += ["--clip", str(clip_folder)]
     options += [part for variant in VARIANTS for part in ("--variant", variant)]
     status, stdout, stderr = quality(model, *options, "--json", str(out / "q.json"), "--html", str(out / "page"))
     assert status == 0, stderr
@@ -73,10 +76,14 @@ def test_every_case_and_every_figure_is_in_the_json(measured: tuple[dict[str, An
             assert scores["far_pixels_equal"] == 1.0
             assert 0 < scores["mask_area"] <= 1
             assert -1 <= scores["ssim_inside"] <= 1
+            assert 0 < scores["clip"]["image_similarity"] <= 1 + 1e-6
+        assert each["clip_best_dense"]["image_similarity"] > 0
     groups = values["summary"]["variants"][VARIANTS[0]]
     assert set(groups) == {"object", "colour", "small", "all"}
     both = [each["variants"][VARIANTS[0]]["ssim_to_best"] for each in values["cases"]]
     assert groups["all"]["ssim_to_best"] == pytest.approx(sum(both) / 2)
+    follows = [each["variants"][VARIANTS[0]]["clip"]["follows"] for each in values["cases"]]
+    assert groups["all"]["clip_follows"] == sum(follows) / 2
     assert values["steps"] == 6
     assert values["judge_accuracy"] == {"name": 0.02}
 
@@ -95,6 +102,7 @@ def test_stdout_is_the_tables(measured: tuple[dict[str, Any], str, Path]) -> Non
     values, stdout, _ = measured
     for name in VARIANTS:
         assert f"{name}: mask against" in stdout
+        assert f"{name}: by CLIP" in stdout
     shown = values["summary"]["variants"][VARIANTS[0]]["all"]["ssim_inside"]
     assert f"{shown:.3f}" in stdout
     best = values["summary"]["best_control"]["object"]
@@ -150,6 +158,15 @@ class TestRefusals:
 
     def test_a_model_without_a_judge(self, model: Path, tmp_path: Path) -> None:
         assert "examples/train_judge.py" in self.refused(model, "--judge", str(tmp_path))
+
+    def test_a_model_of_other_pictures(self, model: Path, tmp_path: Path) -> None:
+        pipe = demo_pipeline()
+        pipe.unet.register_to_config(sample_size=(16, 24))
+        pipe.save_pretrained(tmp_path)
+        assert "the cases are square" in self.refused(tmp_path, "--judge", str(model / "judge"))
+
+    def test_a_folder_that_is_no_clip(self, model: Path, tmp_path: Path) -> None:
+        assert "no folder of a CLIP model" in self.refused(model, "--clip", str(tmp_path))
 
     def test_a_judge_of_other_things(self, model: Path, tmp_path: Path) -> None:
         judge = untrained_judge()
