@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -184,14 +185,14 @@ class Soak:
         if old:
             works += [(lambda: self._store.remove(old), [old]), (lambda: self._store.evict(1), list(self._stored))]
         work, going = self._chance.choice(works)
-        child = os.fork()
-        if child == 0:
-            work()
-            os._exit(0)
+        child = multiprocessing.get_context("fork").Process(target=work)
+        child.start()
         time.sleep(self._chance.uniform(0, 0.08))
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        self.done["killed"] += os.WIFSIGNALED(status)
+        child.kill()
+        child.join()
+        self.done["killed"] += child.exitcode == -signal.SIGKILL
+        if child.exitcode not in (0, -signal.SIGKILL):
+            self.faults.append(f"wrong: a process ended with status {child.exitcode}")
         self.done["leftovers"] += sum(each.name.startswith(".") for each in self._store.folder.iterdir()) - 1
         self._store.evict()
         self._expect_gone(going, exactly=False)
