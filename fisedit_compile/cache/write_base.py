@@ -101,8 +101,13 @@ def check_target(folder: Path) -> None:
 
     Raises:
         SavedBaseError: something lies there already.
+        BaseStorageError: what lies there cannot be seen.
     """
-    if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir())):
+    try:
+        taken = os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir()))
+    except OSError as error:
+        raise _storage_error(error, folder) from error
+    if taken:
         raise SavedBaseError(f"{folder} is there already: give another name, or remove it first")
 
 
