@@ -124,6 +124,12 @@ class TestWriting:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert not (saved.base.parent / "new").exists()
 
+    def test_more_than_would_be_read_back(self, saved: Saved, tiny_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("fisedit_compile.cache.write_base.MOST_JSON", 1000)
+        with pytest.raises(SavedBaseError, match=r"beside its tensors the base holds 0\.2 MiB, and 0\.0 are read back"):
+            tiny_base.save(saved.base.parent / "new")
+        assert not (saved.base.parent / "new").exists()
+
     def test_somebody_else_saves_under_the_same_name(
         self, saved: Saved, tiny_base: Base, monkeypatch: pytest.MonkeyPatch
     ) -> None:
