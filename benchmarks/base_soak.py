@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -82,11 +83,17 @@ class Soak:
 
     def run(self, operations: int) -> None:
         """Do so many operations."""
-        choices: list[Callable[[], None]] = [self._record, self._edit, *[self._save] * 4, *[self._load] * 2]
-        choices += [self._save_alone, self._evict, self._remove, self._damage, self._fill_disk, self._use]
-        choices += [self._kill] * 3 if self.kills else []
+        always: list[Callable[[], None]] = [
+            self._record,
+            self._edit,
+            *[self._save] * 4,
+            self._save_alone,
+            self._fill_disk,
+        ]
+        always += [self._kill] * 3 if self.kills else []
+        of_stored: list[Callable[[], None]] = [*[self._load] * 2, self._evict, self._remove, self._damage, self._use]
         for _ in range(operations):
-            operation = self._chance.choice(choices)
+            operation = self._chance.choice([*always, *(of_stored if self._stored else [])])
             operation()
             self.done[operation.__name__.strip("_")] += 1
             self._check_store()
@@ -107,10 +114,10 @@ class Soak:
         self._stored[name] = known
 
     def _load(self) -> None:
-        if name := self._any():
-            with self._store.get(name) as folder:
-                self._hold(self.editor.load(folder), self._stored[name], name)
-            self._stored[name] = self._stored.pop(name)
+        name = self._any()
+        with self._store.get(name) as folder:
+            self._hold(self.editor.load(folder), self._stored[name], name)
+        self._stored[name] = self._stored.pop(name)
 
     def _save_alone(self) -> None:
         base, known = self._chance.choice(self._memory)
@@ -131,36 +138,36 @@ class Soak:
         self._expect_gone(going)
 
     def _remove(self) -> None:
-        if name := self._any():
-            self._store.remove(name)
-            del self._stored[name]
+        name = self._any()
+        self._store.remove(name)
+        del self._stored[name]
 
     def _use(self) -> None:
         """While a base is in use nothing removes it."""
-        if name := self._any():
-            with self._store.get(name) as folder:
-                for remove in (lambda: self._store.remove(name), lambda: self._store.evict(0)):
-                    try:
-                        remove()
-                        self.faults.append(f"lost: {name} was removed while it was in use")
-                    except BaseInUseError:
-                        self.done["refused: in use"] += 1
-                self._hold(self.editor.load(folder), self._stored[name], name)
-            self._stored[name] = self._stored.pop(name)
+        name = self._any()
+        with self._store.get(name) as folder:
+            for remove in (lambda: self._store.remove(name), lambda: self._store.evict(0)):
+                try:
+                    remove()
+                    self.faults.append(f"lost: {name} was removed while it was in use")
+                except BaseInUseError:
+                    self.done["refused: in use"] += 1
+            self._hold(self.editor.load(folder), self._stored[name], name)
+        self._stored[name] = self._stored.pop(name)
 
     def _damage(self) -> None:
-        if name := self._any():
-            path = self._chance.choice(sorted((self._store.folder / name).glob("*.safetensors")))
-            data = bytearray(path.read_bytes())
-            data[self._chance.randrange(len(data))] ^= 1 << self._chance.randrange(8)
-            path.write_bytes(data)
-            try:
-                self.editor.load(self._store.folder / name)
-                self.faults.append(f"wrong: {name} was loaded with a flipped bit in {path.name}")
-            except DamagedBaseError:
-                self.done["refused: damaged"] += 1
-            self._store.remove(name)
-            del self._stored[name]
+        name = self._any()
+        path = self._chance.choice(sorted((self._store.folder / name).glob("*.safetensors")))
+        data = bytearray(path.read_bytes())
+        data[self._chance.randrange(len(data))] ^= 1 << self._chance.randrange(8)
+        path.write_bytes(data)
+        try:
+            self.editor.load(self._store.folder / name)
+            self.faults.append(f"wrong: {name} was loaded with a flipped bit in {path.name}")
+        except DamagedBaseError:
+            self.done["refused: damaged"] += 1
+        self._store.remove(name)
+        del self._stored[name]
 
     def _fill_disk(self) -> None:
         base, known = self._chance.choice(self._memory)
@@ -184,14 +191,14 @@ class Soak:
         if old:
             works += [(lambda: self._store.remove(old), [old]), (lambda: self._store.evict(1), list(self._stored))]
         work, going = self._chance.choice(works)
-        child = os.fork()
-        if child == 0:
-            work()
-            os._exit(0)
+        child = multiprocessing.get_context("fork").Process(target=work)
+        child.start()
         time.sleep(self._chance.uniform(0, 0.08))
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        self.done["killed"] += os.WIFSIGNALED(status)
+        child.kill()
+        child.join()
+        self.done["killed"] += child.exitcode == -signal.SIGKILL
+        if child.exitcode not in (0, -signal.SIGKILL):
+            self.faults.append(f"wrong: a process ended with status {child.exitcode}")
         self.done["leftovers"] += sum(each.name.startswith(".") for each in self._store.folder.iterdir()) - 1
         self._store.evict()
         self._expect_gone(going, exactly=False)

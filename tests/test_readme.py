@@ -49,9 +49,9 @@ def smaller(text: str) -> str:
     return text
 
 
-def run(code: str) -> dict[str, Any]:
-    """Run a snippet in a namespace of its own, and return that."""
-    names: dict[str, Any] = {}
+def run(code: str, names: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Run a snippet in a namespace of its own, or where another one left off, and return that."""
+    names = {} if names is None else names
     exec(compile(smaller(code), "README.md", "exec"), names)
     return names
 
@@ -65,16 +65,20 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class TestPython:
-    def test_there_are_three_snippets(self) -> None:
-        assert len(snippets("python")) == 3
+    def test_there_are_four_snippets(self) -> None:
+        assert len(snippets("python")) == 4
 
     def test_the_editor_draws_the_edit(self, folder: Path) -> None:
-        (code,) = [code for code in snippets("python") if "Editor(" in code]
+        (code,) = [code for code in snippets("python") if "edit.image.save(" in code]
         names = run(code)
         assert (folder / "edit.png").exists()
         report = names["edit"].report
         assert (report.dense_steps, report.sparse_steps) == (1, 3)
         assert report.background_identical
+        (code,) = [code for code in snippets("python") if "BaseStore(" in code]
+        names = run(code, names)  # the one of bases on disk goes on with what is there
+        assert [base.name for base in names["store"].bases()] == [names["name"]]
+        assert torch.equal(names["edit_of_loaded"].latents, names["edit"].latents)
 
     @pytest.mark.parametrize("call", ["unet.step(", 'backend="fisedit"'])
     def test_a_step_changes_what_the_mask_covers_alone(
@@ -92,10 +96,13 @@ class TestPython:
 
 class TestShell:
     def test_edit(self, folder: Path) -> None:
-        (line,) = [line for line in commands("fisedit-compile") if line.startswith("edit ")]
-        assert main(shlex.split(smaller(line))) == 0
+        first, second = [line for line in commands("fisedit-compile") if line.startswith("edit ")]
+        assert main(shlex.split(smaller(first))) == 0
         report = json.loads((folder / "out" / "edit" / "report.json").read_text())
         assert (report["steps"], report["added_words"]) == (4, [["wearing", "a", "hat"]])
+        assert main(shlex.split(smaller(second))) == 0
+        report = json.loads((folder / "out" / "second" / "report.json").read_text())
+        assert (report["base"], report["steps"], report["added_words"]) == ("out/bear", 4, [["cat"]])
 
     def test_others(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         lines = [line for line in commands("fisedit-compile") if not line.startswith("edit ")]

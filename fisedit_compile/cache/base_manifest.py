@@ -25,6 +25,9 @@ PARTIAL, REMOVED = ".partial", ".removed"
 
 FORMAT, FORMAT_VERSION = "fisedit_compile base", 1
 
+#: More bytes than any manifest or content takes: a U-Net of SDXL has some thousand tensors and ten thousand values.
+MOST_JSON = 64 * 2**20
+
 WHAT_TO_DO = "remove the folder and generate the base again"
 
 #: Packages whose versions decide how nodes of a graph are named and what models hold.

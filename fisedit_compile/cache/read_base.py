@@ -16,6 +16,7 @@ from typing import Any
 from fisedit_compile.cache.base_manifest import (
     CONTENT,
     MANIFEST,
+    MOST_JSON,
     WHAT_TO_DO,
     BaseFile,
     Manifest,
@@ -23,9 +24,6 @@ from fisedit_compile.cache.base_manifest import (
 )
 from fisedit_compile.cache.folder_lock import folder_lock
 from fisedit_compile.errors import BaseFormatError, BaseStorageError, DamagedBaseError
-
-#: More than any manifest and any content takes: a U-Net of SDXL has some thousand tensors and ten thousand values.
-_MOST_JSON = 64 * 2**20
 
 #: Shards that are read at once.
 WORKERS = 4
@@ -42,7 +40,7 @@ class BaseFolder:
     def __init__(self, folder: Path, descriptor: int) -> None:
         self.folder, self._descriptor = folder, descriptor
         try:
-            data = self._read(MANIFEST, most=_MOST_JSON)
+            data = self._read(MANIFEST, most=MOST_JSON)
         except FileNotFoundError:
             raise BaseFormatError(
                 f"{folder} is no folder of a saved base (no {MANIFEST} in it): give one that base.save(...) wrote"
@@ -71,7 +69,7 @@ class BaseFolder:
             DamagedBaseError: it is not what was written.
         """
         try:
-            return json.loads(self.read(CONTENT, most=_MOST_JSON))
+            return json.loads(self.read(CONTENT, most=MOST_JSON))
         except (ValueError, RecursionError):
             raise self.damaged(CONTENT, "is no JSON") from None
 

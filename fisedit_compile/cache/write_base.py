@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fisedit_compile.cache.base_manifest import CONTENT, MANIFEST, PARTIAL, BaseFile, Manifest
+from fisedit_compile.cache.base_manifest import CONTENT, MANIFEST, MOST_JSON, PARTIAL, BaseFile, Manifest
 from fisedit_compile.cache.folder_lock import folder_lock
 from fisedit_compile.cache.packed_base import PackedBase, shard_chunks
 from fisedit_compile.cache.read_base import note_use
@@ -32,15 +32,21 @@ def write_base(packed: PackedBase, folder: Path) -> Manifest:
         folder: where it will lie: one that is not there yet, or empty; those above it are made.
 
     Raises:
-        SavedBaseError: something lies there already.
+        SavedBaseError: something lies there already, or the base holds too much beside its tensors.
         BaseStorageError: the file system is full, read-only or forbidden; nothing is left of what was written.
     """
     check_target(folder)
+    content = json.dumps(packed.content).encode()
+    if len(content) > MOST_JSON:
+        raise SavedBaseError(
+            f"{folder}: beside its tensors the base holds {len(content) / 2**20:.1f} MiB, and {MOST_JSON / 2**20:.1f} "
+            "are read back at most: give the pipeline tensors or arrays instead of long lists"
+        )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _check_room(packed.nbytes, folder)
         with _partial_folder(folder) as partial:
-            manifest = _write_files(packed, partial)
+            manifest = _write_files(packed, content, partial)
             _put_in_place(partial, folder)
             return manifest
     except OSError as error:
@@ -49,10 +55,10 @@ def write_base(packed: PackedBase, folder: Path) -> Manifest:
         raise _storage_error(error, folder) from error
 
 
-def _write_files(packed: PackedBase, partial: Path) -> Manifest:
+def _write_files(packed: PackedBase, content: bytes, partial: Path) -> Manifest:
     """Write all files of a base into a folder, and to the disk."""
     files = [_write(partial / name, shard_chunks(tensors)) for name, tensors in packed.shards.items()]
-    files.append(_write(partial / CONTENT, [json.dumps(packed.content).encode()]))
+    files.append(_write(partial / CONTENT, [content]))
     manifest = Manifest(packed.summary, tuple(files))
     _write(partial / MANIFEST, [manifest.to_json()])
     note_use(partial)
@@ -101,8 +107,13 @@ def check_target(folder: Path) -> None:
 
     Raises:
         SavedBaseError: something lies there already.
+        BaseStorageError: what lies there cannot be seen.
     """
-    if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir())):
+    try:
+        taken = os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir()))
+    except OSError as error:
+        raise _storage_error(error, folder) from error
+    if taken:
         raise SavedBaseError(f"{folder} is there already: give another name, or remove it first")
 
 

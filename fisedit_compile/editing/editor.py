@@ -279,12 +279,13 @@ class Editor:
             DamagedBaseError: files that are not what was written.
             BaseMemoryError: the base would take more memory than is free.
         """
-        with open_base(Path(folder)) as opened, self._in_turn() as (_, unet_state):
+        with open_base(Path(folder)) as opened:
             saved = SavedBase(opened, self.pipe.device)
-            pipe = self._tokenizers.within(self.pipe)
-            state = self._watch.look(pipe, unet_state, saved.base.prompts)
-            saved.base.check(state, Schedule.of(pipe.scheduler), self.config)
-            state.read_weights()
+            with self._in_turn() as (_, unet_state):
+                pipe = self._tokenizers.within(self.pipe)
+                state = self._watch.look(pipe, unet_state, saved.base.prompts)
+                saved.base.check(state, Schedule.of(pipe.scheduler), self.config)
+                state.read_weights()
             base = saved.read_calls(state)
             opened.note_use()
             return base

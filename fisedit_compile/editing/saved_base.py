@@ -21,7 +21,7 @@ from fisedit_compile.editing.base import Base, RecordedCall
 from fisedit_compile.editing.pipeline_state import PipelineState
 from fisedit_compile.editing.schedule import Schedule
 from fisedit_compile.editing.stride import SolverStep
-from fisedit_compile.errors import BaseMismatchError, DamagedBaseError, FiseditError
+from fisedit_compile.errors import BaseMemoryError, BaseMismatchError, DamagedBaseError, FiseditError
 from fisedit_compile.ir.call import Signature
 from fisedit_compile.ir.requests import CacheEntry
 from fisedit_compile.runtime.model_state import ModelState
@@ -172,8 +172,12 @@ class SavedBase:
         """What ``make`` returns; whatever it cannot read is an error of the folder."""
         try:
             return make()
-        except (FiseditError, torch.OutOfMemoryError):
+        except FiseditError:
             raise
+        except torch.OutOfMemoryError as error:
+            raise BaseMemoryError(
+                f"{self._opened.folder} does not fit beside what the GPU holds: free some of its memory ({error})"
+            ) from error
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise DamagedBaseError(
                 f"{self._opened.folder}: base.json does not describe a base ({error}): remove the folder and generate "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionImg2ImgPipeline
 from PIL import Image
+from support.packed import forge_content
 from support.pipelines import CONFIG, EDIT, PROMPT, generate, left_half, tiny_pipeline
 
 from fisedit_compile import (
@@ -31,6 +33,9 @@ from fisedit_compile.cache.plain_form import from_plain, to_plain
 from fisedit_compile.utils.frozen_mapping import FrozenMapping
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+SKIPPING = {"stride": 2, "dense_steps": 0.5, "attention": "masked"}
 
 
 @pytest.fixture(scope="module")
@@ -94,18 +99,11 @@ class TestSameBase:
             assert torch.equal(got.mask, want.mask)
             assert_same(got.images, want.images)
 
-    @pytest.mark.parametrize(
-        ("config", "arguments"),
-        [
-            ({"stride": 2, "dense_steps": 0.5}, {"num_inference_steps": 8}),
-            ({"attention": "masked", "dense_steps": 1}, {"num_images_per_prompt": 2}),
-        ],
-        ids=["stride 2", "two pictures, masked attention"],
-    )
-    def test_edits_of_other_bases(self, config: dict[str, Any], arguments: dict[str, Any], tmp_path: Path) -> None:
-        editor = Editor(tiny_pipeline(scheduler=EulerDiscreteScheduler(steps_offset=1)), config)
-        base = generate(editor, **arguments)
-        assert bool(base.solver_steps) == ("stride" in config)
+    def test_edits_of_another_base(self, tmp_path: Path) -> None:
+        """Of two pictures, that skip steps, with masked attention."""
+        editor = Editor(tiny_pipeline(scheduler=EulerDiscreteScheduler(steps_offset=1)), SKIPPING)
+        base = generate(editor, num_inference_steps=8, num_images_per_prompt=2)
+        assert base.solver_steps
         base.save(tmp_path / "base")
         loaded = editor.load(tmp_path / "base")
         assert_same_base(loaded, base)
@@ -279,8 +277,8 @@ class TestRefusal:
         with pytest.raises(BaseMemoryError, match=r"would take 0\.0 GiB of cpu"):
             tiny_editor.load(folder)
 
-    def test_a_device_that_is_not_here(self, tiny_editor: Editor, tiny_base: Base, tmp_path: Path) -> None:
-        """Tensors come to the pipeline's device; noise cannot be drawn again elsewhere."""
+    def test_noise_of_a_device_that_is_not_here(self, tiny_editor: Editor, tiny_base: Base, tmp_path: Path) -> None:
+        """Noise of a generator there cannot be drawn again."""
         ((state, _),) = tiny_base.generators
         gone = torch.device("cuda", 99)
         replace(tiny_base, generators=((state, gone),)).save(tmp_path / "base")
@@ -288,6 +286,20 @@ class TestRefusal:
             BaseMismatchError, match="noise of the base comes from a generator on cuda:99, which is not"
         ):
             tiny_editor.load(tmp_path / "base")
+
+    def test_tensors_of_a_device_that_is_not_here_come_to_the_pipelines(
+        self, tiny_editor: Editor, tiny_base: Base, folder: Path, tmp_path: Path
+    ) -> None:
+        def made_elsewhere(content: Any) -> None:
+            if isinstance(content, dict) and "shard" in content:
+                content["device"] = "cuda:99"
+            for each in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
+                made_elsewhere(each)
+
+        shutil.copytree(folder, tmp_path / "base")
+        forge_content(tmp_path / "base", made_elsewhere)
+        assert (tmp_path / "base" / "base.json").read_text().count("cuda:99") > 100
+        assert_same_base(tiny_editor.load(tmp_path / "base"), tiny_base)
 
     @pytest.mark.parametrize("where", ["nowhere", "empty", "file"])
     def test_no_base(self, tiny_editor: Editor, where: str, tmp_path: Path) -> None:

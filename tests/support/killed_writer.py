@@ -75,7 +75,7 @@ def main() -> None:
     folder, times, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
     chance = random.Random(seed)
-    packed = packed_base(shards=2, kib=256)
+    packed = packed_base(shards=1, kib=64)
     counts = {"killed": 0, "whole": 0, "none": 0, "leftovers": 0}
 
     def check(base: Path) -> None:
