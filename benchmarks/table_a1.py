@@ -132,7 +132,7 @@ def run(args: argparse.Namespace, command: str) -> tuple[Results, bool]:
     kit = None if only_count else Kit(args.arch, args.size, device, dtype)
     # Counts do not depend on the dtype, and the CPU is slow in half precision.
     counting_kit = Kit(args.arch, args.size, torch.device("cpu"), torch.float32, counting=True)
-    factories = _factories(args, config)
+    factories = factories_of(args, config)
     where = {**describe(device, dtype), **({"device": "meta"} if only_count else {})}
     results = Results(args.json, conditions_of(args, config, where, command), NAMES)
 
@@ -155,7 +155,7 @@ def conditions_of(
     return {**conditions, "masks": args.masks and args.masks.name, "commands": [command]}
 
 
-def _factories(args: argparse.Namespace, config: SparsityConfig) -> dict[str, Factory]:
+def factories_of(args: argparse.Namespace, config: SparsityConfig) -> dict[str, Factory]:
     """The methods to measure, in the order in which they run: FISEdit is last, because its base stays in memory."""
     latents = latent_size(args.size, args.size)
     factories = {**_PAPER_METHODS, **_ALTERNATIVES}

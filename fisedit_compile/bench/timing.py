@@ -95,7 +95,7 @@ def interleaved(
                 fastest[key] = min(fastest[key], _single(run, device)[0])
                 bar.update()
         for key, each in times.items():
-            each.calls = _calls(fastest[key]) if device.type == "cuda" else 1
+            each.calls = calls_of_sample(fastest[key]) if device.type == "cuda" else 1
         for round_number in range(most):
             for key, run in runs.items():
                 if _takes_part(round_number, most, wanted[key]):
@@ -118,7 +118,7 @@ def _takes_part(round_number: int, rounds: int, wanted: int) -> bool:
     return (round_number + 1) * wanted // rounds > round_number * wanted // rounds
 
 
-def _calls(milliseconds: float) -> int:
+def calls_of_sample(milliseconds: float) -> int:
     """How many calls a sample takes if one call takes ``milliseconds``."""
     calls = math.ceil(_SAMPLE_MS / max(milliseconds, 1e-6))
     return min(max(_FEWEST_CALLS_OF_SAMPLE, calls), _MOST_CALLS_OF_SAMPLE)

@@ -24,9 +24,11 @@ _BINS = 256
 #: Weights of a cell and its neighbours to either side, along rows and columns, by which the difference is smoothed.
 _SMOOTHING = (0.25, 0.5, 0.25)
 
-#: Share of Otsu's threshold over which a cell is part of the region that it touches, and how far from a cell over the
-#: threshold itself it may lie, as a share of the picture's longer side (docs/measurements/masks.md).
-_WEAK, _REACH = 0.4, 0.25
+#: Share of Otsu's threshold over which a cell is part of the region that it touches (docs/measurements/masks.md).
+WEAK = 0.4
+
+#: How far from a cell over the threshold itself such a cell may lie, as a share of the picture's longer side.
+_REACH = 0.25
 
 #: Share of the picture from which a found region is reported as "the whole picture".
 _WHOLE_PICTURE = 0.95
@@ -131,7 +133,7 @@ def _without_frame(mask: torch.Tensor) -> torch.Tensor:
     return mask & _dilate(inside)
 
 
-def find_region(strength: torch.Tensor) -> torch.Tensor:
+def find_region(strength: torch.Tensor, weak: float = WEAK) -> torch.Tensor:
     """The cells that changed: those over Otsu's threshold, and the weaker ones around that are connected to them.
 
     A frame one cell thin at the border is left out, and so are cells over the threshold with fewer than two such
@@ -139,6 +141,7 @@ def find_region(strength: torch.Tensor) -> torch.Tensor:
 
     Args:
         strength: how strongly each cell changed, ``[n, h, w]``.
+        weak: share of the threshold from which a cell that touches the region belongs to it; 1 is none.
 
     Returns:
         bool ``[n, h, w]`` with at least one cell a sample.
@@ -150,17 +153,20 @@ def find_region(strength: torch.Tensor) -> torch.Tensor:
     region = region & (crowd > 2.5)
     strongest = strength.flatten(1).argmax(dim=1, keepdim=True)
     region = region.flatten(1).scatter(1, strongest, True).view_as(region)
-    weak = region | _without_frame(strength > _WEAK * threshold)
+    candidates = region | _without_frame(strength > weak * threshold)
     for _ in range(math.ceil(_REACH * max(strength.shape[1:]))):  # a count, so that no device has to be waited for
-        region = weak & _dilate(region)
+        region = candidates & _dilate(region)
     return region
 
 
-def _smooth(total: torch.Tensor) -> torch.Tensor:
-    """Smooth ``[n, h, w]`` a little: single cells say less about an object than their neighbourhood does."""
-    weights = torch.tensor(_SMOOTHING, dtype=total.dtype, device=total.device)
-    padded = F.pad(total[:, None], (1, 1, 1, 1), mode="replicate")
-    return F.conv2d(padded, torch.outer(weights, weights)[None, None])[:, 0]
+def smooth(strength: torch.Tensor) -> torch.Tensor:
+    """A strength ``[n, h, w]`` whose cells count their neighbours in, scaled again so that it goes from 0 to 1.
+
+    Single cells say less about an object than their neighbourhood does.
+    """
+    weights = torch.tensor(_SMOOTHING, dtype=strength.dtype, device=strength.device)
+    padded = F.pad(strength[:, None], (1, 1, 1, 1), mode="replicate")
+    return _normalise(F.conv2d(padded, torch.outer(weights, weights)[None, None])[:, 0])
 
 
 def difference_mask(base: torch.Tensor, edit: torch.Tensor) -> torch.Tensor:
@@ -188,7 +194,7 @@ def difference_mask(base: torch.Tensor, edit: torch.Tensor) -> torch.Tensor:
             f"both prompts give the same latents for sample {int(same.nonzero()[0])} in the {base.shape[0]} "
             f"compared steps, so there is no region to edit; {_WHAT_TO_DO}, or compare more steps"
         )
-    mask = find_region(_normalise(_smooth(total)))
+    mask = find_region(smooth(_normalise(total)))
     # The same change in every cell leaves no contrast to threshold: all of the picture changed.
     mask |= (total.amax(dim=(1, 2)) == total.amin(dim=(1, 2)))[:, None, None]
 

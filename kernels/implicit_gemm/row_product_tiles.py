@@ -105,10 +105,10 @@ def choose_tile(
     # Where the output is several times as large as the one that was measured, fewer splits give as many programs.
     larger = max(1, rows * filters // (entry.rows * nearest[1]))
     tile = replace(entry.tile, splits=max(1, entry.tile.splits // larger))
-    return _fitted(tile, rows, depth // channels, channels, filters, dtype, geglu)
+    return fit_tile(tile, rows, depth // channels, channels, filters, dtype, geglu)
 
 
-def _fitted(tile: Tile, rows: int, taps: int, channels: int, filters: int, dtype: torch.dtype, geglu: bool) -> Tile:
+def fit_tile(tile: Tile, rows: int, taps: int, channels: int, filters: int, dtype: torch.dtype, geglu: bool) -> Tile:
     """A tile cut to what the product and the GPU allow.
 
     No side is longer than the product's, but for the matrix unit's least of 16. In fp32 the tile fits the registers, in

@@ -80,7 +80,7 @@ class TestTiming:
 
     @pytest.mark.parametrize(("milliseconds", "calls"), [(30.0, 2), (4.0, 3), (2.5, 4), (0.001, 64), (0.0, 64)])
     def test_a_sample_takes_ten_milliseconds(self, milliseconds: float, calls: int) -> None:
-        assert timing._calls(milliseconds) == calls
+        assert timing.calls_of_sample(milliseconds) == calls
 
     def test_a_sample_on_cuda_is_of_calls_in_a_row(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """On a clock that a call moves by 4 ms; the device's own is the same one."""

@@ -20,12 +20,13 @@ sys.path.insert(0, str(ROOT / "benchmarks"))  # as Python does for a script that
 import sparsity  # noqa: E402
 import table_a1  # noqa: E402
 from baselines.measure import OK  # noqa: E402
-from baselines.plug_and_play import PlugAndPlay  # noqa: E402
+from baselines.plug_and_play import FIRST_LAYER, PlugAndPlay  # noqa: E402
 from baselines.prompt_to_prompt import PromptToPrompt  # noqa: E402
 from baselines.text_to_image import TextToImage  # noqa: E402
 
 from fisedit_compile.macs.counter import MacCounter  # noqa: E402
 from fisedit_compile.masks.sample_masks import square_mask  # noqa: E402
+from fisedit_compile.testing import assert_close  # noqa: E402
 
 SMALL = ["--arch", "tiny", "--size", "128"]
 STEPS = 5
@@ -208,12 +209,12 @@ class TestOwnImplementations:
     def test_plug_and_play_takes_features_from_the_first_sample(self) -> None:
         method = PlugAndPlay(small_kit())
         method.steps, method.done = 10, 7
-        out = torch.randn(3, 4, 2, 2)
-        injected = method._inject_features(None, None, out)
-        assert injected is not None
-        assert torch.equal(injected, out[:1].expand(3, -1, -1, -1))
+        resnet = [each for block in method.pipe.unet.up_blocks for each in block.resnets][FIRST_LAYER]
+        maps = torch.randn(3, resnet.conv2.in_channels, 4, 4)
+        own = torch.nn.functional.conv2d(maps, resnet.conv2.weight, resnet.conv2.bias, padding=1)
+        assert_close(resnet.conv2(maps), own[:1].expand_as(own))
         method.done = 8
-        assert method._inject_features(None, None, out) is None
+        assert_close(resnet.conv2(maps), own)
 
 
 def _final_latents(pipe: Any, run: Any) -> torch.Tensor:

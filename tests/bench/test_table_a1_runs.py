@@ -233,7 +233,7 @@ class TestResults:
     def test_groups_are_their_methods(self) -> None:
         def names(*given: str) -> list[str]:
             args = argparse.Namespace(size=128, methods=list(given), masks=None)
-            return list(table_a1._factories(args, SparsityConfig()))
+            return list(table_a1.factories_of(args, SparsityConfig()))
 
         assert names("fisedit") == ["fisedit-5", "fisedit-15", "fisedit-30"]
         assert names("instead", "sdtp", "tome") == ["sdtp", "compiled", "deepcache", "tome"]

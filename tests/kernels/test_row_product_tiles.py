@@ -72,7 +72,7 @@ def test_any_tile_of_a_sweep_is_fitted_to_any_size(
 ) -> None:
     rows, taps, channels, filters, geglu = size
     best = Tile(height, width, 64, 8, 3, splits=4, across=across)
-    tile = row_product_tiles._fitted(best, rows, taps, channels, filters, dtype, geglu)
+    tile = row_product_tiles.fit_tile(best, rows, taps, channels, filters, dtype, geglu)
     assert_can_run(tile, dtype, geglu)
     assert tile.across == across
     assert tile.rows <= height
