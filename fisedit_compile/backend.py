@@ -32,6 +32,7 @@ from fisedit_compile.compiler.lowered import lower
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.errors import BaseMismatchError
 from fisedit_compile.ir.call import Call, bind
+from fisedit_compile.runtime.capturable import refuse_autocast
 from fisedit_compile.runtime.model_state import ModelState
 from fisedit_compile.runtime.model_watch import ModelWatch
 from fisedit_compile.runtime.prepared import Prepared
@@ -144,6 +145,7 @@ class _Compiled:
         if session is None:
             return self._dense(*inputs)
         with self._lock:
+            refuse_autocast()
             graph = self._hold(inputs)
             call = bind(graph, graph.arguments(inputs), {})
             state = self._watch.look()

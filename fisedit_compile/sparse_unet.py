@@ -17,6 +17,7 @@ from fisedit_compile.errors import BaseMismatchError, CaptureError
 from fisedit_compile.ir.call import Call, bind
 from fisedit_compile.runtime.capturable import (
     bring_weights,
+    refuse_autocast,
     refuse_uncapturable,
     settle_adapters,
     without_offload,
@@ -107,6 +108,7 @@ class SparseUNet(torch.nn.Module):
         Raises:
             CaptureError: see :meth:`look`.
         """
+        refuse_autocast()
         before = getattr(self._held, "state", None)
         self._held.state = self.look()
         try:
@@ -236,6 +238,7 @@ class SparseUNet(torch.nn.Module):
 
     def _ready(self, *, values: bool) -> ModelState:
         """The state in which a call runs, its weights on their device."""
+        refuse_autocast()
         brought = bring_weights(self._original[0])
         held: ModelState | None = getattr(self._held, "state", None)
         if held is None:

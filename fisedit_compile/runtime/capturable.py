@@ -55,6 +55,20 @@ def refuse_uncapturable(unet: torch.nn.Module) -> None:
             )
 
 
+def refuse_autocast() -> None:
+    """Refuse to run where operations choose a dtype of their own: recorded and fresh values would have several.
+
+    Raises:
+        CaptureError: ``torch.autocast`` is on.
+    """
+    for device in ("cuda", "cpu"):
+        if torch.is_autocast_enabled(device):
+            raise CaptureError(
+                f"torch.autocast({device!r}) is on, and what is recorded and computed sparsely has the dtype of the "
+                "U-Net's weights: leave the context, and load the pipeline with dtype=torch.float16 or torch.bfloat16"
+            )
+
+
 def settle_adapters(unet: torch.nn.Module) -> None:
     """Take fused adapters that were disabled out of the weights, as their layers do when they are called next.
 

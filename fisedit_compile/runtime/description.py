@@ -34,6 +34,7 @@ _BOOKKEEPING = frozenset(nn.Module().__dict__) - {"training"} | {
     *("_diffusers_hook", "_hf_hook", "_old_forward", "_tome_info"),
     *("_hf_peft_config_loaded", "_safe_fusing", "lora_scale", "peft_config"),  # what counts of a LoRA is in its layers
     "_output_capturing_hooks_installed",
+    *("gradient_checkpointing", "_gradient_checkpointing_func"),  # these change what a backward pass keeps
     *("name_or_path", "_weight_conversions"),  # where a text encoder's weights came from, and in what form
 }
 

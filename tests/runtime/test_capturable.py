@@ -12,9 +12,10 @@ import tomesd
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from support.pipelines import EDIT, generate, left_half
 from support.unets import MICRO
 
-from fisedit_compile import CaptureError, sparsify
+from fisedit_compile import Base, CaptureError, Editor, sparsify
 from fisedit_compile.testing import assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -75,6 +76,26 @@ def test_what_is_refused_by_name_before_anything_is_computed(name: str, unet: An
         with pytest.raises(CaptureError, match=words):
             refused()
     assert not calls
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_autocast_is_refused(device: str, unet: Any, inputs: Any, tiny_editor: Editor, tiny_base: Base) -> None:
+    sparse = sparsify(unet, {"dense_below": 4})
+    call = sparse.call(*inputs)
+    _, cache = sparse.record(call)
+    prepared = sparse.prepare(call, left_half()[None])
+    with torch.autocast(device, torch.bfloat16):
+        torch.set_autocast_enabled(device, True)  # there may be no such device
+        for refused in (
+            lambda: sparse.record(call),
+            lambda: sparse.step(call, cache, prepared),
+            lambda: generate(tiny_editor),
+            lambda: tiny_editor.edit(tiny_base, EDIT, left_half()),
+        ):
+            with pytest.raises(CaptureError, match=rf"torch.autocast\('{device}'\) is on"):
+                refused()
+    assert tiny_editor.edit(tiny_base, EDIT, left_half()).report.background_identical
 
 
 @torch.no_grad()
