@@ -235,11 +235,20 @@ class TestReading:
         if damage == "cut short":  # the last character is a line feed
             change(saved.base / "manifest.json")
         change(saved.base / "manifest.json")
-        with pytest.raises(
-            DamagedBaseError, match=words if damage in ("a link", "a pipe") else "manifest.json is damaged"
-        ):
+        message = words if damage in ("a link", "a pipe") else "manifest.json is damaged"
+        with pytest.raises(DamagedBaseError, match=message):
             tiny_editor.load(saved.base)
         remove_base(saved.base)
+
+    @pytest.mark.parametrize(
+        ("old", "new"), [('"steps": 4', '"steps": 5'), ('"dense_steps": 2', '"dense_steps": 1'), ("cat", "dog")]
+    )
+    def test_a_manifest_that_says_something_else(self, saved: Saved, tiny_editor: Editor, old: str, new: str) -> None:
+        path = saved.base / "manifest.json"
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+        with pytest.raises(DamagedBaseError, match="manifest.json is damaged"):
+            tiny_editor.load(saved.base)
 
     def test_any_bit_of_any_file(self, tmp_path_factory: pytest.TempPathFactory) -> None:
         folder = tmp_path_factory.mktemp("bits") / "base"

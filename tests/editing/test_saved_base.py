@@ -28,7 +28,7 @@ from fisedit_compile import (
     SavedBaseError,
 )
 from fisedit_compile.cache import memory
-from fisedit_compile.cache.packed_base import ALIGNMENT, memory_order
+from fisedit_compile.cache.packed_base import ALIGNMENT
 from fisedit_compile.cache.plain_form import from_plain, to_plain
 from fisedit_compile.utils.frozen_mapping import FrozenMapping
 
@@ -52,7 +52,7 @@ def assert_same(one: Any, other: Any, path: str = "base") -> None:
     assert type(one) is type(other) or any(isinstance(one, kind) and isinstance(other, kind) for kind in kinds), path
     if isinstance(one, torch.Tensor):
         assert (one.dtype, one.device, one.shape) == (other.dtype, other.device, other.shape), path
-        assert memory_order(one) == memory_order(other), path
+        assert one.stride() == other.stride(), path
         assert one.contiguous().numpy().tobytes() == other.contiguous().numpy().tobytes(), path
     elif isinstance(one, Image.Image):
         assert (one.mode, one.size, one.tobytes()) == (other.mode, other.size, other.tobytes()), path
