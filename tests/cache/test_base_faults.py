@@ -247,7 +247,7 @@ class TestReading:
         path = saved.base / "manifest.json"
         assert old in path.read_text()
         path.write_text(path.read_text().replace(old, new))
-        with pytest.raises(DamagedBaseError, match="manifest.json is damaged"):
+        with pytest.raises(DamagedBaseError, match=r"manifest\.json is damaged"):
             tiny_editor.load(saved.base)
 
     def test_any_bit_of_any_file(self, tmp_path_factory: pytest.TempPathFactory) -> None:
