@@ -272,10 +272,16 @@ class TestRefusal:
         ):
             tiny_editor.load(folder)
 
-    def test_no_room(self, tiny_editor: Editor, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    @pytest.mark.parametrize("free", [0.0, 0.9, 1.5])
+    def test_no_room(
+        self, tiny_editor: Editor, tiny_base: Base, folder: Path, free: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """For the base, and what is on its way into it."""
+        monkeypatch.setattr(memory, "free_bytes", lambda device: int(free * tiny_base.nbytes))
         with pytest.raises(BaseMemoryError, match=r"would take 0\.0 GiB of cpu"):
             tiny_editor.load(folder)
+        monkeypatch.setattr(memory, "free_bytes", lambda device: 4 * tiny_base.nbytes)
+        assert tiny_editor.load(folder).nbytes == tiny_base.nbytes
 
     def test_noise_of_a_device_that_is_not_here(self, tiny_editor: Editor, tiny_base: Base, tmp_path: Path) -> None:
         """Noise of a generator there cannot be drawn again."""
