@@ -131,7 +131,7 @@ class SavedBase:
         )
 
     def _needed(self) -> dict[torch.device, int]:
-        """Bytes of the shards of all calls by the device that they come to; those on their way lie twice on the host."""
+        """The bytes that all calls take on each device; a shard on its way there lies on the host twice."""
         sizes = {file.name: file.bytes for file in self._opened.manifest.files}
         needed: dict[torch.device, int] = {}
         shards: list[int] = []

@@ -448,7 +448,7 @@ def test_a_manifest_says_the_same_when_it_is_read_again(saved: Saved) -> None:
 
 
 def test_each_row_of_the_table_in_the_docs_is_a_test() -> None:
-    """Of this file, or of the two others about bases on disk."""
+    """The test is in this file, or in one of the two others about bases on disk."""
     page = (ROOT / "docs" / "bases.md").read_text()
     rows = [
         line.split(" | ")[-1].strip("` |") for line in page.splitlines() if line.count(" | ") == 2 and "`test_" in line

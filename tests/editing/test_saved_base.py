@@ -100,7 +100,7 @@ class TestSameBase:
             assert_same(got.images, want.images)
 
     def test_edits_of_another_base(self, tmp_path: Path) -> None:
-        """Of two pictures, that skip steps, with masked attention."""
+        """This one has two pictures, skips steps, and was recorded with masked attention."""
         editor = Editor(tiny_pipeline(scheduler=EulerDiscreteScheduler(steps_offset=1)), SKIPPING)
         base = generate(editor, num_inference_steps=8, num_images_per_prompt=2)
         assert base.solver_steps
@@ -149,7 +149,7 @@ class TestSameBase:
         assert_same(tiny_editor.load(tmp_path / "base").arguments, base.arguments)
 
     def test_pictures_are_those_that_were_generated(self, tiny_editor: Editor, tiny_base: Base, tmp_path: Path) -> None:
-        """Whatever was drawn into the base's own afterwards."""
+        """What was drawn into the pictures of the base afterwards is not saved."""
         base = replace(tiny_base, images=[Image.new("RGB", tiny_base.image.size)])
         base.save(tmp_path / "base")
         loaded = tiny_editor.load(tmp_path / "base")
@@ -276,7 +276,7 @@ class TestRefusal:
     def test_no_room(
         self, tiny_editor: Editor, tiny_base: Base, folder: Path, free: float, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """For the base, and what is on its way into it."""
+        """Room is needed for the base, and for what is on its way into it."""
         monkeypatch.setattr(memory, "free_bytes", lambda device: int(free * tiny_base.nbytes))
         with pytest.raises(BaseMemoryError, match=r"would take 0\.0 GiB of cpu"):
             tiny_editor.load(folder)
