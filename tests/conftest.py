@@ -47,7 +47,7 @@ def unets() -> UNets:
 
 @pytest.fixture(scope="session")
 def tiny_editor() -> Editor:
-    """Of one small pipeline, whose U-Net is captured once, for all tests that leave it as they found it."""
+    """An editor of one small pipeline, captured once, for all tests that leave it as they found it."""
     return Editor(tiny_pipeline(), CONFIG)
 
 

@@ -48,10 +48,10 @@ class Manifest:
     """What ``manifest.json`` says.
 
     Attributes:
-        versions: of the packages that wrote the base.
-        saved: when, in UTC.
         summary: see :class:`~fisedit_compile.cache.packed_base.PackedBase`.
-        files: all others.
+        files: all other files of the base.
+        versions: the versions of the packages that wrote the base, by name.
+        saved: the time at which it was written, in UTC.
     """
 
     summary: Mapping[str, Any]
@@ -61,7 +61,7 @@ class Manifest:
 
     @property
     def checksum(self) -> str:
-        """Of all that the manifest says, and so of all files."""
+        """The checksum of all that the manifest says, and so of all files."""
         return checksum(json.dumps(self._values(), sort_keys=True).encode())
 
     @property

@@ -74,7 +74,7 @@ class BaseFolder:
             raise self.damaged(CONTENT, "is no JSON") from None
 
     def read(self, name: str, *, most: int | None = None) -> bytes:
-        """The content of a file that the manifest names; ``most`` bytes, if it is given.
+        """The content of a file that the manifest names, which may be held to ``most`` bytes.
 
         Raises:
             DamagedBaseError: the file is missing, of another size, or not what was written.
@@ -97,7 +97,7 @@ class BaseFolder:
             DamagedBaseError: one is not what was written.
         """
         with ThreadPoolExecutor(WORKERS) as workers:
-            for _ in workers.map(lambda file: self._check(file), self.manifest.files):
+            for _ in workers.map(self._check, self.manifest.files):
                 pass
         self.content()
 

@@ -30,6 +30,8 @@ from fisedit_compile.utils.frozen_mapping import FrozenMapping
 #: The shard that is read first: latents, pictures, arguments, all but what single U-Net calls keep.
 _FIRST = "base.safetensors"
 
+_HOST = torch.device("cpu")
+
 #: Fields of a base that are written as they are.
 _PLAIN = ("nsfw", "prompts", "step_latents", "generators", "visits", "callback", "seconds", "unet_ms", "pictures")
 
@@ -129,14 +131,17 @@ class SavedBase:
         )
 
     def _needed(self) -> dict[torch.device, int]:
-        """Bytes of the shards of all calls, by the device that they come to."""
+        """The bytes that all calls take on each device; a shard on its way there lies on the host twice."""
         sizes = {file.name: file.bytes for file in self._opened.manifest.files}
         needed: dict[torch.device, int] = {}
+        shards: list[int] = []
         for i, (_, entries) in enumerate(self._content["calls"]):
             if entries:
                 device = self._landing(entries[0][2]["device"])
-                needed[device] = needed.get(device, 0) + sizes[_call_shard(i)]
-        return needed
+                shards.append(sizes[_call_shard(i)])
+                needed[device] = needed.get(device, 0) + shards[-1]
+        on_their_way = 2 * sum(sorted(shards)[-WORKERS:])
+        return {**needed, _HOST: needed.get(_HOST, 0) + on_their_way}
 
     def _call(self, index: int, form: Any) -> RecordedCall:
         about, entries = form

@@ -235,11 +235,20 @@ class TestReading:
         if damage == "cut short":  # the last character is a line feed
             change(saved.base / "manifest.json")
         change(saved.base / "manifest.json")
-        with pytest.raises(
-            DamagedBaseError, match=words if damage in ("a link", "a pipe") else "manifest.json is damaged"
-        ):
+        message = words if damage in ("a link", "a pipe") else "manifest.json is damaged"
+        with pytest.raises(DamagedBaseError, match=message):
             tiny_editor.load(saved.base)
         remove_base(saved.base)
+
+    @pytest.mark.parametrize(
+        ("old", "new"), [('"steps": 4', '"steps": 5'), ('"dense_steps": 2', '"dense_steps": 1'), ("cat", "dog")]
+    )
+    def test_a_manifest_that_says_something_else(self, saved: Saved, tiny_editor: Editor, old: str, new: str) -> None:
+        path = saved.base / "manifest.json"
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+        with pytest.raises(DamagedBaseError, match=r"manifest\.json is damaged"):
+            tiny_editor.load(saved.base)
 
     def test_any_bit_of_any_file(self, tmp_path_factory: pytest.TempPathFactory) -> None:
         folder = tmp_path_factory.mktemp("bits") / "base"
@@ -439,7 +448,7 @@ def test_a_manifest_says_the_same_when_it_is_read_again(saved: Saved) -> None:
 
 
 def test_each_row_of_the_table_in_the_docs_is_a_test() -> None:
-    """Of this file, or of the two others about bases on disk."""
+    """The test is in this file, or in one of the two others about bases on disk."""
     page = (ROOT / "docs" / "bases.md").read_text()
     rows = [
         line.split(" | ")[-1].strip("` |") for line in page.splitlines() if line.count(" | ") == 2 and "`test_" in line
