@@ -190,6 +190,22 @@ def test_a_pipeline_says_what_its_callbacks_may_ask_for_and_can_be_interrupted()
     assert StableDiffusionPipeline.interrupt.fget(pipe) is True
 
 
+@uses("_execution_device")
+def test_a_pipeline_says_where_it_runs() -> None:
+    from support.pipelines import tiny_pipeline
+
+    assert tiny_pipeline()._execution_device == torch.device("cpu")
+
+
+@uses("_use_kernels")
+def test_a_loaded_text_encoder_notes_that_no_kernels_are_exchanged(tmp_path: Path) -> None:
+    from support.pipelines import tiny_pipeline
+    from transformers import CLIPTextModel
+
+    tiny_pipeline().text_encoder.save_pretrained(tmp_path)
+    assert vars(CLIPTextModel.from_pretrained(tmp_path))["_use_kernels"] is False
+
+
 @uses("_hf_hook")
 def test_accelerate_notes_its_hook_on_the_module_and_keeps_the_class_s_name() -> None:
     from accelerate import cpu_offload_with_hook

@@ -49,7 +49,8 @@ class Base:
         pipeline: the models and tokenizers that the base was made with.
         schedule: the scheduler that it was made with.
         visits: the steps that an edit makes, as positions among all; see :mod:`fisedit_compile.editing.stride`.
-        solver_steps: what the scheduler was given at each of the visited dense steps, where edits do not visit all.
+        solver_steps: what the scheduler was given at each of the visited dense steps, where edits do not visit all, or
+            where the base is a picture that the model did not draw.
         callback: the name of the callback given to ``generate`` and what it changed within the loop; empty if nothing.
         config: the editor's; it decides what was kept.
         seconds: wall time of the generation.

@@ -69,7 +69,7 @@ class EditRun(PipelineRun):
     def begin(self, call: Call) -> None:
         if self._base.visits_all:
             self._check_schedule()
-        elif self._base.solver_steps:
+        if self._base.solver_steps:
             self._stride_error = StrideError(self.pipe.scheduler)
         then, now = self._base.latents.device, call.tensors[0].device
         if then != now:

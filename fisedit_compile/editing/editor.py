@@ -36,10 +36,12 @@ from fisedit_compile.editing.edit_request import (
     count_controlled_steps,
 )
 from fisedit_compile.editing.edit_run import EditRun
+from fisedit_compile.editing.inversion import InvertRun, check_inversion
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
+from fisedit_compile.editing.photo import encode, read_photos
 from fisedit_compile.editing.pipeline_call import in_turn
 from fisedit_compile.editing.pipeline_run import PipelineRun
-from fisedit_compile.editing.pipeline_state import PipelineWatch
+from fisedit_compile.editing.pipeline_state import PipelineState, PipelineWatch
 from fisedit_compile.editing.record_run import RecordRun
 from fisedit_compile.editing.result import Edit, EditReport
 from fisedit_compile.editing.saved_base import SavedBase
@@ -144,32 +146,97 @@ class Editor:
         check_arguments(self.pipe, kept)
         callback = self._callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         kept = owned(one_for_each(prompts, kept))
-        states = tuple((each.get_state(), each.device) for each in generators)
         with self._in_turn() as (unet, unet_state):
             run = RecordRun(unet, self.pipe, self._tokenizers, callback, self.config, kept)
             state = self._watch.look(run.pipe, unet_state, prompts)
-            start = time.perf_counter()
-            images, nsfw = _pictures(run, prompts, generators, kept)
-            seconds = time.perf_counter() - start
-            state.read_weights()
-            return Base(
-                images=images,
-                nsfw=nsfw,
-                prompts=prompts,
-                step_latents=tuple(run.latents),
-                arguments=FrozenMapping(kept),
-                generators=states,
-                calls=tuple(run.calls),
-                pipeline=state,
-                schedule=run.schedule,
-                visits=run.visits,
-                solver_steps=run.solver_steps,
-                callback=run.callback_changes,
-                config=self.config,
-                seconds=seconds,
-                unet_ms=tuple(run.timer.milliseconds()["record"]),
-                pictures=owned(images),
-            )
+            return self._record(run, state, prompts, generators, kept)
+
+    def invert(
+        self,
+        image: Any,
+        prompt: str | Sequence[str] = "",
+        *,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        **arguments: Any,
+    ) -> Base:
+        """Make a base of a picture that the model did not draw, a photo for example, to edit it like any other.
+
+        The pipeline is run backwards without guidance (:mod:`fisedit_compile.editing.inversion`), which takes two U-Net
+        calls a step, and then recorded along the latents that were found. Outside the mask of an edit they are the
+        picture's, and the pixels its own.
+
+        Args:
+            image: a PIL image, or a list of them, one a prompt; see
+                :func:`~fisedit_compile.editing.photo.read_photos` for what is taken.
+            prompt: what the picture shows, or one a picture. Words that it does not show cannot be edited; with none,
+                an edit needs a mask, and fills it by its own words.
+            num_inference_steps, guidance_scale: of the edits.
+            arguments: anything else the pipeline's call takes, but for what the picture decides: its size, latents,
+                generators, how many pictures.
+
+        Returns:
+            The base. Its ``images`` are the pictures, upright and in RGB.
+
+        Raises:
+            ValueError: a picture that is not taken; an argument that the pipeline or an inversion does not take; a
+                pipeline that starts from pictures itself; a scheduler that cannot be run backwards.
+            BaseMemoryError, PipelineInterruptedError, CaptureError: see :meth:`generate`.
+        """
+        prompts, photos = check_prompts(prompt), read_photos(self.pipe, image)
+        kept = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **arguments}
+        check_arguments(self.pipe, kept)
+        check_inversion(self.pipe, kept, prompts, photos)
+        width, height = photos[0].size
+        kept = owned(one_for_each(prompts, {**kept, "height": height, "width": width}))
+        generators = check_generators(torch.Generator().manual_seed(0))  # nothing is drawn
+        with self._in_turn() as (unet, unet_state):
+            latents = encode(self.pipe, photos, unet.dtype)
+            backwards = InvertRun(unet, self.pipe, self._tokenizers, latents)
+            plain = {**kept, "latents": latents, "guidance_scale": 1.0, "output_type": "latent"}
+            _pictures(backwards, prompts, generators, plain)
+            kept["latents"], *trajectory = backwards.trajectory
+            run = RecordRun(unet, self.pipe, self._tokenizers, None, self.config, kept, trajectory)
+            state = self._watch.look(run.pipe, unet_state, prompts)
+            return self._record(run, state, prompts, generators, kept, photos)
+
+    def _record(
+        self,
+        run: RecordRun,
+        state: PipelineState,
+        prompts: tuple[str, ...],
+        generators: list[torch.Generator],
+        arguments: dict[str, Any],
+        photos: list[Any] | None = None,
+    ) -> Base:
+        """The base that a run makes; its pictures are ``photos`` where these are given."""
+        states = tuple((each.get_state(), each.device) for each in generators)
+        start = time.perf_counter()
+        images, nsfw = _pictures(
+            run, prompts, generators, {**arguments, **({"output_type": "latent"} if photos else {})}
+        )
+        if photos:
+            images, nsfw = photos, None
+        seconds = time.perf_counter() - start
+        state.read_weights()
+        return Base(
+            images=images,
+            nsfw=nsfw,
+            prompts=prompts,
+            step_latents=tuple(run.latents),
+            arguments=FrozenMapping(arguments),
+            generators=states,
+            calls=tuple(run.calls),
+            pipeline=state,
+            schedule=run.schedule,
+            visits=run.visits,
+            solver_steps=run.solver_steps,
+            callback=run.callback_changes,
+            config=self.config,
+            seconds=seconds,
+            unet_ms=tuple(run.timer.milliseconds()["record"]),
+            pictures=owned(images),
+        )
 
     def edit(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -28,7 +28,15 @@ from fisedit_compile.sparse_unet import SparseUNet
 
 
 class RecordRun(PipelineRun):
-    """Generates a base: every call dense, with what edits read kept from it."""
+    """Generates a base: every call dense, with what edits read kept from it.
+
+    Args:
+        unet, pipe, tokenizers, callback: see :class:`~fisedit_compile.editing.pipeline_run.PipelineRun`.
+        config: the editor's.
+        arguments: of the pipeline's call.
+        trajectory: the latents that each step has to lead to, ``[n, c, h, w]``, whatever the scheduler makes of it;
+            None for a generation of its own.
+    """
 
     def __init__(
         self,
@@ -38,11 +46,12 @@ class RecordRun(PipelineRun):
         callback: StepCallback | None,
         config: SparsityConfig,
         arguments: Mapping[str, Any],
+        trajectory: Sequence[Tensor] | None = None,
     ) -> None:
         super().__init__(unet, pipe, tokenizers, callback)
         self.calls: list[RecordedCall] = []
         self.visits: tuple[int, ...] = ()
-        self._config, self._arguments = config, arguments
+        self._config, self._arguments, self._trajectory = config, arguments, trajectory
         self._steps = self._dense_visits = self._controlled_visits = 0
         self._solver_steps: list[SolverStep] = []
 
@@ -60,13 +69,17 @@ class RecordRun(PipelineRun):
         if self._controlled_visits:
             check_text_length(self.pipe, call.kwargs["encoder_hidden_states"].shape[1])
         self._require_room(call, can_stride=not reason)
-        if stride > 1 and self._dense_visits:
+        if self._trajectory is not None and len(self._trajectory) != self._steps:
+            raise CaptureError(
+                f"{type(self.pipe).__name__} makes {self._steps} steps, and made {len(self._trajectory)} backwards"
+            )
+        if (stride > 1 or self._trajectory is not None) and self._dense_visits:
             self._solver_steps = watch_steps(scheduler)
         refuse_noise_of_its_own(scheduler)
 
     @property
     def solver_steps(self) -> tuple[SolverStep, ...]:
-        """What the scheduler was given at the visited dense steps; empty where edits visit all steps."""
+        """What the scheduler was given at the visited dense steps; empty where its own steps lead through the base."""
         visited = self.visits[: self._dense_visits] if self._solver_steps else ()
         return tuple(self._solver_steps[step] for step in visited)
 
@@ -91,7 +104,7 @@ class RecordRun(PipelineRun):
                 f"the callback {self.callback_changes}, runs at all {self._steps} steps here and at the "
                 f"{len(self.visits)} that an edit visits there, which is not the same: Editor(pipe, {{'stride': 1}})"
             )
-        return latents
+        return latents if self._trajectory is None else self._trajectory[self.step].to(latents)
 
     def finish(self) -> None:
         if len(self.latents) != self._steps:

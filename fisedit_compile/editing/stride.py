@@ -164,11 +164,12 @@ def watch_steps(scheduler: Any) -> list[SolverStep]:
 
 
 class StrideError:
-    """What the base's own longer steps miss of the base: the same for an edit, as long as it resembles the base.
+    """What a scheduler's steps miss of the base: the same for an edit, as long as it resembles the base.
 
+    They miss it where an edit makes longer steps than its base, and where the base is a picture that no model drew.
     While the mask is not known the edit's latents are compared with the base's, and the difference has to be that of
-    the words. So the edit's longer step is corrected by the error that a step of this length makes from the base's own
-    latents with its own prediction. An edit of unchanged words then is the base.
+    the words. So the edit's step is corrected by the error that a step makes from the base's own latents with its own
+    prediction. An edit of unchanged words then is the base.
 
     Args:
         scheduler: of the edit, its timesteps set and no step made.

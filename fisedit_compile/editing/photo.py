@@ -1,0 +1,94 @@
+"""Pictures that no model drew: what is taken, and their latents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+#: Modes of PIL that hold 8 bits a channel, or fewer, and whose colours are known.
+_MODES = ("1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr", "HSV")
+
+_DIFFUSERS_MULTIPLE = 8  # pipelines of Stable Diffusion refuse other sides
+
+
+def read_photos(pipe: Any, image: Any) -> list[Image.Image]:
+    """The pictures as upright RGB, all of a size that the pipeline takes.
+
+    Args:
+        pipe: the pipeline.
+        image: a PIL image, or a sequence of them. A rotation that its EXIF data ask for is done.
+
+    Raises:
+        ValueError: something else; several frames, transparency, or more than 8 bits a channel; pictures of several
+            sizes, or of sides that the pipeline does not take.
+    """
+    several = list(image) if isinstance(image, Sequence) and not isinstance(image, str) else [image]
+    if not several or not all(isinstance(each, Image.Image) for each in several):
+        kind = type(image).__name__ if several[:1] == [image] else "sequence of something else"
+        raise ValueError(f"image is a {kind}: give a PIL image, or a list of them (PIL.Image.open(path) reads a file)")
+    photos = [_upright(each) for each in several]
+    width, height = photos[0].size
+    if any(each.size != (width, height) for each in photos):
+        sizes = ", ".join(f"{each.width}x{each.height}" for each in photos)
+        raise ValueError(f"pictures of {sizes}: give pictures of one size")
+    multiple = math.lcm(_DIFFUSERS_MULTIPLE, pipe.vae_scale_factor)
+    if width % multiple or height % multiple:
+        fitting = tuple(max(multiple, round(side / multiple) * multiple) for side in (width, height))
+        raise ValueError(
+            f"a picture of {width}x{height}: {type(pipe).__name__} takes sides that are multiples of {multiple}; give "
+            f"PIL.ImageOps.fit(image, {fitting}), or a part of it"
+        )
+    return photos
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    if getattr(image, "n_frames", 1) > 1:
+        raise ValueError(f"a picture of {image.n_frames} frames: give one of them (image.seek(i); image.copy())")
+    if image.mode not in _MODES:
+        raise ValueError(
+            f"a picture of mode {image.mode!r}, which is not 8 bits a channel: scale its values to 0..255 and give an "
+            "8-bit picture"
+        )
+    upright = ImageOps.exif_transpose(image)
+    if upright.has_transparency_data:
+        upright = upright.convert("RGBA")
+        if upright.getchannel("A").getextrema()[0] < 255:
+            raise ValueError(
+                "the picture is transparent in parts, where it has no colour: paste it on a background and give that"
+            )
+    return upright.convert("RGB")
+
+
+@torch.no_grad()
+def encode(pipe: Any, photos: Sequence[Image.Image], dtype: torch.dtype) -> Tensor:
+    """The latents of pictures, ``[n, c, h, w]``: the mean that the VAE's encoder gives, scaled as pipelines scale it.
+
+    Args:
+        pipe: the pipeline, whose VAE is cast to fp32 and back where its config says that it needs that.
+        photos: of :func:`read_photos`.
+        dtype: of the result.
+    """
+    vae = pipe.vae
+    pixels = torch.from_numpy(np.stack([np.asarray(each) for each in photos])).permute(0, 3, 1, 2)
+    before, wide = vae.dtype, getattr(vae.config, "force_upcast", False) and vae.dtype == torch.float16
+    if wide:
+        vae.to(torch.float32)
+    try:
+        encoded = vae.encode((pixels.to(pipe._execution_device, vae.dtype) / 127.5) - 1)
+    finally:
+        if wide:
+            vae.to(before)
+    latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+    mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
+    if mean is not None and std is not None:
+        mean, std = (torch.tensor(each).view(1, -1, 1, 1).to(latents) for each in (mean, std))
+        latents = (latents - mean) / std
+    else:
+        latents = latents - (getattr(vae.config, "shift_factor", None) or 0)
+    return (latents * vae.config.scaling_factor).to(dtype)
