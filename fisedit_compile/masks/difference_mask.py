@@ -21,11 +21,9 @@ logger = logging.getLogger(__name__)
 #: Bins of the histogram under Otsu's threshold.
 _BINS = 256
 
-#: Weights of a cell and its neighbours to either side, along rows and columns, by which the difference is smoothed.
-_SMOOTHING = (0.25, 0.5, 0.25)
-
-#: Share of Otsu's threshold over which a cell is part of the region that it touches (docs/measurements/masks.md).
-WEAK = 0.4
+#: How far above the mean of the unchanged cells a cell has to lie to be part of the region that it touches, as a share
+#: of the way from there to the mean of the changed ones (docs/measurements/masks.md).
+WEAK = 0.2
 
 #: How far from a cell over the threshold itself such a cell may lie, as a share of the picture's longer side.
 _REACH = 0.25
@@ -141,32 +139,40 @@ def find_region(strength: torch.Tensor, weak: float = WEAK) -> torch.Tensor:
 
     Args:
         strength: how strongly each cell changed, ``[n, h, w]``.
-        weak: share of the threshold from which a cell that touches the region belongs to it; 1 is none.
+        weak: where between the means of the cells below and above the threshold the strength begins from which a cell
+            that touches the region belongs to it; 1 is the upper mean.
 
     Returns:
         bool ``[n, h, w]`` with at least one cell a sample.
     """
     threshold = otsu_threshold(strength)[:, None, None]
-    region = _without_frame(strength > threshold)
+    over = strength > threshold
+    lower, upper = (
+        _mean(strength, ~over),
+        _mean(strength, over),
+    )  # means, since Otsu's threshold may lie close to either
+    region = _without_frame(over)
     # Active cells in each 3x3 window, the cell itself included.
     crowd = F.avg_pool2d(region.float(), kernel_size=3, stride=1, padding=1, divisor_override=1)
     region = region & (crowd > 2.5)
     strongest = strength.flatten(1).argmax(dim=1, keepdim=True)
     region = region.flatten(1).scatter(1, strongest, True).view_as(region)
-    candidates = region | _without_frame(strength > weak * threshold)
+    candidates = region | _without_frame(strength > lower + weak * (upper - lower))
     for _ in range(math.ceil(_REACH * max(strength.shape[1:]))):  # a count, so that no device has to be waited for
         region = candidates & _dilate(region)
     return region
 
 
-def smooth(strength: torch.Tensor) -> torch.Tensor:
-    """A strength ``[n, h, w]`` whose cells count their neighbours in, scaled again so that it goes from 0 to 1.
+def _mean(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """The mean of the values of each sample where ``where`` is true, ``[n, 1, 1]``; 0 where it nowhere is."""
+    count = where.sum(dim=(1, 2), keepdim=True).clamp_min(1)
+    return torch.where(where, values, 0).sum(dim=(1, 2), keepdim=True) / count
 
-    Single cells say less about an object than their neighbourhood does.
-    """
-    weights = torch.tensor(_SMOOTHING, dtype=strength.dtype, device=strength.device)
-    padded = F.pad(strength[:, None], (1, 1, 1, 1), mode="replicate")
-    return _normalise(F.conv2d(padded, torch.outer(weights, weights)[None, None])[:, 0])
+
+def close_holes(mask: torch.Tensor) -> torch.Tensor:
+    """A mask, bool ``[n, h, w]``, without holes and gaps of up to two cells; nothing grows outwards."""
+    grown = _dilate(F.pad(mask, (1, 1, 1, 1)))  # padded, so that nothing grows towards the border either
+    return ~_dilate(~grown)[:, 1:-1, 1:-1]
 
 
 def difference_mask(base: torch.Tensor, edit: torch.Tensor) -> torch.Tensor:
@@ -194,7 +200,7 @@ def difference_mask(base: torch.Tensor, edit: torch.Tensor) -> torch.Tensor:
             f"both prompts give the same latents for sample {int(same.nonzero()[0])} in the {base.shape[0]} "
             f"compared steps, so there is no region to edit; {_WHAT_TO_DO}, or compare more steps"
         )
-    mask = find_region(smooth(_normalise(total)))
+    mask = close_holes(find_region(_normalise(total)))
     # The same change in every cell leaves no contrast to threshold: all of the picture changed.
     mask |= (total.amax(dim=(1, 2)) == total.amin(dim=(1, 2)))[:, None, None]
 

@@ -118,15 +118,15 @@ class TestFindRegion:
     def test_weak_change_counts_where_it_touches_strong_change(self) -> None:
         strength = torch.zeros(1, 24, 24)
         strength[:, 2:20, 2:6] = 1.0
-        strength[:, 8:12, 6:8] = 0.2  # Otsu's threshold is between this and the strong cells
+        strength[:, 8:12, 6:8] = 0.25  # Otsu's threshold is between this and the strong cells
         expected = strength > 0
-        strength[:, 18:21, 18:21] = 0.2
+        strength[:, 18:21, 18:21] = 0.25
         assert torch.equal(find_region(strength), expected)
 
     def test_weak_change_counts_up_to_a_quarter_of_the_picture(self) -> None:
         strength = torch.zeros(1, 8, 32)
         strength[:, :, 0:10] = 1.0
-        strength[:, 3:5, 10:30] = 0.2
+        strength[:, 3:5, 10:30] = 0.25
         found = find_region(strength)
         assert torch.equal(found[:, :, :18], strength[:, :, :18] > 0)
         assert not found[:, :, 18:].any()
@@ -166,22 +166,22 @@ class TestFindRegion:
 
 
 class TestDifferenceMask:
-    def test_finds_the_changed_box_of_each_sample_with_a_margin_but_for_its_corners(self) -> None:
+    def test_finds_the_changed_box_of_each_sample(self) -> None:
         boxes = [(slice(4, 12), slice(6, 14)), (slice(20, 32), slice(0, 5))]
         found = difference_mask(*generations(boxes))
         assert found.dtype == torch.bool
         assert found.shape == (2, 32, 24)
         for sample, (rows, columns) in enumerate(boxes):
             expected = torch.zeros(32, 24, dtype=torch.bool)
-            expected[max(rows.start - 1, 0) : rows.stop + 1, columns] = True
-            expected[rows, max(columns.start - 1, 0) : columns.stop + 1] = True
+            expected[rows, columns] = True
             assert torch.equal(found[sample], expected)
 
-    def test_pin_holes_close(self) -> None:
+    def test_holes_close_and_nothing_grows(self) -> None:
         base, edit = generations([(slice(4, 20), slice(6, 18))])
+        whole = difference_mask(base, edit)
         for hole in ((8, 9), (8, 13), (9, 13)):
             edit[..., hole[0], hole[1]] = base[..., hole[0], hole[1]]
-        assert difference_mask(base, edit)[0, 4:20, 6:18].all()
+        assert torch.equal(difference_mask(base, edit), whole)
 
     def test_a_batch_gives_what_each_sample_gives_alone(self) -> None:
         base, edit = generations([(slice(0, 9), slice(3, 8)), (slice(8, 20), slice(2, 20))])
@@ -238,7 +238,7 @@ class TestDifferenceMask:
 
     def test_a_change_of_the_whole_picture_is_returned_with_a_warning(self, caplog: pytest.LogCaptureFixture) -> None:
         found = difference_mask(*generations([(slice(0, 32), slice(0, 23)), (slice(4, 8), slice(4, 8))]))
-        assert "changes 98% of sample 0" in caplog.text
+        assert "changes 96% of sample 0" in caplog.text
         assert found[0, :, :23].all()
         assert found[1].float().mean() < 0.1
 
