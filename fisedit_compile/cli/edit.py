@@ -64,6 +64,12 @@ def add_parser(subparsers: Any) -> None:
     add_base_options(parser)
     parser.add_argument("--save-base", type=Path, metavar="DIR", help="save the base, for --base of later edits")
     parser.add_argument(
+        "--background",
+        choices=("pixels", "latents"),
+        default="pixels",
+        help="away from the mask the base's own pixels, or what is decoded of its latents (default: pixels)",
+    )
+    parser.add_argument(
         "--compare-dense",
         action="store_true",
         help="also regenerate with the plain pipeline, and compare (needs torchmetrics: the optional group quality)",
@@ -94,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
     if args.save_base:
         base.save(args.save_base)
     pipe.set_progress_bar_config(desc="edit")
-    edit = editor.edit(base, args.edit, mask)
+    edit = editor.edit(base, args.edit, mask, background=args.background)
     pictures = {"base": base.image, "edit": edit.image, "mask": mask_picture(edit.mask[0].cpu(), base.image.size)}
     pictures["overview"] = draw_overview(
         base.image, edit.image, edit.mask[0].cpu(), prompt=base.prompts[0], edit_prompt=args.edit

@@ -137,13 +137,14 @@ class TestEdit:
         out = tmp_path / "out"
         options = ["--mask", str(tmp_path / "mask.png"), "--attention", "masked", "--dense-steps", "0"]
         options += ["--height", "48", "--width", "32", "--seed", "1", "--negative-prompt", "an apple"]
+        options += ["--background", "latents"]
         assert edit(model, out, *options) == 0
         plain = generated(model, PROMPT, seed=1, guidance_scale=7.5, height=48, width=32, negative_prompt="an apple")
         assert np.abs(pixels(out / "base.png") - plain).max() <= 1
         assert (pixels(out / "mask.png") == drawn).all()
         report = json.loads((out / "report.json").read_text())
         assert (report["mask_source"], report["dense_steps"], report["attention"]) == ("given", 0, "masked")
-        assert report["mask_area"] == 12 * 8 / (48 * 32)
+        assert (report["mask_area"], report["background"]) == (12 * 8 / (48 * 32), "latents")
         # Nothing dense ran, so nothing is said about it.
         assert report["wall_seconds"]["edit_dense"] is report["unet_ms"]["dense_step"] is None
         assert "ssim_vs_dense" not in report
