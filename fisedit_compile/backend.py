@@ -156,7 +156,7 @@ class _Compiled:
                 cache.model = state
                 session.calls.append((self, cache))
             else:
-                out = self._step(program, call, state, session)
+                out = self._step(program, call, inputs, state, session)
         return (out,)
 
     def _hold(self, inputs: Sequence[Any]) -> ModelGraph:
@@ -167,7 +167,9 @@ class _Compiled:
         self._graph.hold(inputs)
         return self._graph
 
-    def _step(self, program: Program, call: Call, state: ModelState, session: _Editing) -> Tensor:
+    def _step(
+        self, program: Program, call: Call, inputs: Sequence[Any], state: ModelState, session: _Editing
+    ) -> Tensor:
         calls = session.recording.calls
         if session.position >= len(calls) or calls[session.position][0] is not self:
             raise BaseMismatchError(
@@ -184,4 +186,6 @@ class _Compiled:
         if known is None:
             known = session.prepared[program] = program.prepare(session.mask)
         session.position += 1
+        if known.dense:
+            return program.restore_base(self._dense(*inputs)[0], cache, known)
         return program.step(call, cache, known)

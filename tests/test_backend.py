@@ -75,6 +75,19 @@ def test_changes_only_the_mask(unet, compiled, base):
     assert not torch.allclose(edited[~outside], out[~outside])
 
 
+@torch.no_grad()
+def test_a_mask_over_dense_above_runs_the_dense_code(unet, compiled, base):
+    args, out, recorded = base
+    changed = (args[0] + 1, *args[1:])
+    mask = torch.zeros(1, 16, 16, dtype=torch.bool)
+    mask[:, :, :11] = True  # over 0.6 of the picture
+    with editing(recorded, mask):
+        edited = compiled(*changed).sample
+    inside = mask[:, None].expand_as(out)
+    assert torch.equal(edited[inside], unet(*changed).sample[inside])
+    assert_close(edited[~inside], out[~inside])
+
+
 def test_refuses_a_call_that_was_not_recorded(compiled, base):
     args, _, recorded = base
     mask = torch.ones(1, 16, 16, dtype=torch.bool)

@@ -377,7 +377,7 @@ def test_a_weight_that_is_written_to_counts_from_the_next_plan_on(
     unets: UNets, change: Callable[[torch.nn.Parameter], None]
 ) -> None:
     unet, size = unets.fresh("micro"), (13, 10)
-    sparse, (args, _) = sparsify(unet, {"dense_below": 4}), unets.inputs("micro", 1, size)
+    sparse, (args, _) = sparsify(unet, {"dense_below": 4, "dense_above": 1.0}), unets.inputs("micro", 1, size)
     call, everything = sparse.call(*args), torch.ones(1, *size, dtype=torch.bool)
     before = sparse.step(call, sparse.record(call)[1], sparse.prepare(call, everything))
     with torch.no_grad():
@@ -392,7 +392,7 @@ def test_a_weight_that_is_written_to_counts_from_the_next_plan_on(
 def test_a_weight_that_is_replaced_counts_too(unets: UNets, what: str) -> None:
     """``load_lora_weights`` wraps layers, ``load_state_dict(assign=True)`` gives new parameters."""
     unet, size = unets.fresh("micro"), (13, 10)
-    sparse, (args, _) = sparsify(unet, {"dense_below": 4}), unets.inputs("micro", 1, size)
+    sparse, (args, _) = sparsify(unet, {"dense_below": 4, "dense_above": 1.0}), unets.inputs("micro", 1, size)
     sparse.record(sparse.call(*args))
     resnet = unet.down_blocks[0].resnets[0]
     if what == "parameter":
@@ -442,7 +442,7 @@ def test_a_mask_of_text_tokens_that_hides_nothing_changes_nothing(unets: UNets) 
 @pytest.mark.parametrize("attention", ["full", "masked"])
 def test_on_cuda(unets: UNets, attention: str) -> None:
     batch, size = 2, (13, 10)
-    sparse = sparsify(unets.fresh("micro").cuda(), {"attention": attention, "dense_below": 4})
+    sparse = sparsify(unets.fresh("micro").cuda(), {"attention": attention, "dense_below": 4, "dense_above": 1.0})
     args, edited = (
         [tensor.cuda() for tensor in unets.inputs("micro", batch, size, torch.float64, s)[0]] for s in (0, 1)
     )

@@ -69,7 +69,7 @@ def check_inversion(pipe: Any, arguments: Mapping[str, Any], prompts: Sequence[s
         )
 
 
-class InverseScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
+class InverseScheduler(SchedulerMixin, ConfigMixin):
     """Runs the timesteps of another scheduler from the picture to the noise.
 
     Args:

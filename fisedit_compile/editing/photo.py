@@ -48,8 +48,9 @@ def read_photos(pipe: Any, image: Any) -> list[Image.Image]:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    if getattr(image, "n_frames", 1) > 1:
-        raise ValueError(f"a picture of {image.n_frames} frames: give one of them (image.seek(i); image.copy())")
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1:
+        raise ValueError(f"a picture of {frames} frames: give one of them (image.seek(i); image.copy())")
     if image.mode not in _MODES:
         raise ValueError(
             f"a picture of mode {image.mode!r}, which is not 8 bits a channel: scale its values to 0..255 and give an "
@@ -58,7 +59,7 @@ def _upright(image: Image.Image) -> Image.Image:
     upright = ImageOps.exif_transpose(image)
     if upright.has_transparency_data:
         upright = upright.convert("RGBA")
-        if upright.getchannel("A").getextrema()[0] < 255:
+        if np.asarray(upright.getchannel("A")).min() < 255:
             raise ValueError(
                 "the picture is transparent in parts, where it has no colour: paste it on a background and give that"
             )

@@ -69,7 +69,8 @@ class UNets:
     ) -> Any:
         from fisedit_compile.sparse_unet import sparsify
 
-        return sparsify(self.dense(arch, dtype), {"attention": attention, "dense_below": dense_below})
+        config = {"attention": attention, "dense_below": dense_below, "dense_above": 1.0}  # sparse with full masks, too
+        return sparsify(self.dense(arch, dtype), config)
 
     def call(self, sparse: Any, arch: str, batch: int, size: tuple[int, int], seed: int = 0) -> Any:
         """A call of ``sparse`` in the form that its methods take."""
