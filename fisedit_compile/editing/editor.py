@@ -153,7 +153,7 @@ class Editor:
 
     def invert(
         self,
-        image: Any,
+        photo: Any,
         prompt: str | Sequence[str] = "",
         *,
         num_inference_steps: int = 50,
@@ -167,13 +167,13 @@ class Editor:
         picture's, and the pixels its own.
 
         Args:
-            image: a PIL image, or a list of them, one a prompt; see
+            photo: a PIL image, or a list of them, one a prompt; see
                 :func:`~fisedit_compile.editing.photo.read_photos` for what is taken.
             prompt: what the picture shows, or one a picture. Words that it does not show cannot be edited; with none,
                 an edit needs a mask, and fills it by its own words.
             num_inference_steps, guidance_scale: of the edits.
             arguments: anything else the pipeline's call takes, but for what the picture decides: its size, latents,
-                generators, how many pictures.
+                generators, how many pictures. ControlNet's ``image`` is one.
 
         Returns:
             The base. Its ``images`` are the pictures, upright and in RGB.
@@ -183,7 +183,7 @@ class Editor:
                 pipeline that starts from pictures itself; a scheduler that cannot be run backwards.
             BaseMemoryError, PipelineInterruptedError, CaptureError: see :meth:`generate`.
         """
-        prompts, photos = check_prompts(prompt), read_photos(self.pipe, image)
+        prompts, photos = check_prompts(prompt), read_photos(self.pipe, photo)
         kept = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **arguments}
         check_arguments(self.pipe, kept)
         check_inversion(self.pipe, kept, prompts, photos)

@@ -17,21 +17,21 @@ _MODES = ("1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr", "HSV")
 _DIFFUSERS_MULTIPLE = 8  # pipelines of Stable Diffusion refuse other sides
 
 
-def read_photos(pipe: Any, image: Any) -> list[Image.Image]:
+def read_photos(pipe: Any, photo: Any) -> list[Image.Image]:
     """The pictures as upright RGB, all of a size that the pipeline takes.
 
     Args:
         pipe: the pipeline.
-        image: a PIL image, or a sequence of them. A rotation that its EXIF data ask for is done.
+        photo: a PIL image, or a sequence of them. A rotation that its EXIF data ask for is done.
 
     Raises:
         ValueError: something else; several frames, transparency, or more than 8 bits a channel; pictures of several
             sizes, or of sides that the pipeline does not take.
     """
-    several = list(image) if isinstance(image, Sequence) and not isinstance(image, str) else [image]
+    several = list(photo) if isinstance(photo, Sequence) and not isinstance(photo, str) else [photo]
     if not several or not all(isinstance(each, Image.Image) for each in several):
-        kind = type(image).__name__ if several[:1] == [image] else "sequence of something else"
-        raise ValueError(f"image is a {kind}: give a PIL image, or a list of them (PIL.Image.open(path) reads a file)")
+        kind = type(photo).__name__ if len(several) == 1 else f"list of {len(several)}, not all of them pictures"
+        raise ValueError(f"photo is a {kind}: give a PIL image, or a list of them (PIL.Image.open(path) reads a file)")
     photos = [_upright(each) for each in several]
     width, height = photos[0].size
     if any(each.size != (width, height) for each in photos):

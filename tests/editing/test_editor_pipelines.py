@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.pipelines import CONFIG, EDIT, PROMPT, STEPS, arguments, generate, left_half, tiny_pipeline
 from support.unets import MICRO
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -53,11 +55,14 @@ def test_a_controlnet() -> None:
     editor = Editor(
         quiet(diffusers.StableDiffusionControlNetPipeline(**pipe.components, controlnet=controlnet)), CONFIG
     )
-    base = generate(editor, image=torch.rand(1, 3, 32, 32))
+    control = torch.rand(1, 3, 32, 32)
+    base = generate(editor, image=control)
     edit = editor.edit(base, EDIT, left_half())
     assert edit.report.background_identical
     assert not torch.equal(edit.latents, base.latents)
     assert edit.report.macs["ratio"] > 1
+    inverted = editor.invert(photo(), PROMPT, num_inference_steps=4, guidance_scale=5.0, image=control)
+    assert editor.edit(inverted, EDIT, left_half()).report.background_identical
 
 
 def test_perturbed_attention_guidance_is_refused_unless_it_is_off() -> None:
@@ -111,6 +116,18 @@ def test_sdxl(sdxl: Editor, arguments: dict[str, Any]) -> None:
     assert edit.report.background_identical
     assert not torch.equal(edit.latents, base.latents)
     assert sdxl.edit(base, EDIT).report.mask_source == "found"
+
+
+def photo() -> Image.Image:
+    colours = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(colours).resize((32, 32), Image.Resampling.BICUBIC)
+
+
+def test_sdxl_edits_a_picture_that_it_did_not_draw(sdxl: Editor) -> None:
+    base = sdxl.invert(photo(), PROMPT, num_inference_steps=4, guidance_scale=5.0, prompt_2="an apple")
+    edit = sdxl.edit(base, EDIT, left_half(), prompt_2="a dog")
+    assert edit.report.background_identical
+    assert np.array_equal(np.array(edit.image)[:, 28:], np.array(photo())[:, 28:])
 
 
 def test_the_second_prompt_of_sdxl_may_change_alone(sdxl: Editor) -> None:

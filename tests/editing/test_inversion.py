@@ -155,9 +155,9 @@ def transparent() -> Image.Image:
 @pytest.mark.parametrize(
     ("picture", "arguments", "message"),
     [
-        ("photo.png", {}, "image is a str: give a PIL image"),
-        (np.zeros((32, 32, 3)), {}, "image is a ndarray: give a PIL image"),
-        ([], {}, "give a PIL image"),
+        ("photo.png", {}, "photo is a str: give a PIL image"),
+        (np.zeros((32, 32, 3)), {}, "photo is a ndarray: give a PIL image"),
+        ([], {}, "photo is a list of 0, .*: give a PIL image"),
         (photo(30, 32), {}, r"a picture of 30x32: .* multiples of 8; give PIL.ImageOps.fit\(image, \(32, 32\)\)"),
         ([photo(), photo(64, 32)], {}, "pictures of 32x32, 64x32: give pictures of one size"),
         (animated(), {}, "a picture of 2 frames"),
