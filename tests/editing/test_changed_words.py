@@ -8,7 +8,7 @@ import torch
 from support.pipelines import EDIT, PROMPT, arguments, generate, left_half
 
 from fisedit_compile import Base, Editor, MaskError
-from fisedit_compile.testing import assert_close
+from fisedit_compile.testing import assert_close, relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,7 +55,8 @@ def test_samples_whose_prompts_stay_are_the_base_s(tiny_editor: Editor, mask: to
     alone = tiny_editor.edit(base, [EDIT, "a cat on the apple", EDIT], mask, dense=dense)
     for sample in (0, 2):
         assert torch.equal(edit.mask[sample], alone.mask[sample])
-        assert_close(edit.latents[sample], alone.latents[sample])
+        # Other numbers of rows are summed in another order, and a random model makes more of that at each step.
+        assert relative_error(edit.latents[sample], alone.latents[sample]) < 1e-2
 
 
 def test_with_another_negative_prompt_no_sample_stays(tiny_editor: Editor) -> None:
