@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fisedit_compile import Editor
 from fisedit_compile.editing.plain_pipeline import load_pipeline
-from fisedit_compile.masks.difference_mask import difference, find_region, otsu_threshold
+from fisedit_compile.masks.difference_mask import difference, find_region, otsu_threshold, smooth
 from fisedit_compile.quality.cases import Case, load_cases
 from fisedit_compile.quality.regions import MaskScores, changed_cells, score_mask
 
@@ -36,14 +36,6 @@ CONTROL, CONTROL_OF_ADDED = 0.8, 0.4
 COMPARED = 0.2
 
 Way = Callable[[Tensor], Tensor]
-
-
-def smooth(strength: Tensor) -> Tensor:
-    """A strength whose cells count their neighbours in, scaled again so that it goes from 0 to 1."""
-    weights = torch.tensor([0.25, 0.5, 0.25])
-    padded = F.pad(strength[:, None], (1, 1, 1, 1), mode="replicate")
-    smoothed = F.conv2d(padded, torch.outer(weights, weights)[None, None])[:, 0]
-    return (smoothed - smoothed.min()) / (smoothed.max() - smoothed.min())
 
 
 def otsu(strength: Tensor) -> Tensor:

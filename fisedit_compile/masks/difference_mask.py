@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 #: Bins of the histogram under Otsu's threshold.
 _BINS = 256
 
+#: Weights of a cell and its neighbours to either side, along rows and columns, by which the difference is smoothed.
+_SMOOTHING = (0.25, 0.5, 0.25)
+
 #: How far above the mean of the unchanged cells a cell has to lie to be part of the region that it touches, as a share
 #: of the way from there to the mean of the changed ones (docs/measurements/masks.md).
 WEAK = 0.2
@@ -169,6 +172,16 @@ def _mean(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
     return torch.where(where, values, 0).sum(dim=(1, 2), keepdim=True) / count
 
 
+def smooth(strength: torch.Tensor) -> torch.Tensor:
+    """A strength ``[n, h, w]`` whose cells count their neighbours in, scaled again so that it goes from 0 to 1.
+
+    Single cells say less about an object than their neighbourhood does.
+    """
+    weights = torch.tensor(_SMOOTHING, dtype=strength.dtype, device=strength.device)
+    padded = F.pad(strength[:, None], (1, 1, 1, 1), mode="replicate")
+    return _normalise(F.conv2d(padded, torch.outer(weights, weights)[None, None])[:, 0])
+
+
 def close_holes(mask: torch.Tensor) -> torch.Tensor:
     """A mask, bool ``[n, h, w]``, without holes and gaps of up to two cells; nothing grows outwards."""
     grown = _dilate(F.pad(mask, (1, 1, 1, 1)))  # padded, so that nothing grows towards the border either
@@ -200,7 +213,7 @@ def difference_mask(base: torch.Tensor, edit: torch.Tensor) -> torch.Tensor:
             f"both prompts give the same latents for sample {int(same.nonzero()[0])} in the {base.shape[0]} "
             f"compared steps, so there is no region to edit; {_WHAT_TO_DO}, or compare more steps"
         )
-    mask = close_holes(find_region(_normalise(total)))
+    mask = close_holes(find_region(smooth(_normalise(total))))
     # The same change in every cell leaves no contrast to threshold: all of the picture changed.
     mask |= (total.amax(dim=(1, 2)) == total.amin(dim=(1, 2)))[:, None, None]
 
