@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,7 @@ from fisedit_compile.editing.inversion import InvertRun, check_inversion
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.editing.photo import encode, read_photos
 from fisedit_compile.editing.pipeline_call import in_turn
-from fisedit_compile.editing.pipeline_run import PipelineRun
-from fisedit_compile.editing.pipeline_state import PipelineState, PipelineWatch
+from fisedit_compile.editing.pipeline_state import PipelineWatch
 from fisedit_compile.editing.record_run import RecordRun
 from fisedit_compile.editing.result import Edit, EditReport
 from fisedit_compile.editing.saved_base import SavedBase
@@ -51,7 +50,6 @@ from fisedit_compile.errors import BaseMismatchError, CaptureError
 from fisedit_compile.masks.user_mask import MaskLike, as_mask
 from fisedit_compile.runtime.model_state import ModelState
 from fisedit_compile.sparse_unet import SparseUNet, sparsify
-from fisedit_compile.utils.frozen_mapping import FrozenMapping
 
 
 class Editor:
@@ -149,7 +147,7 @@ class Editor:
         with self._in_turn() as (unet, unet_state):
             run = RecordRun(unet, self.pipe, self._tokenizers, callback, self.config, kept)
             state = self._watch.look(run.pipe, unet_state, prompts)
-            return self._record(run, state, prompts, generators, kept)
+            return run.record(prompts, generators, state)
 
     def invert(
         self,
@@ -194,49 +192,11 @@ class Editor:
             latents = encode(self.pipe, photos, unet.dtype)
             backwards = InvertRun(unet, self.pipe, self._tokenizers, latents)
             plain = {**kept, "latents": latents, "guidance_scale": 1.0, "output_type": "latent"}
-            _pictures(backwards, prompts, generators, plain)
+            backwards.draw(prompts, generators, plain)
             kept["latents"], *trajectory = backwards.trajectory
             run = RecordRun(unet, self.pipe, self._tokenizers, None, self.config, kept, trajectory)
             state = self._watch.look(run.pipe, unet_state, prompts)
-            return self._record(run, state, prompts, generators, kept, photos)
-
-    def _record(
-        self,
-        run: RecordRun,
-        state: PipelineState,
-        prompts: tuple[str, ...],
-        generators: list[torch.Generator],
-        arguments: dict[str, Any],
-        photos: list[Any] | None = None,
-    ) -> Base:
-        """The base that a run makes; its pictures are ``photos`` where these are given."""
-        states = tuple((each.get_state(), each.device) for each in generators)
-        start = time.perf_counter()
-        images, nsfw = _pictures(
-            run, prompts, generators, {**arguments, **({"output_type": "latent"} if photos else {})}
-        )
-        if photos:
-            images, nsfw = photos, None
-        seconds = time.perf_counter() - start
-        state.read_weights()
-        return Base(
-            images=images,
-            nsfw=nsfw,
-            prompts=prompts,
-            step_latents=tuple(run.latents),
-            arguments=FrozenMapping(arguments),
-            generators=states,
-            calls=tuple(run.calls),
-            pipeline=state,
-            schedule=run.schedule,
-            visits=run.visits,
-            solver_steps=run.solver_steps,
-            callback=run.callback_changes,
-            config=self.config,
-            seconds=seconds,
-            unet_ms=tuple(run.timer.milliseconds()["record"]),
-            pictures=owned(images),
-        )
+            return run.record(prompts, generators, state, photos)
 
     def edit(
         self,
@@ -313,7 +273,7 @@ class Editor:
             # Where an edit visits all steps, as many as were asked for: Heun's scheduler makes two of each.
             steps = base.arguments["num_inference_steps"] if base.visits_all else len(base.visits)
             repeated = owned({**base.arguments, **changes, "num_inference_steps": steps})
-            images, nsfw = _pictures(run, prompts, base.rewound_generators(), repeated)
+            images, nsfw = run.draw(prompts, base.rewound_generators(), repeated)
             uncomposed: tuple[int, ...] = ()
             if keep is not None:
                 flags = {"base_flags": base.nsfw, "edit_flags": nsfw}
@@ -367,16 +327,3 @@ class Editor:
 
     def _callback(self, callback: Any, tensor_inputs: Any) -> StepCallback | None:
         return None if callback is None else StepCallback(callback, tensor_inputs, self.pipe)
-
-
-def _pictures(
-    run: PipelineRun, prompts: tuple[str, ...], generators: list[torch.Generator], arguments: Mapping[str, Any]
-) -> tuple[Any, tuple[bool, ...] | None]:
-    """The pictures of a run, and the safety checker's flags."""
-    output = run.run(
-        prompt=list(prompts),
-        generator=generators[0] if len(generators) == 1 else generators,
-        **arguments,
-    )
-    flags = getattr(output, "nsfw_content_detected", None)
-    return output.images, None if flags is None else tuple(bool(flag) for flag in flags)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fisedit_compile.editing.arguments import call_parameters
@@ -65,6 +67,15 @@ class PipelineRun:
         )
         self.finish()
         return output
+
+    def draw(
+        self, prompts: Sequence[str], generators: Sequence[torch.Generator], arguments: Mapping[str, Any]
+    ) -> tuple[Any, tuple[bool, ...] | None]:
+        """The pictures of a run, and the safety checker's flags, None without a checker; see :meth:`run`."""
+        generator = generators[0] if len(generators) == 1 else list(generators)
+        output = self.run(prompt=list(prompts), generator=generator, **arguments)
+        flags = getattr(output, "nsfw_content_detected", None)
+        return output.images, None if flags is None else tuple(bool(flag) for flag in flags)
 
     def begin(self, call: Call) -> None:
         """Called at the first U-Net call, before anything is computed for it."""

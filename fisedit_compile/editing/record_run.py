@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fisedit_compile.cache.memory import require_room
 from fisedit_compile.config import SparsityConfig
-from fisedit_compile.editing.base import RecordedCall
+from fisedit_compile.editing.arguments import owned
+from fisedit_compile.editing.base import Base, RecordedCall
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.editing.pipeline_run import PipelineRun
+from fisedit_compile.editing.pipeline_state import PipelineState
 from fisedit_compile.editing.prompt_tokens import check_text_length
 from fisedit_compile.editing.schedule import refuse_noise_of_its_own
 from fisedit_compile.editing.step_callback import StepCallback
@@ -25,6 +29,7 @@ from fisedit_compile.editing.stride import (
 from fisedit_compile.errors import CaptureError
 from fisedit_compile.ir.call import Call
 from fisedit_compile.sparse_unet import SparseUNet
+from fisedit_compile.utils.frozen_mapping import FrozenMapping
 
 
 class RecordRun(PipelineRun):
@@ -54,6 +59,47 @@ class RecordRun(PipelineRun):
         self._config, self._arguments, self._trajectory = config, arguments, trajectory
         self._steps = self._dense_visits = self._controlled_visits = 0
         self._solver_steps: list[SolverStep] = []
+
+    def record(
+        self,
+        prompts: tuple[str, ...],
+        generators: list[torch.Generator],
+        state: PipelineState,
+        photos: list[Any] | None = None,
+    ) -> Base:
+        """The base that the run makes.
+
+        Args:
+            prompts: one a picture.
+            generators: of the noise.
+            state: of the pipeline's models; their weights are read after the run.
+            photos: the base's pictures where they are not what the pipeline decodes.
+        """
+        states = tuple((each.get_state(), each.device) for each in generators)
+        start = time.perf_counter()
+        output = {"output_type": "latent"} if photos else {}
+        images, nsfw = self.draw(prompts, generators, {**self._arguments, **output})
+        seconds = time.perf_counter() - start
+        state.read_weights()
+        images, nsfw = (photos, None) if photos else (images, nsfw)
+        return Base(
+            images=images,
+            nsfw=nsfw,
+            prompts=prompts,
+            step_latents=tuple(self.latents),
+            arguments=FrozenMapping(self._arguments),
+            generators=states,
+            calls=tuple(self.calls),
+            pipeline=state,
+            schedule=self.schedule,
+            visits=self.visits,
+            solver_steps=self.solver_steps,
+            callback=self.callback_changes,
+            config=self._config,
+            seconds=seconds,
+            unet_ms=tuple(self.timer.milliseconds()["record"]),
+            pictures=owned(images),
+        )
 
     def begin(self, call: Call) -> None:
         scheduler = self.pipe.scheduler
