@@ -59,6 +59,9 @@ class EditRun(PipelineRun):
         self._mapper, self._keep = mapper.repeat_interleave(copies, 0), keep.repeat_interleave(copies, 0)
         edited = [bool(changes) or old != new for old, new in zip(base.prompts, prompts, strict=True)]
         self._edited = torch.tensor(edited, device=device).repeat_interleave(copies)  # bool [n]: the others stay
+        # The positions of those that change: a bool index would wait for the device at each use.
+        positions = [copies * i + copy for i, each in enumerate(edited) if each for copy in range(copies)]
+        self._edited_samples = torch.tensor(positions, device=device)
         if base.dense_steps == 0:
             assert given is not None
             self.mask = self._of_edited(given)
@@ -156,9 +159,10 @@ class EditRun(PipelineRun):
             return self._of_edited(self._given)
         first, last = DIFFERENCE_STEPS[0] - 1, min(DIFFERENCE_STEPS[1], len(latents))
         after = [self._base.latents_after(visit) for visit in range(last)]
-        base, edit = (torch.stack(each[first:last])[:, self._edited] for each in (after, latents))
+        edited = self._edited_samples
+        base, edit = (torch.stack(each[first:last])[:, edited] for each in (after, latents))
         found = torch.zeros_like(latents[0][:, 0], dtype=torch.bool)
-        found[self._edited] = difference_mask(base, edit)
+        found[edited] = difference_mask(base, edit)
         if self._given is None:
             return found
         mask = self._of_edited(found & self._given if self._combine == "and" else found | self._given)
