@@ -72,3 +72,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def ieee_fp32() -> Iterator[None]:
+    """cuDNN runs fp32 convolutions in TF32 by default; the row kernels follow the flag of matrix products."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before

@@ -70,6 +70,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @torch.no_grad()
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.usefixtures("ieee_fp32")
 def test_in_ones_own_loop(name: str, device: str, captures: list[str]) -> None:
     change = CHANGES[name]
     unet = micro_unet().to(device)

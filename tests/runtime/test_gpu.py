@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -14,23 +13,12 @@ from fisedit_compile.masks.sample_masks import square_mask
 from fisedit_compile.sparse_unet import sparsify
 from fisedit_compile.testing import TOLERANCES, assert_close, relative_error
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("ieee_fp32")]
 
 #: arch -> image size. The tiny one runs every dtype; the true shapes, those that fit their weights.
 SHAPES = {"tiny": 512, "sd2": 768, "sdxl": 1024}
 CASES = [("tiny", torch.float32), ("tiny", torch.float16), ("tiny", torch.bfloat16), ("sd2", torch.bfloat16),
          ("sd2", torch.float16), ("sdxl", torch.bfloat16)]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _ieee_fp32() -> Iterator[None]:
-    """cuDNN runs fp32 convolutions in TF32 by default; the row kernels follow the flag of matrix products."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 shapes = pytest.mark.parametrize(("arch", "dtype"), CASES, ids=lambda value: str(value).removeprefix("torch."))

@@ -27,7 +27,7 @@ class Bases:
 
     def __init__(self, arch: str, attention: str = "full", batch: int = 2, device: str = "cuda") -> None:
         unet = build_unet(arch, device=device, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
-        self.sparse: SparseUNet = sparsify(unet, {"attention": attention})
+        self.sparse: SparseUNet = sparsify(unet, {"attention": attention, "dense_above": 1.0})
         self.calls = [self.call(arch, batch, seed) for seed in range(4)]
         self.outs, self.caches = zip(*(self.sparse.record(call) for call in self.calls[:2]), strict=True)
         self.edits = self.calls[2:]
