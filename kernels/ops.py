@@ -30,7 +30,11 @@ from fisedit_compile.kernels.implicit_gemm.linear_rows import (
 from fisedit_compile.kernels.implicit_gemm.row_product_arguments import EPILOGUE_SCHEMA, SHORTCUT_SCHEMA
 from fisedit_compile.kernels.indexing.gather_scatter import gather_rows_reference, scatter_rows_reference
 from fisedit_compile.kernels.norms.cat_norm_rows import cat_norm_rows_reference
-from fisedit_compile.kernels.norms.group_norm_rows import group_norm_rows_reference, group_norm_whole_reference
+from fisedit_compile.kernels.norms.group_norm_rows import (
+    group_norm_rows_reference,
+    group_norm_statistics_reference,
+    group_norm_whole_reference,
+)
 from fisedit_compile.kernels.norms.layer_norm_rows import layer_norm_rows_reference
 
 NAMESPACE = "fisedit"
@@ -118,6 +122,12 @@ def _cat_norm_rows(left: torch.Tensor, right: torch.Tensor, *_: Any) -> tuple[to
     return joined, torch.empty_like(joined)
 
 
+def _group_norm_statistics(rows: torch.Tensor, samples: int, *_: Any) -> tuple[torch.Tensor, ...]:
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    scale, shift = (rows.new_empty(samples, rows.shape[1], dtype=dtype) for _ in range(2))
+    return scale, shift
+
+
 def _like_rows(rows: torch.Tensor, *_: Any) -> torch.Tensor:
     return rows.new_empty(rows.shape)
 
@@ -188,6 +198,14 @@ _register(
     group_norm_whole_reference,
     _like_rows,
     _launcher("norms.group_norm_whole_triton", "group_norm_whole_triton", group_norm_whole_reference),
+)
+_register(
+    "group_norm_statistics",
+    "Tensor rows, int samples, int groups, Tensor? weight, Tensor? bias, float eps",
+    group_norm_statistics_reference,
+    _group_norm_statistics,
+    _launcher("norms.group_norm_statistics_triton", "group_norm_statistics_triton", group_norm_statistics_reference),
+    results="(Tensor, Tensor)",
 )
 _register(
     "layer_norm_rows",

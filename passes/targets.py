@@ -49,6 +49,7 @@ LINEAR_ROWS_AND_LAYER_NORM = torch.ops.fisedit.linear_rows_and_layer_norm.defaul
 LAYER_NORM_ROWS = torch.ops.fisedit.layer_norm_rows.default
 CAT_NORM_ROWS = torch.ops.fisedit.cat_norm_rows.default
 GROUP_NORM_WHOLE = torch.ops.fisedit.group_norm_whole.default
+GROUP_NORM_STATISTICS = torch.ops.fisedit.group_norm_statistics.default
 GROUP_NORM_ROWS = torch.ops.fisedit.group_norm_rows.default
 ATTENTION_ROWS = torch.ops.fisedit.attention_rows.default
 ATTENTION_CACHED = torch.ops.fisedit.attention_cached.default

@@ -67,13 +67,37 @@ def group_norm_whole_reference(
     return F.silu(normed) if silu else normed
 
 
+def group_norm_statistics_reference(
+    rows: torch.Tensor,
+    samples: int,
+    groups: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scale and shift of a GroupNorm of maps all of whose pixels are rows, as ``group_norm_rows`` takes them.
+
+    Args:
+        rows: [samples * S, C], sample by sample.
+        samples, groups, weight, bias, eps: see :func:`group_norm_whole_reference`.
+
+    Returns:
+        [samples, C] each, in fp32 or better.
+
+    Raises:
+        RuntimeError: the samples do not divide the rows, or the groups do not divide the channels.
+    """
+    maps = rows.view(samples, -1, rows.shape[1]).transpose(1, 2)  # [B, C, S]
+    return norm_scale_shift(maps, groups, weight, bias, eps)
+
+
 def norm_scale_shift(
     x: torch.Tensor, groups: int, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The scale and shift that a group norm applies to a map, in fp32 or better.
 
     Args:
-        x: [B, C, H, W].
+        x: [B, C, H, W] or [B, C, pixels].
         groups, weight, bias, eps: of the group norm; weight and bias are [C] or None.
 
     Returns:

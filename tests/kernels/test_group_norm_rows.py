@@ -87,3 +87,19 @@ def test_joined_rows(dtype: torch.dtype) -> None:
     joined, normed = fisedit.cat_norm_rows(left, right, sample, scale, shift, True)
     assert torch.equal(joined, torch.cat([left, right], 1))
     assert torch.equal(normed, fisedit.group_norm_rows(joined, sample, scale, shift, True))
+
+
+@hypothesis.given(
+    st.integers(1, 3), st.integers(1, 30), groups_of, st.sampled_from(DTYPES), st.booleans(), st.booleans()
+)
+def test_statistics_of_whole_maps_are_what_a_norm_of_rows_takes(
+    samples: int, pixels: int, groups: int, dtype: torch.dtype, scaled: bool, silu: bool
+) -> None:
+    hypothesis.assume(CHANNELS // groups * pixels > 1)
+    rows = normal(samples * pixels, CHANNELS, dtype=dtype, seed=pixels) * 2 + 3
+    weight, bias = (normal(CHANNELS, dtype=dtype, seed=seed) if scaled else None for seed in (1, 2))
+    scale, shift = fisedit.group_norm_statistics(rows, samples, groups, weight, bias, EPS)
+    assert scale.dtype == shift.dtype == torch.promote_types(dtype, torch.float32)
+    sample = torch.arange(samples).repeat_interleave(pixels)
+    whole = fisedit.group_norm_whole(rows.double(), samples, groups, wide(weight), wide(bias), EPS, silu)
+    assert_close(fisedit.group_norm_rows(rows, sample, scale, shift, silu), whole, dtype)

@@ -8,11 +8,18 @@ from support.interpreter import INTERPRETED_DTYPES, MARKS
 from support.poison import poisoned
 from support.random_rows import normal
 
-from fisedit_compile.kernels.norms.group_norm_rows import group_norm_rows_reference, group_norm_whole_reference
+from fisedit_compile.kernels.norms.group_norm_rows import (
+    group_norm_rows_reference,
+    group_norm_statistics_reference,
+    group_norm_whole_reference,
+)
 from fisedit_compile.testing import assert_close
 
 norm = pytest.importorskip("fisedit_compile.kernels.norms.group_norm_rows_triton", reason="Triton is not installed")
 whole = pytest.importorskip("fisedit_compile.kernels.norms.group_norm_whole_triton", reason="Triton is not installed")
+statistics_of = pytest.importorskip(
+    "fisedit_compile.kernels.norms.group_norm_statistics_triton", reason="Triton is not installed"
+)
 pytestmark = MARKS
 
 dtypes = pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
@@ -55,6 +62,28 @@ def test_own_statistics(
             out = whole.group_norm_whole_triton(rows, samples, groups, *given, 1e-5, silu)
         wide = (None if t is None else t.double() for t in given)
         assert_close(out, group_norm_whole_reference(rows.double(), samples, groups, *wide, 1e-5, silu))
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("samples", "pixels", "channels", "groups"),
+    [(2, 144, 40, 4), (3, 25, 12, 3), (1, 2, 64, 32), (1, 400, 96, 1), (2, 64, 20, 5)],
+)
+@pytest.mark.parametrize("mean", [3, 100])
+def test_statistics_alone(
+    dtype: torch.dtype, samples: int, pixels: int, channels: int, groups: int, mean: float
+) -> None:
+    rows = (normal(samples * pixels, channels, dtype=torch.float64, seed=0) * 2 + mean).to(dtype)
+    weight, bias = (normal(channels, dtype=dtype, seed=seed) for seed in (1, 2))
+    for given in ((weight, bias), (None, None)):
+        with poisoned():
+            found = statistics_of.group_norm_statistics_triton(rows, samples, groups, *given, 1e-5)
+        wide = [None if t is None else t.double() for t in given]
+        for out, expected in zip(
+            found, group_norm_statistics_reference(rows.double(), samples, groups, *wide, 1e-5), strict=True
+        ):
+            assert out.dtype == torch.float32
+            assert_close(out, expected)
 
 
 def test_refuses_what_does_not_fit() -> None:
