@@ -21,6 +21,7 @@ import torch
 
 from fisedit_compile.ir.layout import inverse_permutation
 from fisedit_compile.kernels.attention.attention_rows import attention_cached_reference, attention_rows_reference
+from fisedit_compile.kernels.attention.controlled_rows import controlled_rows_reference
 from fisedit_compile.kernels.implicit_gemm.conv2d_rows import conv2d_rows_and_norm_reference, conv2d_rows_reference
 from fisedit_compile.kernels.implicit_gemm.linear_rows import (
     linear_rows_and_layer_norm_reference,
@@ -235,4 +236,12 @@ _register(
     attention_cached_reference,
     _like_rows,
     _launcher("attention.attention_cached_triton", "attention_cached_triton", attention_cached_reference),
+)
+_register(
+    "controlled_rows",
+    "Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor index, Tensor maps, Tensor span, Tensor mapper, "
+    "Tensor keep, int pixels, float? scale",
+    controlled_rows_reference,
+    _like_rows,
+    _launcher("attention.controlled_rows_triton", "controlled_rows_triton", controlled_rows_reference),
 )

@@ -52,6 +52,7 @@ GROUP_NORM_WHOLE = torch.ops.fisedit.group_norm_whole.default
 GROUP_NORM_STATISTICS = torch.ops.fisedit.group_norm_statistics.default
 GROUP_NORM_ROWS = torch.ops.fisedit.group_norm_rows.default
 ATTENTION_ROWS = torch.ops.fisedit.attention_rows.default
+CONTROLLED_ROWS = torch.ops.fisedit.controlled_rows.default
 ATTENTION_CACHED = torch.ops.fisedit.attention_cached.default
 
 #: A product of rows -> the product that also returns its result before norm and activation.

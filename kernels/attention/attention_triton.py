@@ -66,6 +66,25 @@ def _attend(  # type: ignore[no-untyped-def]
     return row, new_peak, total, result
 
 
+@triton.jit
+def block_of_queries(offsets, samples, block, BM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The sample that a block of BM queries belongs to, and its first and last query; -1 for a block too many.
+
+    Samples are few, and their ``offsets``, int32 [samples + 1], stay on the device.
+    """
+    sample = -1
+    begin, end, before = 0, 0, 0
+    for b in range(samples):
+        first, last = tl.load(offsets + b), tl.load(offsets + b + 1)
+        blocks = tl.cdiv(last - first, BM)
+        found = (block >= before) & (block < before + blocks)
+        sample = tl.where(found, b, sample)
+        begin = tl.where(found, first + (block - before) * BM, begin)
+        end = tl.where(found, last, end)
+        before += blocks
+    return sample, begin, end
+
+
 @triton.jit(do_not_specialize=["padded", "samples", "pixels"])
 def attention_kernel(
     q: tl.tensor,  # [M, heads, HD]
@@ -97,17 +116,7 @@ def attention_kernel(
     PRECISION: tl.constexpr,
 ) -> None:
     block, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    sample = -1
-    q_begin, q_end, before = 0, 0, 0
-    # Which sample the block belongs to: samples are few, and offsets stay on the device.
-    for b in range(samples):
-        first, last = tl.load(q_offsets + b), tl.load(q_offsets + b + 1)
-        blocks = tl.cdiv(last - first, BM)
-        found = (block >= before) & (block < before + blocks)
-        sample = tl.where(found, b, sample)
-        q_begin = tl.where(found, first + (block - before) * BM, q_begin)
-        q_end = tl.where(found, last, q_end)
-        before += blocks
+    sample, q_begin, q_end = block_of_queries(q_offsets, samples, block, BM)
     if sample < 0:
         return
 

@@ -1,8 +1,14 @@
 """Cross-attention that keeps the base's maps of unchanged words (Prompt-to-Prompt, Hertz et al. 2022; paper 3.1).
 
+The base keeps the maps of its prompt's own tokens, the first L of the T that a text encoder gives, with one row a
+pixel. What they leave of each query's attention went to the padding behind them: it goes to the edit's padding, divided
+there as the edit divides its own. With all T tokens kept nothing is left, and the padding's maps are exchanged like any
+other.
+
 The controlled layer is plain attention plus what the exchange of maps changes. Where nothing is exchanged for
-something else, because both prompts have the same words, the change is exactly 0, so that a controlled step then
-repeats the base's arithmetic bit for bit and the difference of the two generations holds no rounding.
+something else, because both prompts have the same words and all T tokens are kept, the change is exactly 0, so that a
+controlled step then repeats the base's arithmetic bit for bit and the difference of the two generations holds no
+rounding.
 """
 
 from __future__ import annotations
@@ -12,11 +18,17 @@ import torch.nn.functional as F
 
 #: A query whose kept tokens hold less than this of the base's attention has nothing to keep: scaling it up to
 #: 1 would scale up the rounding of fp16 maps.
-_LEAST_SHARE = 1e-4
+LEAST_SHARE = 1e-4
 
 
 def attention_probabilities(
-    query: torch.Tensor, key: torch.Tensor, *, samples: int, part: int = -1, scale: float | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    *,
+    samples: int,
+    part: int = -1,
+    tokens: int | None = None,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """Cross-attention maps of the conditional part of the batch, to be recorded from the base run.
 
@@ -26,22 +38,21 @@ def attention_probabilities(
         key: ``[B, heads, T, head_dim]``.
         samples: samples of the picture batch, ``n``.
         part: place of the conditional part in the batch, counted as Python counts: -1 is the last.
+        tokens: L, how many tokens are kept, the first ones; None keeps all.
         scale: of the scores; default ``head_dim ** -0.5``.
 
     Returns:
-        ``[n, heads, N, T]`` in the dtype of ``query``, summing to 1 over T (computed in at least fp32).
+        ``[n * N, heads, L]`` in the dtype of ``query``, contiguous: shares of all T tokens (computed in at least fp32).
     """
-    rows = _rows_of_part(query.shape[0], samples, part)
-    wide = torch.promote_types(query.dtype, torch.float32)
-    scores = query[rows].to(wide) @ key[rows].to(wide).transpose(-2, -1)
-    return (scores * (query.shape[-1] ** -0.5 if scale is None else scale)).softmax(dim=-1).to(query.dtype)
+    own = _own_maps(query, key, _rows_of_part(query.shape[0], samples, part), scale)
+    return own[..., :tokens].to(query.dtype).transpose(1, 2).flatten(0, 1).contiguous()
 
 
 def controlled_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    base_probs: torch.Tensor,
+    maps: torch.Tensor,
     mapper: torch.Tensor,
     keep: torch.Tensor,
     scale: float | None = None,
@@ -49,17 +60,15 @@ def controlled_attention(
 ) -> torch.Tensor:
     """Cross-attention in which unchanged words keep the base's maps, in the conditional part of the batch only.
 
-    ``probs = keep * (base_probs @ mapper) + (1 - keep) * own``, then scaled so that each query's sum to what its own
-    do, and ``out = attention(query, key, value) + (probs - own) @ value``. A query that gave all its attention to
-    words that are gone keeps its own. Both kinds of maps are rounded to the dtype of ``query``, as recorded ones are.
-    Plain torch operations: exports, compiles.
+    ``out = attention(query, key, value) + (probs - own) @ value`` with the ``probs`` of :func:`exchange_maps`. Both
+    kinds of maps are rounded to the dtype of ``query``, as recorded ones are. Plain torch operations: exports, compiles.
 
     Args:
         query: ``[B, heads, N, head_dim]``, see :func:`attention_probabilities`.
-        key, value: ``[B, heads, T_edit, head_dim]``.
-        base_probs: ``[n, heads, N, T_base]``, from ``attention_probabilities`` of the base's same step and layer.
-        mapper: ``[n, T_base, T_edit]`` and
-        keep: ``[n, T_edit]``, from ``align_batch``.
+        key, value: ``[B, heads, T, head_dim]``.
+        maps: ``[n * N, heads, L]``, from ``attention_probabilities`` of the base's same step and layer.
+        mapper: ``[n, T, T]`` and
+        keep: ``[n, T]``, from ``align_batch``.
         scale: of the scores; default ``head_dim ** -0.5``.
         part: place of the conditional part in the batch.
 
@@ -69,22 +78,47 @@ def controlled_attention(
     Raises:
         ValueError: the batch does not consist of whole parts of n samples, or has no such part.
     """
-    rows = _rows_of_part(query.shape[0], base_probs.shape[0], part)
+    samples = mapper.shape[0]
+    rows = _rows_of_part(query.shape[0], samples, part)
     out = F.scaled_dot_product_attention(query, key, value, scale=scale)
-    own = attention_probabilities(query, key, samples=base_probs.shape[0], part=part, scale=scale)
-    own = own.to(torch.promote_types(query.dtype, torch.float32))  # [n, heads, N, T_edit]
-    kept = base_probs.to(own.dtype) @ mapper[:, None].to(own.dtype)
-    share = keep[:, None, None, :].to(own.dtype)
-    probs = share * kept + (1 - share) * own
-    total = probs.sum(dim=-1, keepdim=True)
-    scaled = probs * (own.sum(dim=-1, keepdim=True) / total.clamp_min(_LEAST_SHARE))
-    probs = torch.where(total > _LEAST_SHARE, scaled, own)
+    own = _own_maps(query, key, rows, scale).to(query.dtype).to(torch.promote_types(query.dtype, torch.float32))
+    base = maps.unflatten(0, (samples, -1)).transpose(1, 2).to(own.dtype)  # [n, heads, N, L]
+    probs = exchange_maps(own, base, mapper[:, None].to(own.dtype), keep[:, None, None].to(own.dtype))
     change = (probs - own).to(value.dtype) @ value[rows]
     return torch.cat([out[: rows.start], out[rows] + change, out[rows.stop :]])
 
 
+def exchange_maps(own: torch.Tensor, base: torch.Tensor, mapper: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Maps in which unchanged words have the base's share, scaled so that each query's sum to what its own do.
+
+    A query that gave all its attention to words that are gone keeps its own.
+
+    Args:
+        own: ``[..., N, T]``, of the edit's words.
+        base: ``[..., N, L]``, of the base's first L tokens.
+        mapper: ``[..., T, T]``: which tokens of the base stand for each of the edit's; its columns sum to 1 or 0.
+        keep: ``[..., 1, T]``: 1 where a token takes the base's share.
+
+    Returns:
+        ``[..., N, T]``.
+    """
+    mapper = mapper[..., : base.shape[-1], :]
+    padding = keep - mapper.sum(-2, keepdim=True)  # kept, but from tokens whose maps the base does not hold
+    left = 1 - base.sum(-1, keepdim=True)
+    of_padding = (own * padding).sum(-1, keepdim=True)
+    grown = own * padding * (left / of_padding.clamp_min(LEAST_SHARE))
+    probs = base @ mapper + grown + (1 - keep) * own
+    total = probs.sum(-1, keepdim=True)
+    scaled = probs * (own.sum(-1, keepdim=True) / total.clamp_min(LEAST_SHARE))
+    return torch.where(total > LEAST_SHARE, scaled, own)
+
+
 def _rows_of_part(batch: int, samples: int, part: int) -> slice:
-    """The rows of one part of a batch of several parts of ``samples`` each."""
+    """The rows of one part of a batch of several parts of ``samples`` each.
+
+    Raises:
+        ValueError: the batch does not consist of whole parts, or has no such part.
+    """
     parts = batch // samples
     if batch % samples or not -parts <= part < parts:
         raise ValueError(
@@ -93,3 +127,10 @@ def _rows_of_part(batch: int, samples: int, part: int) -> slice:
         )
     start = part % parts * samples
     return slice(start, start + samples)
+
+
+def _own_maps(query: torch.Tensor, key: torch.Tensor, rows: slice, scale: float | None) -> torch.Tensor:
+    """Maps ``[n, heads, N, T]`` of some rows of the batch, in at least fp32."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = query[rows].to(wide) @ key[rows].to(wide).transpose(-2, -1)
+    return (scores * (query.shape[-1] ** -0.5 if scale is None else scale)).softmax(dim=-1)

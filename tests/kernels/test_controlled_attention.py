@@ -32,13 +32,19 @@ def random_alignment(samples: int, tokens: int, seed: int) -> tuple[torch.Tensor
     return mapper, keep
 
 
+def by_sample(probs: torch.Tensor, samples: int) -> torch.Tensor:
+    """Recorded maps [n * N, heads, L] as [n, heads, N, L]."""
+    return probs.unflatten(0, (samples, -1)).transpose(1, 2)
+
+
 class TestAttentionProbabilities:
     @pytest.mark.parametrize("samples", [2, 4])
     @pytest.mark.parametrize("scale", [None, 0.2])
     def test_times_the_values_it_is_attention_of_the_conditional_half(self, samples: int, scale: float | None) -> None:
         query, key, value = tensors()
         probs = attention_probabilities(query, key, samples=samples, scale=scale)
-        assert probs.shape == (samples, 3, 10, 7)
+        assert probs.shape == (samples * 10, 3, 7)
+        probs = by_sample(probs, samples)
         plain = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), scale=scale)
         assert_close(probs @ value[-samples:], plain[-samples:])
 
@@ -46,7 +52,13 @@ class TestAttentionProbabilities:
         query, key, _ = tensors(dtype=torch.bfloat16)
         probs = attention_probabilities(query, key, samples=2)
         assert probs.dtype == torch.bfloat16
-        torch.testing.assert_close(probs.float().sum(dim=-1), torch.ones(2, 3, 10), rtol=0, atol=1e-2)
+        torch.testing.assert_close(probs.float().sum(dim=-1), torch.ones(20, 3), rtol=0, atol=1e-2)
+
+    def test_keeps_the_first_tokens(self) -> None:
+        query, key, _ = tensors()
+        probs = attention_probabilities(query, key, samples=2, tokens=4)
+        assert torch.equal(probs, attention_probabilities(query, key, samples=2)[..., :4])
+        assert probs.is_contiguous()
 
 
 class TestControlledAttention:
@@ -77,7 +89,7 @@ class TestControlledAttention:
             row = len(query) - samples + sample
             for head in range(3):
                 fresh = (query[row, head] @ key[row, head].T / 8**0.5).softmax(dim=-1)
-                kept = base_probs[sample, head].double() @ mapper[sample].double()
+                kept = by_sample(base_probs, samples)[sample, head].double() @ mapper[sample].double()
                 probs = torch.where(keep[sample] > 0, kept, fresh)
                 expected[row, head] = probs / probs.sum(dim=-1, keepdim=True) @ value[row, head]
         assert_close(out, expected)
@@ -114,13 +126,13 @@ class TestControlledAttention:
 
     def test_without_kept_words_it_is_plain_attention(self) -> None:
         query, key, value = tensors()
-        base_probs = torch.full((2, 3, 10, 7), 1 / 7)
+        base_probs = torch.full((20, 3, 7), 1 / 7)
         out = controlled_attention(query, key, value, base_probs, torch.zeros(2, 7, 7), torch.zeros(2, 7))
         assert_close(out, F.scaled_dot_product_attention(query.double(), key.double(), value.double()))
 
     def test_a_query_that_saw_only_removed_words_keeps_its_own_shares(self) -> None:
         query, key, value = tensors(2)
-        base_probs = torch.zeros(2, 3, 10, 7)
+        base_probs = torch.zeros(20, 3, 7)
         base_probs[..., 6] = 1  # all on the last word, which the edit has not
         mapper = torch.eye(7)
         mapper[6] = 0
@@ -133,7 +145,7 @@ class TestControlledAttention:
         mapper = torch.zeros(2, 9, 5)
         mapper[:, 4:, :] = torch.eye(5)
         out = controlled_attention(query, key, value, base_probs, mapper, torch.ones(2, 5))
-        probs = base_probs[..., 4:].double()
+        probs = by_sample(base_probs, 2)[..., 4:].double()
         assert_close(out, probs / probs.sum(dim=-1, keepdim=True) @ value.double())
 
     def test_an_inserted_word_from_the_prompts_on(self) -> None:
@@ -145,7 +157,8 @@ class TestControlledAttention:
         torch.testing.assert_close(shares.sum(dim=-1), torch.ones(1, 3, 10))
         # "a" (1), "cat" (2 to 3) and "left" (5 to 6) stand to each other as they did in the base
         ratio = shares[..., [3, 6]] / shares[..., [1]]
-        torch.testing.assert_close(ratio, base_probs[..., [2, 5]] / base_probs[..., [1]], rtol=1e-4, atol=0)
+        kept = by_sample(base_probs, 1)
+        torch.testing.assert_close(ratio, kept[..., [2, 5]] / kept[..., [1]], rtol=1e-4, atol=0)
 
     def test_exports_and_compiles_without_a_break(self) -> None:
         class Layer(torch.nn.Module):
@@ -171,7 +184,7 @@ class TestControlledAttention:
     def test_a_batch_that_does_not_fit(self) -> None:
         query, key, value = tensors(3)
         mapper, keep = random_alignment(2, 7, 3)
-        base_probs = torch.full((2, 3, 10, 7), 1 / 7)
+        base_probs = torch.full((20, 3, 7), 1 / 7)
         with pytest.raises(ValueError, match=r"2 sample\(s\) is not in a batch of 3"):
             controlled_attention(query, key, value, base_probs, mapper, keep)
         query, key, value = tensors(4)

@@ -1,0 +1,61 @@
+"""Cross-attention of rows that keeps the base's maps of unchanged words: ``controlled_attention`` for active pixels."""
+
+from __future__ import annotations
+
+import torch
+
+from fisedit_compile.kernels.attention.attention_rows import attention_rows_reference
+from fisedit_compile.kernels.attention.controlled_attention import exchange_maps
+
+
+def controlled_rows_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    offsets: torch.Tensor,
+    index: torch.Tensor,
+    maps: torch.Tensor,
+    span: torch.Tensor,
+    mapper: torch.Tensor,
+    keep: torch.Tensor,
+    pixels: int,
+    scale: float | None,
+) -> torch.Tensor:
+    """Cross-attention of the active queries; those of the conditional part take the base's share of unchanged words.
+
+    See :mod:`fisedit_compile.kernels.attention.controlled_attention` for how maps are exchanged.
+
+    Args:
+        q: [M, heads, hd], the active pixels, sorted by sample.
+        k, v: [B * T, heads, hd], the text's tokens, T of each sample.
+        offsets: int32 [B + 1], cumulative counts of active pixels.
+        index: int64 [M], the pixel id of each row.
+        maps: [n * pixels, heads, L], the base's for the n samples of the conditional part; only read. On a GPU it may
+            be an int64 [1] that holds the address of such maps, so that a CUDA graph can read those of any step.
+        span: int32 [3]: L, the first sample of the conditional part, and the one behind its last. Where L is 0 nothing
+            is exchanged, and the maps are not read.
+        mapper: fp32 [n or more, T, T], keep: fp32 [n or more, T], see :func:`exchange_maps`.
+        pixels: of a sample.
+        scale: of the scores; None means 1 / sqrt(hd).
+
+    Returns:
+        [M, heads, hd], contiguous.
+    """
+    batch = offsets.shape[0] - 1
+    tokens = k.shape[0] // batch
+    text_offsets = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32)
+    out = attention_rows_reference(q, k, v, offsets, text_offsets, scale)
+    length, begin, end = span.tolist()
+    if not length:
+        return out
+    row = slice(int(offsets[begin]), int(offsets[end]))
+    pixel = index[row] - begin * pixels
+    sample = pixel // pixels
+    wide = torch.promote_types(q.dtype, torch.float32)
+    keys, values = (each.unflatten(0, (batch, tokens))[begin + sample] for each in (k, v))  # [rows, T, heads, hd]
+    scores = torch.einsum("mhd,mthd->mht", q[row].to(wide), keys.to(wide))
+    own = (scores * (q.shape[-1] ** -0.5 if scale is None else scale)).softmax(-1).to(q.dtype).to(wide)
+    base = maps[pixel].to(wide)
+    probs = exchange_maps(own, base, mapper[sample].to(wide), keep[sample][:, None].to(wide))
+    out[row] += torch.einsum("mht,mthd->mhd", (probs - own).to(v.dtype), values)
+    return out
