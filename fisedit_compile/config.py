@@ -10,6 +10,10 @@ AttentionMode = Literal["full", "masked"]
 BlockMode = Literal["pixel", "paper", "measured"]
 
 
+#: Shares of the steps under control with ``cross_replace="auto"``: of edits that only add words, and of all others.
+ADDING, REPLACING = 0.2, 0.8
+
+
 def is_whole(size: tuple[int, int], dense_below: int) -> bool:
     """Whether every pixel of a resolution (height, width) is computed, whatever the mask: see ``SparsityConfig``."""
     return min(size) < dense_below
@@ -37,8 +41,10 @@ class SparsityConfig:
             ``fisedit-compile blocks`` says whether another choice is faster on a device.
         dense_steps: how many denoising steps an edit runs dense before its mask is known (the paper's k). An ``int``
             counts steps, a ``float`` in [0, 1) is a share of all steps, rounded up. With 0 an edit must bring a mask.
-        cross_replace: share of all denoising steps, counted from the first. Dense steps among them take the
-            cross-attention maps of unchanged words from the base (Prompt-to-Prompt, paper 3.1); 0 turns that off.
+        cross_replace: share of all denoising steps, counted from the first, that take the cross-attention maps of
+            unchanged words from the base (Prompt-to-Prompt, paper 3.1), dense and sparse alike; 0 turns that off.
+            ``"auto"`` is 0.8 where words are replaced or removed, and 0.2 where words are only added, which longer
+            control keeps out of the picture (docs/measurements/quality.md).
         stride: an edit visits every ``stride``-th step of its base and lets the scheduler make longer ones, which
             divides its time and the base's memory by about as much; 1 visits all. ``"auto"`` takes 3 from 48 steps on
             and 2 from 32 on where the scheduler can make longer steps, else 1. Dense and controlled steps are counted
@@ -50,8 +56,8 @@ class SparsityConfig:
     dense_below: int = 16
     dense_above: float = 0.6
     blocks: BlockMode = "pixel"
-    dense_steps: int | float = 0.2
-    cross_replace: float = 0.8
+    dense_steps: int | float = 0.1
+    cross_replace: float | Literal["auto"] = "auto"
     stride: int | Literal["auto"] = "auto"
     compile: bool = False
 
@@ -72,8 +78,10 @@ class SparsityConfig:
             raise ValueError(f"dense_steps={self.dense_steps!r}: give a count (int) or a share of the steps (float)")
         if self.dense_steps < 0 or (isinstance(self.dense_steps, float) and not self.dense_steps < 1):
             raise ValueError(f"dense_steps={self.dense_steps!r}: an int >= 0, or a float in [0, 1)")
-        if not _is_number(self.cross_replace, int | float) or not 0 <= self.cross_replace <= 1:
-            raise ValueError(f"cross_replace={self.cross_replace!r}: a share of the steps in [0, 1]")
+        if self.cross_replace != "auto" and (
+            not _is_number(self.cross_replace, int | float) or not 0 <= self.cross_replace <= 1
+        ):
+            raise ValueError(f"cross_replace={self.cross_replace!r}: 'auto', or a share of the steps in [0, 1]")
 
     @classmethod
     def of(cls, config: SparsityConfig | dict[str, Any] | None) -> SparsityConfig:
@@ -103,9 +111,16 @@ class SparsityConfig:
             return min(self.dense_steps, steps)
         return min(-int(-self.dense_steps * steps // 1), steps)
 
-    def count_controlled_steps(self, steps: int) -> int:
-        """How many of ``steps`` denoising steps run dense under Prompt-to-Prompt control."""
-        return min(self.count_dense_steps(steps), round(self.cross_replace * steps))
+    def count_controlled_steps(self, steps: int, *, adds: bool = False) -> int:
+        """How many of ``steps`` denoising steps run under Prompt-to-Prompt control.
+
+        Args:
+            steps: all that an edit makes.
+            adds: the edit only adds words.
+        """
+        if self.cross_replace == "auto":
+            return round((ADDING if adds else REPLACING) * steps)
+        return round(self.cross_replace * steps)
 
 
 def _is_number(value: object, kind: Any) -> bool:

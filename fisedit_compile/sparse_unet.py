@@ -22,6 +22,7 @@ from fisedit_compile.runtime.capturable import (
     settle_adapters,
     without_offload,
 )
+from fisedit_compile.runtime.control import Control
 from fisedit_compile.runtime.model_state import ModelState
 from fisedit_compile.runtime.model_watch import ModelWatch
 from fisedit_compile.runtime.prepared import Prepared
@@ -150,6 +151,7 @@ class SparseUNet(torch.nn.Module):
         activations: bool = True,
         attention: bool = False,
         part: int = -1,
+        tokens: int | None = None,
     ) -> tuple[Tensor, Recorded]:
         """Run the dense U-Net and keep what sparse steps (``activations``) or controlled steps (``attention``) read.
 
@@ -158,6 +160,8 @@ class SparseUNet(torch.nn.Module):
             samples: pictures in the batch, which guidance makes parts of ``samples`` each of; None is the whole batch.
             activations, attention: what is kept.
             part: place of the conditional part in the batch, whose attention maps are kept; -1 is the last.
+            tokens: of how many tokens of the text, the first ones; None is all. Those of the prompt's own words take a
+                fraction of the memory, and an edit's padding then shares what they leave.
 
         Returns:
             The noise prediction ``[B, C, H, W]`` and the cache of this call.
@@ -168,22 +172,20 @@ class SparseUNet(torch.nn.Module):
             raise ValueError(f"samples={samples} of a batch of {batch}: give the number of pictures in it")
         state = self._ready(values=True)
         out, cache = self._program(call, state).record(
-            call, samples=count, activations=activations, attention=attention, part=part
+            call, samples=count, activations=activations, attention=attention, part=part, tokens=tokens
         )
         cache.model = state
         return out, cache
 
-    def controlled(self, call: Call, cache: StepCache, mapper: Tensor, keep: Tensor, part: int = -1) -> Tensor:
+    def controlled(self, call: Call, cache: StepCache, control: Control) -> Tensor:
         """Run the dense U-Net with the cross-attention maps of unchanged words taken from ``cache``.
-
-        ``mapper`` and ``keep`` are those of :func:`~fisedit_compile.editing.prompt_alignment.align_batch`.
 
         Raises:
             BaseMismatchError: the cache was recorded by another model.
         """
         state = self._ready(values=True)
         _check_recorded(cache, state)
-        return self._program(call, state).controlled(call, cache, mapper, keep, part)
+        return self._program(call, state).controlled(call, cache, control)
 
     def prepare(self, call: Call, mask: Tensor) -> Prepared:
         """Everything about ``mask`` (bool ``[n, h, w]`` at latent resolution) that the steps of an edit share.
@@ -196,10 +198,16 @@ class SparseUNet(torch.nn.Module):
         prepared.model = state
         return prepared
 
-    def step(self, call: Call, cache: StepCache, prepared: Prepared) -> Tensor:
+    def step(self, call: Call, cache: StepCache, prepared: Prepared, control: Control | None = None) -> Tensor:
         """One sparse step: active pixels anew, the rest from the base's ``cache`` of the same call.
 
         A mask of more than ``config.dense_above`` runs the dense U-Net instead, with the same meaning.
+
+        Args:
+            call: the call that the step stands for.
+            cache: of :meth:`record`; with attention maps, where the step is controlled.
+            prepared: of :meth:`prepare`.
+            control: take the cross-attention maps of unchanged words from the cache; None leaves the edit its own.
 
         Raises:
             BaseMismatchError: the cache or the plan was made by another model, the cache for other activations or at
@@ -222,8 +230,9 @@ class SparseUNet(torch.nn.Module):
                 "the plan is not of this call's graphs: pass what prepare(call, mask) returned for it"
             )
         if prepared.dense:
-            return program.restore_base(self.dense(call), cache, prepared)
-        return program.step(call, cache, prepared)
+            out = self.dense(call) if control is None else program.controlled(call, cache, control)
+            return program.restore_base(out, cache, prepared)
+        return program.step(call, cache, prepared, control)
 
     def _look(self, *, values: bool) -> ModelState:
         unet = self._original[0]

@@ -24,6 +24,7 @@ from fisedit_compile.architectures import PROMPT_TOKENS, build_unet, unet_inputs
 from fisedit_compile.bench.masks import MaskSet
 from fisedit_compile.editing.pipeline_call import UNetRoute
 from fisedit_compile.macs.counter import MacCounter
+from fisedit_compile.runtime.control import Control
 
 
 class FISEdit(Method):
@@ -144,7 +145,7 @@ class _CountedGraphs:
         _, maps = sparse.record(call, samples=1, activations=False, attention=True)
         mapper, keep = (torch.empty(1, *shape, device="meta") for shape in ((PROMPT_TOKENS,) * 2, (PROMPT_TOKENS,)))
         with FlopCounterMode(display=False) as flops:
-            sparse.controlled(call, maps, mapper, keep)
+            sparse.controlled(call, maps, Control(mapper, keep))
         self.controlled = flops.get_total_flops() // 2
 
     def sparse(self, mask: torch.Tensor) -> tuple[int, int]:

@@ -26,16 +26,17 @@ from fisedit_compile.ir.call import Call, Signature
 from fisedit_compile.ir.layout import Layout, Size
 from fisedit_compile.ir.meta_interpreter import on_meta
 from fisedit_compile.ir.plan_tensor import PlanTensor
-from fisedit_compile.ir.requests import CacheEntry, Hoisted, requests_of
+from fisedit_compile.ir.requests import CacheEntry, ControlTensor, Hoisted, requests_of
 from fisedit_compile.passes import targets
 from fisedit_compile.passes.arguments import arguments_of
-from fisedit_compile.passes.dense.control_cross_attention import control_cross_attention, cross_attentions
+from fisedit_compile.passes.dense.control_cross_attention import control_cross_attention
 from fisedit_compile.passes.dense.record_activations import record_activations
 from fisedit_compile.passes.manager import SPARSE_PASSES, run_passes
 from fisedit_compile.passes.pass_report import PassReport
 from fisedit_compile.passes.region.annotate_layout import annotate_layout
 from fisedit_compile.passes.rewriting import is_timestep
 from fisedit_compile.passes.staging.hoist_invariants import fetched_rows, split_stages
+from fisedit_compile.passes.text_attention import text_attentions
 from fisedit_compile.planning.apsc import CostModel
 from fisedit_compile.planning.buckets import Buckets
 from fisedit_compile.planning.edit_plan import EditPlan, plan_edit
@@ -118,31 +119,47 @@ class Lowered:
     @cached_property
     def cache_entries(self) -> list[CacheEntry]:
         """What a base must keep of each call so that a sparse step can be run from it."""
-        return [request for request in requests_of(self.sparse.graph) if isinstance(request, CacheEntry)]
+        return [entry for entry in self._entries if entry.kind != "attention"]
 
     @cached_property
     def attention_entries(self) -> list[CacheEntry]:
         """The cross-attention maps that a base must keep of each call for controlled dense steps."""
-        return [CacheEntry(node.name, "attention") for node in cross_attentions(self.dense)]
+        return [CacheEntry(node.name, "attention") for node in text_attentions(self.dense.graph)]
+
+    @cached_property
+    def controlled_entries(self) -> list[CacheEntry]:
+        """Those of :attr:`attention_entries` that a sparse step reads where it is controlled."""
+        return [entry for entry in self._entries if entry.kind == "attention"]
+
+    @cached_property
+    def control_specs(self) -> dict[ControlTensor, TensorSpec]:
+        """The shape and dtype of each tensor of control that a sparse step reads."""
+        nodes = self.sparse.graph.find_nodes(op="placeholder")
+        specs = {node.meta.get("request"): node.meta["val"] for node in nodes}
+        return {key: (val.shape, val.dtype) for key, val in specs.items() if isinstance(key, ControlTensor)}
+
+    @cached_property
+    def _entries(self) -> list[CacheEntry]:
+        return [request for request in requests_of(self.sparse.graph) if isinstance(request, CacheEntry)]
 
     @cached_property
     def cache_specs(self) -> dict[CacheEntry, TensorSpec]:
         """The shape and dtype of each of :attr:`cache_entries`."""
         specs: dict[CacheEntry, TensorSpec] = {}
         for node in self.sparse.graph.find_nodes(op="placeholder"):
-            if isinstance(node.meta.get("request"), CacheEntry):
+            if node.meta.get("request") in self.cache_entries:
                 specs[node.meta["request"]] = (node.meta["val"].shape, node.meta["val"].dtype)
         return specs
 
-    def record_nbytes(self, *, samples: int, activations: bool, attention: bool) -> int:
+    def record_nbytes(self, *, samples: int, activations: bool, attention: bool, tokens: int | None = None) -> int:
         """Memory of what a base keeps of one call, in bytes; arguments as of ``Program.record``."""
         kept = 0
         if activations:
             kept += sum(shape.numel() * dtype.itemsize for shape, dtype in self.cache_specs.values())
         if attention:
-            for node in cross_attentions(self.dense):
+            for node in text_attentions(self.dense.graph):
                 query, key = (each.meta["val"] for each in node.args[:2])  # type: ignore[union-attr]
-                kept += samples * math.prod(query.shape[1:-1]) * key.shape[-2] * query.dtype.itemsize
+                kept += samples * math.prod(query.shape[1:-1]) * (tokens or key.shape[-2]) * query.dtype.itemsize
         return kept
 
     @cached_property
@@ -168,14 +185,14 @@ class Lowered:
 
     @cached_property
     def step_specs(self) -> dict[Any, Tensor]:
-        """A tensor on the meta device for every input of the U-Net and every entry of the base's cache.
+        """A tensor on the meta device for every input of the U-Net, entry of the base's cache and tensor of control.
 
         The plan's tensors are not among them, because their sizes depend on the mask.
         """
         inputs = self.dense.graph.find_nodes(op="placeholder")
         specs: dict[Any, Tensor] = {str(node.target): on_meta(node.meta["val"]) for node in inputs}
         for node in self.sparse.graph.find_nodes(op="placeholder"):
-            if isinstance(node.meta.get("request"), CacheEntry):
+            if isinstance(node.meta.get("request"), CacheEntry | ControlTensor):
                 specs[node.meta["request"]] = node.meta["val"]
         return specs
 
@@ -206,13 +223,16 @@ class Lowered:
                 costs=costs,
             )
 
-    def recording(self, entries: Sequence[CacheEntry], samples: int, part: int) -> StageGraph:
+    def recording(
+        self, entries: Sequence[CacheEntry], samples: int, part: int, tokens: int | None = None
+    ) -> StageGraph:
         """The dense graph that also returns the value of each entry.
 
-        The batch consists of parts of ``samples`` each, of which the one at place ``part`` is conditional.
+        The batch consists of parts of ``samples`` each, of which the one at place ``part`` is conditional. Attention
+        maps are of the first ``tokens`` of the text; None is all.
         """
         graph_module = copy_graph(self.dense)
-        record_activations(graph_module, entries, samples, part)
+        record_activations(graph_module, entries, samples, part, tokens)
         return StageGraph(graph_module)
 
     def controlled(self, part: int) -> StageGraph:

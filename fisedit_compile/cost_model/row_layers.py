@@ -149,6 +149,11 @@ def _attention_cached(node: Node) -> LayerShape:
     return _attention("cached_attention", given["q"], given["offsets"], given["base_k"])
 
 
+def _controlled_rows(node: Node) -> LayerShape:
+    given = arguments_of(node)
+    return _attention("text_attention", given["q"], given["offsets"], given["k"])
+
+
 def _attention(kind: Kind, query: Node, offsets: Node, key: Node | None = None) -> LayerShape:
     """``key``: all keys of the batch, as many for each sample; None where they are the rows of the queries."""
     _, heads, width = query.meta["val"].shape
@@ -162,4 +167,5 @@ _READERS: dict[Any, Callable[[Node], LayerShape]] = {
     **dict.fromkeys(targets.LINEARS_OF_ROWS, _linear),
     targets.ATTENTION_ROWS: _attention_rows,
     targets.ATTENTION_CACHED: _attention_cached,
+    targets.CONTROLLED_ROWS: _controlled_rows,
 }

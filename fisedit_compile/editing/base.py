@@ -101,7 +101,7 @@ class Base:
 
     @property
     def controlled_steps(self) -> int:
-        """Steps among these whose attention maps the base keeps, for Prompt-to-Prompt control."""
+        """Steps of an edit whose attention maps the base keeps, for Prompt-to-Prompt control: the first ones."""
         return self.config.count_controlled_steps(len(self.visits))
 
     @property

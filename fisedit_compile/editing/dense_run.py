@@ -20,6 +20,8 @@ from fisedit_compile.sparse_unet import SparseUNet
 class DenseRun(EditRun):
     """Edits a base by dense steps alone, the first ``controlled`` of them under Prompt-to-Prompt control.
 
+    With ``controlled`` None as many are as in a sparse edit.
+
     Without a mask the whole picture is free. With one, the latents outside it are the base's from the step on from
     which they are in a sparse edit of the same base, so that the two differ in what the sparse U-Net leaves out and in
     nothing else; where the base leaves no step sparse, from the first one on.
@@ -35,14 +37,15 @@ class DenseRun(EditRun):
         prompts: tuple[str, ...],
         changes: Mapping[str, Any],
         given: Tensor | None,
-        controlled: int,
+        controlled: int | None,
     ) -> None:
         samples, _, *size = base.latents.shape
         whole = torch.ones(samples, *size, dtype=torch.bool, device=base.latents.device)
         self.mask = whole if given is None else given
         super().__init__(unet, pipe, tokenizers, callback, base, prompts, changes, self.mask, "replace")
         self.mask = self._of_edited(self.mask)
-        self._controlled = controlled
+        if controlled is not None:
+            self._controlled = [controlled] * samples
         self._macs: StepMacs | None = None
 
     def begin(self, call: Call) -> None:
@@ -51,10 +54,8 @@ class DenseRun(EditRun):
 
     def predict(self, call: Call) -> Tensor:
         recorded, device = self._recorded_call(call), call.tensors[0].device
-        if self.step >= self._controlled:
-            return self.timer.time("dense", device, lambda: self.unet.dense(call))
-        control = (recorded.cache, self._mapper, self._keep, self.parts(call)[1])
-        return self.timer.time("dense", device, lambda: self.unet.controlled(call, *control))
+        control = self._control(call)
+        return self.timer.time("dense", device, lambda: self._dense(call, recorded, control))
 
     def finish_step(self, latents: Tensor) -> Tensor:
         after = self._base.latents_after(self.step)

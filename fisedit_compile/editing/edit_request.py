@@ -89,20 +89,20 @@ def check_request(
         )
 
 
-def count_controlled_steps(base: Base, *, dense: bool, cross_replace: Any) -> int:
-    """How many of the steps that a dense edit visits take the base's attention maps.
+def count_controlled_steps(base: Base, *, dense: bool, cross_replace: Any) -> int | None:
+    """How many of the steps that a dense edit visits take the base's attention maps; None: as the config says.
 
     Args:
         base: of the edit.
         dense: whether all its steps run dense.
-        cross_replace: share of these steps, in [0, 1]; None is as many as the base keeps maps of.
+        cross_replace: share of these steps, in [0, 1]; None leaves it to the config.
 
     Raises:
         ValueError: a share without ``dense``, or none in [0, 1].
         BaseMismatchError: the base keeps the maps of fewer steps.
     """
     if cross_replace is None:
-        return base.controlled_steps
+        return None
     if not dense:
         raise ValueError(
             f"cross_replace={cross_replace!r}: an edit takes the config's, Editor(pipe, {{'cross_replace': ...}}); "

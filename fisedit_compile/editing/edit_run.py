@@ -12,7 +12,7 @@ from torch import Tensor
 from fisedit_compile.editing.base import Base, RecordedCall
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.editing.pipeline_run import PipelineRun
-from fisedit_compile.editing.prompt_alignment import align_prompts
+from fisedit_compile.editing.prompt_alignment import align_prompts, changed_words
 from fisedit_compile.editing.schedule import Schedule
 from fisedit_compile.editing.step_callback import StepCallback
 from fisedit_compile.editing.step_macs import StepMacs
@@ -23,6 +23,7 @@ from fisedit_compile.editing.stride import (
 from fisedit_compile.errors import BaseMismatchError, MaskError
 from fisedit_compile.ir.call import Call, Signature
 from fisedit_compile.masks.difference_mask import difference_mask
+from fisedit_compile.runtime.control import Control
 from fisedit_compile.runtime.prepared import Prepared
 from fisedit_compile.sparse_unet import SparseUNet
 
@@ -31,7 +32,7 @@ DIFFERENCE_STEPS = (1, 10)
 
 
 class EditRun(PipelineRun):
-    """Edits a base: k dense steps under Prompt-to-Prompt control, the mask, then sparse steps."""
+    """Edits a base: k dense steps, the mask, then sparse steps; the first of them under Prompt-to-Prompt control."""
 
     mask: Tensor  # bool [n, h, w], known after the dense steps
 
@@ -56,7 +57,14 @@ class EditRun(PipelineRun):
             self.pipe, base.prompts, prompts, arguments=base.arguments, changes=changes, device=device
         )
         copies = len(base.latents) // len(prompts)  # num_images_per_prompt: the pipeline repeats each prompt
-        self._mapper, self._keep = mapper.repeat_interleave(copies, 0), keep.repeat_interleave(copies, 0)
+        mapper, keep = mapper.repeat_interleave(copies, 0), keep.repeat_interleave(copies, 0)
+        # Of each sample, how many steps are controlled.
+        self._controlled = [
+            base.config.count_controlled_steps(len(base.visits), adds=_only_adds(*pair))
+            for pair in zip(base.prompts, prompts, strict=True)
+            for _ in range(copies)
+        ]
+        self._alignment, self._controls = (mapper, keep), dict[tuple[int, ...], Control]()
         edited = [bool(changes) or old != new for old, new in zip(base.prompts, prompts, strict=True)]
         self._edited = torch.tensor(edited, device=device).repeat_interleave(copies)  # bool [n]: the others stay
         # The positions of those that change: a bool index would wait for the device at each use.
@@ -84,13 +92,26 @@ class EditRun(PipelineRun):
     def predict(self, call: Call) -> Tensor:
         recorded = self._recorded_call(call)
         device = call.tensors[0].device
+        control = self._control(call)
         if self.step >= self._base.dense_steps:
             prepared = self._prepare(call)
-            return self.timer.time("sparse", device, lambda: self.unet.step(call, recorded.cache, prepared))
-        if recorded.cache:
-            control = (recorded.cache, self._mapper, self._keep, self.parts(call)[1])
-            return self.timer.time("dense", device, lambda: self.unet.controlled(call, *control))
-        return self.timer.time("dense", device, lambda: self.unet.dense(call))
+            return self.timer.time("sparse", device, lambda: self.unet.step(call, recorded.cache, prepared, control))
+        return self.timer.time("dense", device, lambda: self._dense(call, recorded, control))
+
+    def _dense(self, call: Call, recorded: RecordedCall, control: Control | None) -> Tensor:
+        return self.unet.dense(call) if control is None else self.unet.controlled(call, recorded.cache, control)
+
+    def _control(self, call: Call) -> Control | None:
+        """What the words keep of the base's in this step; None where no sample keeps anything any more."""
+        under = tuple(self.step < steps for steps in self._controlled)
+        if not any(under):
+            return None
+        part = self.parts(call)[1]  # a callback may take guidance away in the loop
+        if (part, *under) not in self._controls:
+            mapper, keep = self._alignment
+            still = torch.tensor(under, dtype=keep.dtype).to(keep.device)[:, None]
+            self._controls[part, *under] = Control(mapper * still[:, None], keep * still, part)
+        return self._controls[part, *under]
 
     def finish_step(self, latents: Tensor) -> Tensor:
         step, dense, after = self.step, self._base.dense_steps, self._base.latents_after(self.step)
@@ -173,3 +194,9 @@ class EditRun(PipelineRun):
     def _of_edited(self, mask: Tensor) -> Tensor:
         """The mask, bool ``[n, h, w]``, of the samples that change: those whose prompts stay are the base's."""
         return mask & self._edited[:, None, None]
+
+
+def _only_adds(old: str, new: str) -> bool:
+    """Whether a prompt has words that the old one has not, and all of those."""
+    removed, added = changed_words(old, new)
+    return bool(added) and not removed

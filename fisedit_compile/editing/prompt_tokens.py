@@ -83,6 +83,21 @@ def pipeline_prompts(
     ]
 
 
+def own_tokens(pipe: Any, prompts: Sequence[str], arguments: Mapping[str, Any]) -> int:
+    """How many tokens hold all words of all prompts, begin and end of text included, for each of a pipeline's encoders.
+
+    Rounded up to a multiple of 8, so that base and edits of prompts of about the same length read maps of one shape.
+
+    Args:
+        pipe, prompts, arguments: see :func:`pipeline_prompts`.
+    """
+    longest = 0
+    for tokenizer, texts in pipeline_prompts(pipe, prompts, arguments):
+        for tokens in (tokenize(tokenizer, text) for text in texts):
+            longest = max(longest, tokens.length - len(tokens.padding))
+    return -(-longest // 8) * 8
+
+
 def check_text_length(pipe: Any, tokens: int) -> None:
     """Hold the tokenizers of a pipeline to the number of text tokens that its U-Net is given.
 

@@ -16,7 +16,7 @@ from fisedit_compile.editing.base import Base, RecordedCall
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.editing.pipeline_run import PipelineRun
 from fisedit_compile.editing.pipeline_state import PipelineState
-from fisedit_compile.editing.prompt_tokens import check_text_length
+from fisedit_compile.editing.prompt_tokens import check_text_length, own_tokens
 from fisedit_compile.editing.schedule import refuse_noise_of_its_own
 from fisedit_compile.editing.step_callback import StepCallback
 from fisedit_compile.editing.stride import (
@@ -59,6 +59,8 @@ class RecordRun(PipelineRun):
         self._config, self._arguments, self._trajectory = config, arguments, trajectory
         self._steps = self._dense_visits = self._controlled_visits = 0
         self._solver_steps: list[SolverStep] = []
+        self._prompts: tuple[str, ...] = ()
+        self._tokens: int | None = None  # whose attention maps are kept
 
     def record(
         self,
@@ -75,6 +77,7 @@ class RecordRun(PipelineRun):
             state: of the pipeline's models; their weights are read after the run.
             photos: the base's pictures where they are not what the pipeline decodes.
         """
+        self._prompts = prompts
         states = tuple((each.get_state(), each.device) for each in generators)
         start = time.perf_counter()
         output = {"output_type": "latent"} if photos else {}
@@ -113,7 +116,9 @@ class RecordRun(PipelineRun):
         self._dense_visits = self._config.count_dense_steps(len(self.visits))
         self._controlled_visits = self._config.count_controlled_steps(len(self.visits))
         if self._controlled_visits:
-            check_text_length(self.pipe, call.kwargs["encoder_hidden_states"].shape[1])
+            length = call.kwargs["encoder_hidden_states"].shape[1]
+            check_text_length(self.pipe, length)
+            self._tokens = min(length, own_tokens(self.pipe, self._prompts, self._arguments))
         self._require_room(call, can_stride=not reason)
         if self._trajectory is not None and len(self._trajectory) != self._steps:
             raise CaptureError(
@@ -138,7 +143,9 @@ class RecordRun(PipelineRun):
             if visit is None:
                 return self.unet.dense(call)
             sparse, controlled = visit >= self._dense_visits, visit < self._controlled_visits
-            out, kept = self.unet.record(call, samples=samples, part=part, activations=sparse, attention=controlled)
+            out, kept = self.unet.record(
+                call, samples=samples, part=part, activations=sparse, attention=controlled, tokens=self._tokens
+            )
             self.calls.append(RecordedCall(self.step, kept))
             return out
 
@@ -169,7 +176,7 @@ class RecordRun(PipelineRun):
         """Hold the memory of the base to what is free."""
         lowered, (samples, _) = self.unet.program(call).lowered, self.parts(call)
         activations = lowered.record_nbytes(samples=samples, activations=True, attention=False)
-        maps = lowered.record_nbytes(samples=samples, activations=False, attention=True)
+        maps = lowered.record_nbytes(samples=samples, activations=False, attention=True, tokens=self._tokens)
         latents = call.tensors[0].nbytes * samples // call.signature.sample_shape[0]
         sparse_visits = len(self.visits) - self._dense_visits
         options = [f"fewer than {self._steps} steps", "a smaller height and width"]

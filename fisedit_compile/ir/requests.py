@@ -25,7 +25,7 @@ class CacheEntry:
             and ``shift``, at least fp32 ``[B, C]``, are what a group norm does to each channel of each sample: its
             statistics, weight and bias folded together (paper A.2). ``value`` is its value unchanged, kept where that
             depends on nothing but the timestep. ``attention`` has the maps of a cross-attention for the n conditional
-            samples, ``[n, heads, H*W, tokens]``.
+            samples and the first L tokens of the text, ``[n*H*W, heads, L]``.
     """
 
     node: str
@@ -38,9 +38,15 @@ class CacheEntry:
 
 @dataclass(frozen=True)
 class ControlTensor:
-    """One tensor of the token alignments of the samples' prompts, see ``prompt_alignment.align_batch``."""
+    """One tensor of Prompt-to-Prompt control, the same for all steps of an edit.
 
-    kind: Literal["mapper", "keep"]
+    Attributes:
+        kind: ``mapper`` and ``keep`` are the token alignments of the samples' prompts, see
+            ``prompt_alignment.align_batch``. ``span`` says of which tokens the base keeps maps, and for which samples,
+            see ``controlled_rows``.
+    """
+
+    kind: Literal["mapper", "keep", "span"]
 
     @property
     def name(self) -> str:

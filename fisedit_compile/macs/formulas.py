@@ -106,6 +106,15 @@ def attention_rows(out: Tensor, q: Tensor, k: Tensor, v: Tensor, q_offsets: Tens
     return pairs * q.shape[1] * (q.shape[2] + v.shape[2])
 
 
+def controlled_rows(out: Tensor, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, *_: Any) -> int:
+    """q [M, heads, d], k and v [B * T, heads, d]: each query meets the T tokens of its sample of B.
+
+    What control adds, where a step has it, is not counted: one product of the kept tokens' shares with a table of ones.
+    """
+    tokens = k.shape[0] // (offsets.shape[0] - 1)
+    return q.shape[0] * tokens * q.shape[1] * (q.shape[2] + v.shape[2])
+
+
 def attention_cached(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, base_k: Tensor, base_v: Tensor, index: Any, offsets: Tensor, *_: Any
 ) -> int:
@@ -144,6 +153,7 @@ FORMULAS: dict[str, OpFormula] = {
     "fisedit::linear_rows_and_layer_norm": OpFormula("linear", linear_rows),
     "fisedit::attention_rows": OpFormula("attention", attention_rows),
     "fisedit::attention_cached": OpFormula("attention", attention_cached),
+    "fisedit::controlled_rows": OpFormula("attention", controlled_rows),
 }
 
 _UNKNOWN_PRODUCTS = (
@@ -160,7 +170,8 @@ REFUSED = (
 #: Operators of this project that count nothing, because they only move values or compute a norm.
 UNCOUNTED = {
     "fisedit::gather_rows", "fisedit::scatter_rows", "fisedit::cat_norm_rows",
-    "fisedit::group_norm_rows", "fisedit::group_norm_whole", "fisedit::layer_norm_rows",
+    "fisedit::group_norm_rows", "fisedit::group_norm_whole", "fisedit::group_norm_statistics",
+    "fisedit::layer_norm_rows",
 }  # fmt: skip
 
 
@@ -179,6 +190,7 @@ def _register_with_torch() -> None:
         torch.ops.fisedit.linear_rows_and_layer_norm: linear_rows,
         torch.ops.fisedit.attention_rows: attention_rows,
         torch.ops.fisedit.attention_cached: attention_cached,
+        torch.ops.fisedit.controlled_rows: controlled_rows,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
     }
     for packet, macs in packets.items():

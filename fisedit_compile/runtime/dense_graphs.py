@@ -11,7 +11,8 @@ from torch import Tensor
 from fisedit_compile.cache.step_cache import StepCache
 from fisedit_compile.compiler.lowered import Lowered
 from fisedit_compile.compiler.stage_graph import StageGraph
-from fisedit_compile.ir.requests import CacheEntry, ControlTensor
+from fisedit_compile.ir.requests import CacheEntry
+from fisedit_compile.runtime.control import KEEP, MAPPER, Control
 from fisedit_compile.runtime.cuda_graph import GraphCapturer, StaticStage
 from fisedit_compile.runtime.stage import Stage
 
@@ -25,26 +26,22 @@ class DenseGraphs:
         self._stages: dict[object, Stage | StaticStage] = {}
 
     def record(
-        self, inputs: dict[Any, Tensor], entries: Sequence[CacheEntry], samples: int, part: int
+        self, inputs: dict[Any, Tensor], entries: Sequence[CacheEntry], samples: int, part: int, tokens: int | None
     ) -> tuple[Tensor, dict[CacheEntry, Tensor]]:
         """The U-Net's output, and the value of each entry.
 
-        The batch consists of parts of ``samples`` each, of which the one at place ``part`` is conditional.
+        The batch consists of parts of ``samples`` each, of which the one at place ``part`` is conditional. Attention
+        maps are of the first ``tokens`` of the text; None is all.
         """
-        key = ("record", samples, part, tuple(entries))
-        out, kept = self._stage(key, lambda: self._lowered.recording(entries, samples, part))(inputs)
+        key = ("record", samples, part, tokens, tuple(entries))
+        out, kept = self._stage(key, lambda: self._lowered.recording(entries, samples, part, tokens))(inputs)
         return out, dict(zip(entries, kept, strict=True))
 
-    def controlled(
-        self, inputs: dict[Any, Tensor], cache: StepCache, mapper: Tensor, keep: Tensor, part: int
-    ) -> Tensor:
-        """The U-Net's output with the base's cross-attention maps of unchanged words.
-
-        ``mapper`` and ``keep`` are those of :func:`~fisedit_compile.editing.prompt_alignment.align_batch`.
-        """
-        control: dict[Any, Tensor] = {ControlTensor("mapper"): mapper, ControlTensor("keep"): keep}
+    def controlled(self, inputs: dict[Any, Tensor], cache: StepCache, control: Control) -> Tensor:
+        """The U-Net's output with the base's cross-attention maps of unchanged words."""
+        part = control.part
         result: Tensor = self._stage(("control", part), lambda: self._lowered.controlled(part))(
-            {**inputs, **cache, **control}
+            {**inputs, **cache, MAPPER: control.mapper, KEEP: control.keep}
         )
         return result
 

@@ -17,6 +17,7 @@ from fisedit_compile.ir.call import Call, Signature
 from fisedit_compile.ir.layout import inverse_permutation
 from fisedit_compile.planning.buckets import Bucket
 from fisedit_compile.planning.edit_plan import EditPlan
+from fisedit_compile.runtime.control import Control, control_values
 from fisedit_compile.runtime.dense_graphs import DenseGraphs
 from fisedit_compile.runtime.model_state import Live, ModelState
 from fisedit_compile.runtime.prepared import Prepared
@@ -80,7 +81,14 @@ class Program:
         self._weights = state.live
 
     def record(
-        self, call: Call, *, samples: int, activations: bool, attention: bool, part: int = -1
+        self,
+        call: Call,
+        *,
+        samples: int,
+        activations: bool,
+        attention: bool,
+        part: int = -1,
+        tokens: int | None = None,
     ) -> tuple[Tensor, Recorded]:
         """The dense U-Net's output, and what a base keeps of the call.
 
@@ -89,17 +97,18 @@ class Program:
             activations: keep what sparse steps read.
             attention: keep the cross-attention maps.
             part: place of the conditional part in the U-Net's batch; -1 is the last.
+            tokens: of how many tokens of the text these maps are, the first ones; None is all.
         """
         entries = (self.lowered.cache_entries if activations else []) + (
             self.lowered.attention_entries if attention else []
         )
-        out, kept = self._dense_graphs.record(self._user_values(call), entries, samples, part)
+        out, kept = self._dense_graphs.record(self._user_values(call), entries, samples, part, tokens)
         timesteps = tuple(None if each is None else each.clone() for each in self._known_timesteps(call))
         return out, Recorded(self.signature, timesteps, kept)
 
-    def controlled(self, call: Call, cache: StepCache, mapper: Tensor, keep: Tensor, part: int = -1) -> Tensor:
+    def controlled(self, call: Call, cache: StepCache, control: Control) -> Tensor:
         """See :meth:`~fisedit_compile.runtime.dense_graphs.DenseGraphs.controlled`."""
-        return self._dense_graphs.controlled(self._user_values(call), cache, mapper, keep, part)
+        return self._dense_graphs.controlled(self._user_values(call), cache, control)
 
     def plan(self, mask: Tensor) -> EditPlan:
         """The plan of a mask, see :meth:`~fisedit_compile.compiler.lowered.Lowered.plan`."""
@@ -137,19 +146,22 @@ class Program:
                 values[request] = torch.nn.functional.pad(halo, (0, _FEWEST - len(halo)))
         return Prepared(self.lowered, plan, values=values)
 
-    def step(self, call: Call, cache: StepCache, prepared: Prepared) -> Tensor:
+    def step(self, call: Call, cache: StepCache, prepared: Prepared, control: Control | None = None) -> Tensor:
         """One sparse step: the base's output with the active pixels computed anew, ``[B, C, H, W]``.
 
         Raises:
-            BaseMismatchError: the cache is not of this U-Net, config, size or timestep.
+            BaseMismatchError: the cache is not of this U-Net, config, size or timestep, or has no attention maps for
+                control.
         """
         self.cache.check(cache, self.signature, self._known_timesteps(call))
         inputs = self._user_values(call)
         self._refresh_prompt(prepared, {**inputs, **self._constants})
         if static := self.static_step(prepared):
             assert prepared.packed is not None
-            return static.run(inputs, cache, prepared.packed, prepared.prompt)
-        values = {**inputs, **self._constants, **prepared.prompt, **prepared.values, **cache}
+            return static.run(inputs, cache, prepared.packed, prepared.prompt, control)
+        entries, specs = self.lowered.controlled_entries, self.lowered.control_specs
+        controls = control_values(control, cache, entries, specs, self.lowered.batch)
+        values = {**inputs, **self._constants, **prepared.prompt, **prepared.values, **cache, **controls}
         few = min(prepared.plan.counts.values()) < _FEWEST
         values.update(self._stages["fetch"].values(values))
         return self._stages["step"](values, eagerly=few)
@@ -196,7 +208,7 @@ class Program:
 
     @cached_property
     def _shared(self) -> Shared:
-        return Shared(self._device)
+        return Shared(self.lowered, self._device)
 
     def _static_step(self, bucket: Bucket) -> StaticStep:
         if bucket not in self._static:

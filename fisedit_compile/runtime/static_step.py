@@ -24,6 +24,7 @@ from fisedit_compile.ir.requests import CacheEntry
 from fisedit_compile.kernels.indexing.copy_rows import RowCopies
 from fisedit_compile.planning.buckets import Bucket, pad_plan
 from fisedit_compile.planning.edit_plan import EditPlan
+from fisedit_compile.runtime.control import Control, ControlBuffers
 from fisedit_compile.runtime.cuda_graph import GraphCapturer
 from fisedit_compile.runtime.stage import Stage
 from fisedit_compile.utils.single_thread import single_thread
@@ -56,10 +57,11 @@ class Packed:
 
 
 class Shared(GraphCapturer):
-    """What the buckets of a program share: memory, because one of them runs at a time, and the prompt's values."""
+    """What the buckets of a program share: memory, because one of them runs at a time, the prompt's values, control."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, lowered: Lowered, device: torch.device) -> None:
         super().__init__(device)
+        self.control = ControlBuffers(lowered.controlled_entries, lowered.control_specs, lowered.batch, device)
         self.prompt: dict[Any, Tensor] = {}
         self.addresses: WeakKeyDictionary[Recorded, Any] = WeakKeyDictionary()  # where the tensors of a call lie
         self._prompt_of: object = None
@@ -110,7 +112,7 @@ class StaticStep:
         shapes: dict[Any, tuple[Sequence[int], torch.dtype]] = {}
         self._rows: dict[Any, PlanTensor] = {}
         for name in step.names:
-            if isinstance(name, CacheEntry):
+            if isinstance(name, CacheEntry) and name in specs:
                 self._sources[name], shapes[name] = name, specs[name]
             elif name in fetches:
                 entry, rows = fetches[name]
@@ -150,7 +152,14 @@ class StaticStep:
             host.tensors[key].copy_(tensor)
         return host
 
-    def run(self, inputs: Mapping[str, Tensor], cache: StepCache, plan: Packed, prompt: Mapping[Any, Tensor]) -> Tensor:
+    def run(
+        self,
+        inputs: Mapping[str, Tensor],
+        cache: StepCache,
+        plan: Packed,
+        prompt: Mapping[Any, Tensor],
+        control: Control | None = None,
+    ) -> Tensor:
         """One step; ``plan`` is of :meth:`pack`, ``prompt`` the values of the prompt's stage."""
         with self._shared.in_turn():
             if self._plan is None:
@@ -164,6 +173,7 @@ class StaticStep:
                 self._plan.buffer.copy_(plan.buffer)
                 self._plan_of = plan
             self._shared.bring_prompt(prompt, prompt)
+            self._shared.control.bring(control, cache)
             self._copies.run(self._addresses(cache))
             for name in self._step.names:
                 if isinstance(name, str):
@@ -177,7 +187,8 @@ class StaticStep:
     def launch(self) -> Tensor:
         """The step on what lies in its buffers, launched kernel by kernel; after a :meth:`run`, which filled them."""
         assert self._plan is not None
-        values = {**self._constants, **self._shared.prompt, **self._fetched, **self._plan.tensors, **self._inputs}
+        shared = self._shared.prompt | self._shared.control.values
+        values = {**self._constants, **shared, **self._fetched, **self._plan.tensors, **self._inputs}
         out: Tensor = self._step(values)
         return out
 

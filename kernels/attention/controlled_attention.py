@@ -61,7 +61,7 @@ def controlled_attention(
     """Cross-attention in which unchanged words keep the base's maps, in the conditional part of the batch only.
 
     ``out = attention(query, key, value) + (probs - own) @ value`` with the ``probs`` of :func:`exchange_maps`. Both
-    kinds of maps are rounded to the dtype of ``query``, as recorded ones are. Plain torch operations: exports, compiles.
+    kinds of maps are rounded to the dtype of ``query``, as recorded ones are. Plain operations of torch: it compiles.
 
     Args:
         query: ``[B, heads, N, head_dim]``, see :func:`attention_probabilities`.

@@ -76,10 +76,7 @@ def _controlled_rows_kernel(
         dtype = query.dtype
         picture = sample - part_begin
         pixel = tl.load(index + row, mask=inside, other=0) - part_begin.to(tl.int64) * pixels
-        if ADDRESS:
-            base = tl.load(maps).to(tl.pointer_type(q.dtype.element_ty))
-        else:
-            base = maps
+        base = tl.load(maps).to(tl.pointer_type(q.dtype.element_ty)) if ADDRESS else maps
         base_at = base + (pixel * tl.num_programs(1) + head) * count  # [BM]
         mapper_at = mapper + picture * tokens * tokens
         kept = tl.zeros((BM, BT), dtype=tl.float32)

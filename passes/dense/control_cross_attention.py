@@ -9,15 +9,14 @@ of the batch alone.
 
 from __future__ import annotations
 
-import torch
 from torch.fx import GraphModule, Node
 
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.requests import CacheEntry, ControlTensor, Inputs
 from fisedit_compile.kernels.attention.controlled_attention import controlled_attention
-from fisedit_compile.passes import targets
 from fisedit_compile.passes.pass_report import PassReport
 from fisedit_compile.passes.rewriting import RowBuilder
+from fisedit_compile.passes.text_attention import control_vals, text_attentions
 
 
 def control_cross_attention(graph_module: GraphModule, config: SparsityConfig, part: int = -1) -> PassReport:
@@ -31,7 +30,7 @@ def control_cross_attention(graph_module: GraphModule, config: SparsityConfig, p
     report = PassReport("control_cross_attention")
     graph = graph_module.graph
     inputs = Inputs(graph)
-    for node in cross_attentions(graph_module):
+    for node in text_attentions(graph_module.graph):
         maps, mapper, keep = _control_inputs(inputs, node)
         build = RowBuilder(graph, inputs, node)
         with graph.inserting_before(node):
@@ -45,25 +44,9 @@ def control_cross_attention(graph_module: GraphModule, config: SparsityConfig, p
 
 
 def _control_inputs(inputs: Inputs, attention: Node) -> tuple[Node, Node, Node]:
-    """The base's maps of one cross-attention, and the prompts' alignments.
-
-    Their ``meta["val"]`` has a sample of the pictures for each of the batch, as without classifier-free guidance.
-    """
-    query, key = (node.meta["val"] for node in attention.args[:2])  # type: ignore[union-attr]
-    batch, heads, pixels, _ = query.shape
-    tokens = key.shape[2]
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    vals = control_vals(attention)
     return (
-        inputs(CacheEntry(attention.name, "attention"), empty(batch, heads, pixels, tokens, dtype=query.dtype)),
-        inputs(ControlTensor("mapper"), empty(batch, tokens, tokens)),
-        inputs(ControlTensor("keep"), empty(batch, tokens)),
+        inputs(CacheEntry(attention.name, "attention"), vals["maps"]),
+        inputs(ControlTensor("mapper"), vals["mapper"]),
+        inputs(ControlTensor("keep"), vals["keep"]),
     )
-
-
-def cross_attentions(graph_module: GraphModule) -> list[Node]:
-    """The cross-attentions of an annotated graph: their queries lie in space, and their keys do not."""
-    nodes = graph_module.graph.find_nodes(op="call_function", target=targets.ATTENTION)
-    return [node for node in nodes if "layout" in node.args[0].meta and "layout" not in node.args[1].meta]

@@ -23,7 +23,7 @@ aten = targets.aten
 
 
 def record_activations(
-    graph_module: GraphModule, entries: Sequence[CacheEntry], samples: int, part: int = -1
+    graph_module: GraphModule, entries: Sequence[CacheEntry], samples: int, part: int = -1, tokens: int | None = None
 ) -> PassReport:
     """Add ``entries`` to the outputs of an annotated dense graph, in place.
 
@@ -32,6 +32,7 @@ def record_activations(
         entries: what the base keeps, each named after a node of this graph.
         samples: pictures in the batch, which guidance makes parts of ``samples`` each of.
         part: place of the conditional part in the U-Net's batch; -1 is the last.
+        tokens: of how many tokens of the text attention maps are kept, the first ones; None keeps those of all.
     """
     report = PassReport("record_activations")
     graph = graph_module.graph
@@ -50,7 +51,7 @@ def record_activations(
                 contiguous = {"memory_format": torch.contiguous_format}
                 recorded.append(build.call(aten.clone.default, build.pixels(node), **contiguous))
             elif entry.kind == "attention":
-                options = {"samples": samples, "part": part, "scale": node.kwargs.get("scale")}
+                options = {"samples": samples, "part": part, "tokens": tokens, "scale": node.kwargs.get("scale")}
                 recorded.append(build.call(attention_probabilities, *node.args[:2], **options))
             elif entry.kind == "value":
                 recorded.append(build.call(aten.clone.default, node, memory_format=torch.contiguous_format))

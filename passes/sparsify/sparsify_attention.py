@@ -9,23 +9,29 @@ cross-attention to the feed-forward layers behind them.
 2.  Self-attention, ``attention="masked"`` (the paper's): the active tokens of the sample alone.
     ->  attention_rows(gather(%q), gather(%k), gather(%v), offsets, offsets)
     and in either mode where every pixel is a row (``config.is_whole``).
-3.  Cross-attention: every token of the text.
+3.  Cross-attention: every token of the text, under Prompt-to-Prompt control where the step has it (paper 3.1).
+    ->  controlled_rows(gather(%q), tokens of %k, tokens of %v, offsets, index, base maps, %span, %mapper, %keep)
+4.  Cross-attention with ``cross_replace=0``, or to other tokens than the prompt's.
     ->  attention_rows(gather(%q), tokens of %k, tokens of %v, offsets, text offsets)
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
+from math import prod
 
 import torch
 from torch.fx import GraphModule, Node
 
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.plan_tensor import PlanTensor
+from fisedit_compile.ir.requests import CacheEntry, ControlTensor
 from fisedit_compile.passes import targets
 from fisedit_compile.passes.arguments import arguments_of
 from fisedit_compile.passes.pass_report import PassReport
 from fisedit_compile.passes.rewriting import RowBuilder, move_gathers
+from fisedit_compile.passes.text_attention import control_vals, text_attentions
 
 aten = targets.aten
 
@@ -33,11 +39,15 @@ aten = targets.aten
 def sparsify_attention(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
     """Rewrite the attention of the region."""
     report = PassReport("sparsify_attention")
-    move_gathers(graph_module, report, {targets.ATTENTION}, partial(_attention_rows, config=config))
+    controlled = set(text_attentions(graph_module.graph)) if config.cross_replace else set()
+    build = partial(_attention_rows, config=config, controlled=controlled)
+    move_gathers(graph_module, report, {targets.ATTENTION}, build)
     return report
 
 
-def _attention_rows(build: RowBuilder, attention: Node, *, config: SparsityConfig) -> Node:
+def _attention_rows(
+    build: RowBuilder, attention: Node, *, config: SparsityConfig, controlled: Collection[Node]
+) -> Node:
     query, key, value = attention.args[:3]
     assert isinstance(query, Node)
     assert isinstance(key, Node)
@@ -47,6 +57,11 @@ def _attention_rows(build: RowBuilder, attention: Node, *, config: SparsityConfi
     offsets = build.inputs(PlanTensor("offsets", size))
     if "layout" not in key.meta:
         tokens, text = (_tokens(build, node) for node in (key, value))
+        if attention in controlled:
+            control = _control(build, attention)
+            index = build.inputs(PlanTensor("index", size))
+            operands = (build.rows(query), tokens, text, offsets, index, *control, prod(size), scale)
+            return build.form(targets.CONTROLLED_ROWS, *operands)
         counts = _text_offsets(build, key)
         return build.form(targets.ATTENTION_ROWS, build.rows(query), tokens, text, offsets, counts, scale)
     rows = [build.rows(node) for node in (query, key, value)]
@@ -55,6 +70,13 @@ def _attention_rows(build: RowBuilder, attention: Node, *, config: SparsityConfi
     row_of = build.inputs(PlanTensor("row_of", size))
     base = [arguments_of(node)["base"] for node in (key, value)]
     return build.form(targets.ATTENTION_CACHED, *rows, *base, row_of, offsets, scale)
+
+
+def _control(build: RowBuilder, attention: Node) -> list[Node]:
+    """The base's maps of a cross-attention, and the tensors of control."""
+    vals = control_vals(attention)
+    control = [build.inputs(ControlTensor(kind), vals[kind]) for kind in ("span", "mapper", "keep")]
+    return [build.inputs(CacheEntry(attention.name, "attention"), vals["maps"]), *control]
 
 
 def _tokens(build: RowBuilder, value: Node) -> Node:

@@ -162,13 +162,13 @@ class TestBase:
         for name in ("dog", "owl"):
             shutil.copytree(bases / "cat", bases / name)
         (bases / "dog" / "manifest.json").write_text("{}")
-        (bases / "owl" / "manifest.json").write_text('{"format": "fisedit_compile base", "format_version": 2}')
+        (bases / "owl" / "manifest.json").write_text('{"format": "fisedit_compile base", "format_version": 1}')
         (bases / "notes").mkdir()
         assert main(["base", "list", str(bases)]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert [line.split()[0] for line in lines[1:]] == ["cat", "owl"]
         assert PROMPT in lines[1]
-        assert "owl is of format 2, this version reads format 1" in lines[2]
+        assert "owl is of format 1, this version reads format 2" in lines[2]
 
         assert main(["base", "remove", str(bases / "owl"), str(bases / "notes")]) == 2
         captured = capsys.readouterr()

@@ -11,6 +11,7 @@ from support.pipelines import CONFIG, EDIT, PROMPT, STEPS, tiny_pipeline
 from support.unets import MICRO
 
 from fisedit_compile import CaptureError, Editor
+from fisedit_compile.runtime.control import Control
 from fisedit_compile.testing import assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,7 +42,7 @@ def test_three_parts_with_the_text_first(pix2pix: Editor, pictures: int) -> None
     plain = pix2pix.pipe(prompts, output_type="latent", **arguments(pictures)).images
     assert torch.equal(base.latents, plain)
     maps = next(iter(base.calls[0].cache.values()))
-    assert maps.shape[0] == pictures
+    assert len(maps) == pictures * base.latents[0, 0].numel()
     edit = pix2pix.edit(base, [EDIT] * pictures)
     assert edit.report.background_identical
     assert not torch.equal(edit.latents, base.latents)
@@ -54,10 +55,10 @@ def test_the_maps_are_those_of_the_words(pix2pix: Editor) -> None:
     own = unet.call(torch.randn(3, 8, 16, 16), torch.tensor(500), torch.randn(3, 8, MICRO["cross_attention_dim"]))
     _, kept = unet.record(own, samples=1, part=0, activations=False, attention=True)
     keep_all = (torch.eye(8)[None], torch.ones(1, 8))
-    out = unet.controlled(own, kept, *keep_all, part=0)
+    out = unet.controlled(own, kept, Control(*keep_all, part=0))
     assert_close(out, unet.dense(own).detach())
     _, others = unet.record(own, samples=1, part=-1, activations=False, attention=True)
-    changed = unet.controlled(own, others, *keep_all, part=0) - out
+    changed = unet.controlled(own, others, Control(*keep_all, part=0)) - out
     assert changed[0].abs().max() > 1e-4
     assert changed[1:].abs().max() < 1e-6
 

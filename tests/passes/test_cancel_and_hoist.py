@@ -19,6 +19,7 @@ from support.hand_built import (
     placeholders_of,
     snapshots,
     some_mask,
+    without_control,
     targets_of,
 )
 from torch.fx import Graph, GraphModule
@@ -111,7 +112,7 @@ class TestHoist:
         for node in done.final.graph.nodes:
             if node.op == "call_function":
                 stages.setdefault(node.meta["stage"], set()).add(node.meta["module_path"])
-        assert stages["constant"] == {"conv1", "conv2", "attn2"}  # packed weights, offsets of the text
+        assert stages["constant"] == {"conv1", "conv2"}  # packed weights
         assert stages["prompt"] >= {"to_k"}
         assert stages["fetch"] == {"conv1", "conv2"}  # halo rows
         assert not stages["step"] & {"to_k", "time_embedding"}  # the time embedding is the base's
@@ -151,6 +152,7 @@ class TestHoist:
         names = [node.target for node in placeholders_of(done.dense)]
         values: dict[object, torch.Tensor] = {**dict(zip(names, edit, strict=True)), **kept}
         values.update({request: plan.tensor(request) for request in requests if isinstance(request, PlanTensor)})
+        values.update(without_control(done.final))
         for name, stage in split_stages(done.final).items():
             asked = [n.meta.get("request", n.target) for n in placeholders_of(stage)]
             out = stage(*(values[request] for request in asked))

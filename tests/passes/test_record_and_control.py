@@ -24,8 +24,9 @@ from torch.nn import functional as F
 
 from fisedit_compile.ir.requests import CacheEntry, ControlTensor, requests_of
 from fisedit_compile.kernels.norms.group_norm_rows import norm_scale_shift
-from fisedit_compile.passes.dense.control_cross_attention import control_cross_attention, cross_attentions
+from fisedit_compile.passes.dense.control_cross_attention import control_cross_attention
 from fisedit_compile.passes.dense.record_activations import record_activations
+from fisedit_compile.passes.text_attention import text_attentions
 from fisedit_compile.testing import assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -136,21 +137,22 @@ def test_a_value_of_the_timestep_is_kept_as_it_is_and_no_view_of_an_input() -> N
 def test_attention_maps_are_those_of_the_last_samples() -> None:
     for scale in (None, 0.3):
         dense = attentions(scale)
-        (cross,) = cross_attentions(dense)
+        (cross,) = text_attentions(dense.graph)
         assert cross.meta["module_path"] == "attn2"
         recorder = copy_of(dense)
         record_activations(recorder, [CacheEntry(cross.name, "attention")], samples=1)
         values = inputs(dense, 0)
         _, (maps,) = recorder(*values)
-        assert maps.shape == (1, HEADS, PIXELS, TOKENS)
-        assert_close(maps.sum(-1), torch.ones(1, HEADS, PIXELS, dtype=maps.dtype))
+        assert maps.shape == (PIXELS, HEADS, TOKENS)
+        assert_close(maps.sum(-1), torch.ones(PIXELS, HEADS, dtype=maps.dtype))
+        maps = maps.transpose(0, 1)[None]
         value = values[1].unflatten(2, (HEADS, -1)).transpose(1, 2)
         assert_close((maps @ value[1:]).transpose(1, 2).flatten(2), dense(*values)[1:])
 
 
 def test_cross_attention_takes_maps_and_alignment_as_inputs() -> None:
     dense = attentions()
-    (cross,) = cross_attentions(dense)
+    (cross,) = text_attentions(dense.graph)
     controlled = copy_of(dense)
     report = control_cross_attention(controlled, CONFIG)
     controlled.graph.lint()

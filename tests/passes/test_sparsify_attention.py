@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from math import prod
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from support.hand_built import (
     arguments,
     assert_every_step_means_the_same,
     aten,
+    copy_of,
     inputs,
     only,
     snapshots,
@@ -29,9 +31,12 @@ from torch.nn import functional as F
 
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.plan_tensor import PlanTensor
-from fisedit_compile.ir.requests import CacheEntry, requests_of
+from fisedit_compile.ir.requests import CacheEntry, ControlTensor, requests_of
 from fisedit_compile.passes import targets
+from fisedit_compile.passes.dense.control_cross_attention import control_cross_attention
+from fisedit_compile.passes.dense.record_activations import record_activations
 from fisedit_compile.passes.sparsify.sparsify_attention import sparsify_attention
+from fisedit_compile.passes.text_attention import text_attentions
 from fisedit_compile.testing import assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -116,7 +121,8 @@ def test_exact_rewriting_in_masked_mode() -> None:
 
 
 def test_exact_rewriting_of_cross_attention() -> None:
-    done = snapshots(cross_attention())
+    """Without control, which has its own form."""
+    done = snapshots(cross_attention(), SparsityConfig(cross_replace=0.0, dense_below=1))
     graph_module = done.after(sparsify_attention)
     flatten, arange = aten.flatten.using_ints, aten.arange.start_step
     assert arguments(only(graph_module, targets.ATTENTION_ROWS)) == {
@@ -129,6 +135,49 @@ def test_exact_rewriting_of_cross_attention() -> None:
     }
     assert only(graph_module, arange).args == (0, TOKENS * (BATCH + 1), TOKENS)
     assert only(graph_module, arange).kwargs["dtype"] is torch.int32
+
+
+def test_exact_rewriting_of_cross_attention_that_may_be_controlled() -> None:
+    dense = cross_attention()
+    (cross,) = text_attentions(dense.graph)
+    done = snapshots(dense)
+    assert arguments(only(done.after(sparsify_attention), targets.CONTROLLED_ROWS)) == {
+        "q": targets.GATHER_ROWS,
+        **dict.fromkeys("kv", aten.flatten.using_ints),
+        "offsets": PlanTensor("offsets", SIZE),
+        "index": PlanTensor("index", SIZE),
+        "maps": CacheEntry(cross.name, "attention"),
+        **{kind: ControlTensor(kind) for kind in ("span", "mapper", "keep")},
+        "pixels": prod(SIZE),
+        "scale": None,
+    }
+    assert_every_step_means_the_same(done)
+
+
+@pytest.mark.parametrize("part", [0, -1])
+@pytest.mark.parametrize("tokens", [None, 2])
+def test_a_controlled_step_of_all_pixels_is_the_controlled_dense_graph(part: int, tokens: int | None) -> None:
+    dense = cross_attention()
+    done = snapshots(dense)
+    base, edit = inputs(dense, 0), inputs(dense, 1)
+    (entry,) = [CacheEntry(node.name, "attention") for node in text_attentions(dense.graph)]
+    recorder, controlled = copy_of(dense), copy_of(dense)
+    record_activations(recorder, [entry], samples=1, part=part, tokens=tokens)
+    control_cross_attention(controlled, CONFIG, part)
+    controlled.recompile()
+    (maps,) = recorder(*base)[1]
+    mapper = torch.eye(TOKENS)[None]
+    mapper[0, 0] = 0
+    control = {
+        ControlTensor("mapper"): mapper,
+        ControlTensor("keep"): mapper.sum(1),
+        ControlTensor("span"): torch.tensor([maps.shape[-1], part % BATCH, part % BATCH + 1], dtype=torch.int32),
+        entry: maps,
+    }
+    expected = controlled(*edit, *(control[request] for request in requests_of(controlled.graph)))
+    assert not torch.equal(expected, dense(*edit))
+    mask = torch.ones(BATCH, *SIZE, dtype=torch.bool)
+    assert_close(done.run(done.final, {**done.record(base), **control}, edit, mask), expected)
 
 
 def test_rows_stay_gathered_through_both_attentions() -> None:

@@ -12,6 +12,7 @@ from torch.fx import symbolic_trace
 from fisedit_compile.architectures import build_unet, unet_inputs
 from fisedit_compile.compiler.stage_graph import StageGraph
 from fisedit_compile.masks.sample_masks import square_mask
+from fisedit_compile.runtime.control import Control
 from fisedit_compile.runtime.cuda_graph import GraphCapturer, StaticStage
 from fisedit_compile.runtime.stage import Stage
 from fisedit_compile.sparse_unet import SparseUNet, sparsify
@@ -124,7 +125,7 @@ class Controlled:
         return self.sparse.call(*args, **kwargs)
 
     def run(self, edit: int) -> torch.Tensor:
-        return self.sparse.controlled(self.calls[edit], self.cache, self.mapper, self.keep)
+        return self.sparse.controlled(self.calls[edit], self.cache, Control(self.mapper, self.keep))
 
 
 @pytest.mark.gpu

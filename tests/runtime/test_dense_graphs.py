@@ -6,6 +6,8 @@ import pytest
 import torch
 from support.unets import UNets
 
+from fisedit_compile.runtime.control import Control
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -21,7 +23,7 @@ def test_a_controlled_call_with_the_base_s_own_words_repeats_its_noise_predictio
     assert maps
     tokens = next(iter(maps.values())).shape[-1]
     keep = torch.ones(samples, tokens)
-    again = sparse.controlled(call, maps, torch.eye(tokens).expand(samples, tokens, tokens), keep)
+    again = sparse.controlled(call, maps, Control(torch.eye(tokens).expand(samples, tokens, tokens), keep))
     assert torch.equal(again, out)
-    own = sparse.controlled(call, maps, torch.zeros(samples, tokens, tokens), torch.zeros_like(keep))
+    own = sparse.controlled(call, maps, Control(torch.zeros(samples, tokens, tokens), torch.zeros_like(keep)))
     assert torch.equal(own, out)

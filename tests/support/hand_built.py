@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.plan_tensor import PlanTensor
-from fisedit_compile.ir.requests import CacheEntry, requests_of
+from fisedit_compile.ir.requests import CacheEntry, ControlTensor, requests_of
 from fisedit_compile.passes.arguments import arguments_of
 from fisedit_compile.passes.dense.record_activations import record_activations
 from fisedit_compile.passes.manager import SPARSE_PASSES
@@ -150,7 +150,11 @@ class Snapshots:
         plan_requests = [request for request in requests if isinstance(request, PlanTensor)]
         plan = plan_edit(mask, plan_requests, batch=len(edit[0]), dense_below=self.config.dense_below)
         names = [node.target for node in placeholders_of(self.dense)]
-        values: dict[Any, torch.Tensor] = {**dict(zip(names, edit, strict=True)), **kept}
+        values: dict[Any, torch.Tensor] = {
+            **dict(zip(names, edit, strict=True)),
+            **without_control(graph_module),
+            **kept,
+        }
         values.update((request, plan.tensor(request)) for request in plan_requests)
         return [values[node.meta.get("request", node.target)] for node in placeholders_of(graph_module)]
 
@@ -162,6 +166,15 @@ class Snapshots:
         """(module path, reason) of all that the passes (default: those that decide the region) left as it was."""
         chosen = passes or ("annotate_layout", "select_region")
         return [(skip.module_path, skip.reason) for name in chosen for skip in self.reports[name].skipped]
+
+
+def without_control(graph_module: GraphModule) -> dict[Any, torch.Tensor]:
+    """What the placeholders of control are given where nothing is exchanged: zeros."""
+    return {
+        node.meta["request"]: torch.zeros(node.meta["val"].shape, dtype=node.meta["val"].dtype)
+        for node in placeholders_of(graph_module)
+        if isinstance(node.meta.get("request"), ControlTensor)
+    }
 
 
 def copy_of(graph_module: GraphModule) -> GraphModule:
