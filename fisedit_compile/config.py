@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
 AttentionMode = Literal["full", "masked"]
 BlockMode = Literal["pixel", "paper", "measured"]
 
+
+#: A value of ``dense_below`` with which every resolution is computed whole: the dense U-Net, by operations on rows.
+EVERY_RESOLUTION = sys.maxsize
 
 #: Shares of the steps under control with ``cross_replace="auto"``: of edits that only add words, and of all others.
 ADDING, REPLACING = 0.2, 0.8

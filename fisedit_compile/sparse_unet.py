@@ -138,7 +138,13 @@ class SparseUNet(torch.nn.Module):
         return sum(program.lowered.build_seconds for program in self._programs)
 
     def dense(self, call: Call) -> Tensor:
-        """The noise prediction ``[B, C, H, W]`` of the dense U-Net, called as the call was made."""
+        """The noise prediction ``[B, C, H, W]`` of the dense U-Net.
+
+        On a GPU in half precision it runs by operations on rows, as recorded and controlled calls do, which is faster;
+        elsewhere the U-Net is called as the call was made.
+        """
+        if call.tensors[0].is_cuda and call.tensors[0].dtype.itemsize == 2:
+            return self._program(call, self._ready(values=True)).dense(call)
         args, kwargs = call.split()
         out: Tensor = self.unet(*args, **kwargs, return_dict=False)[0]
         return out

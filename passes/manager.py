@@ -21,6 +21,7 @@ from fisedit_compile.passes.region.annotate_layout import annotate_layout
 from fisedit_compile.passes.region.cancel_scatter_gather import cancel_scatter_gather
 from fisedit_compile.passes.region.insert_gather_scatter import insert_gather_scatter
 from fisedit_compile.passes.region.select_region import select_region
+from fisedit_compile.passes.region.unfold_whole_rows import unfold_whole_rows
 from fisedit_compile.passes.sparsify.sparsify_attention import sparsify_attention
 from fisedit_compile.passes.sparsify.sparsify_conv import sparsify_conv
 from fisedit_compile.passes.sparsify.sparsify_norm import sparsify_norm
@@ -48,6 +49,25 @@ SPARSE_PASSES: tuple[Pass, ...] = (
     hoist_invariants,
 )
 
+#: Dense graph -> the graph of the same meaning in which every pixel is a row; with ``EVERY_RESOLUTION`` as
+#: ``dense_below``. Recording adds a pass of its own behind ``cancel_scatter_gather``.
+WHOLE_PASSES: tuple[Pass, ...] = (
+    annotate_layout,
+    select_region,
+    insert_gather_scatter,
+    sparsify_conv,
+    sparsify_norm,
+    sparsify_attention,
+    sparsify_pointwise,
+    cancel_scatter_gather,
+    unfold_whole_rows,
+    merge_linears,
+    fuse_pointwise,
+    fuse_norms,
+    join_shortcuts,
+    hoist_invariants,
+)
+
 
 def run_passes(
     graph_module: GraphModule, config: SparsityConfig, passes: tuple[Pass, ...] = SPARSE_PASSES
@@ -59,7 +79,8 @@ def run_passes(
     Raises:
         ValueError: a dump was asked for around a pass that does not exist.
     """
-    dump = GraphDump([rewrite.__name__ for rewrite in passes], [rewrite.__name__ for rewrite in SPARSE_PASSES])
+    known = dict.fromkeys(rewrite.__name__ for rewrite in (*SPARSE_PASSES, *WHOLE_PASSES))
+    dump = GraphDump([rewrite.__name__ for rewrite in passes], list(known))
     reports = []
     for rewrite in passes:
         dump.write(graph_module, rewrite.__name__, "before")

@@ -167,6 +167,14 @@ def permutation(node: Node) -> tuple[int, ...]:
     return tuple(dim % rank for dim in node.args[1])  # type: ignore[union-attr]
 
 
+def has_the_base_s_statistics(node: Node) -> bool:
+    """Whether an operation is a group norm of rows with the base's statistics: it can join what it norms.
+
+    With statistics of its own it waits for all rows.
+    """
+    return node.target is targets.GROUP_NORM_ROWS and arguments_of(node)["scale"].op == "placeholder"
+
+
 def norm_arguments(norm: Node) -> tuple[Node, int, Node | None, Node | None, float]:
     """Input, groups, weight, bias and eps of an ``aten.group_norm`` node."""
     given = arguments_of(norm)

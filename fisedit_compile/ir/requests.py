@@ -91,7 +91,7 @@ class Inputs:
         if request not in self._known:
             if isinstance(request, PlanTensor):
                 name = "_".join(("plan", request.kind, *re.findall(r"\d+|dense(?==True)", repr(request.where))))
-                val = request.of_full_mask(self._batch)
+                val = request.of_full_mask(self.batch)
             else:
                 name = request.name
             first = next(iter(self._graph.nodes))
@@ -102,7 +102,7 @@ class Inputs:
         return self._known[request]
 
     @property
-    def _batch(self) -> int:
+    def batch(self) -> int:
         """Samples of the U-Net's batch: those of its latents, the first input that lies in space."""
         latents = next(node for node in self._graph.find_nodes(op="placeholder") if "layout" in node.meta)
         return int(latents.meta["val"].shape[0])

@@ -102,22 +102,24 @@ class StaticStage:
     Args:
         stage: reads tensors alone; those on the host are copied to the device.
         capturer: of the device that the stage runs on.
+        fixed: values that stay where they are from call to call, such as weights: they are read there.
     """
 
-    def __init__(self, stage: Stage, capturer: GraphCapturer) -> None:
-        self._stage, self._capturer = stage, capturer
+    def __init__(self, stage: Stage, capturer: GraphCapturer, fixed: Mapping[Any, Tensor] | None = None) -> None:
+        self._stage, self._capturer, self._fixed = stage, capturer, fixed or {}
+        self._names = [name for name in stage.names if name not in self._fixed]
         self._captured: dict[object, tuple[list[Tensor], Callable[[], Any]]] = {}
 
     def __call__(self, values: Mapping[Any, Tensor]) -> Any:
         """What the stage returns, in memory of its own."""
-        given = [values[name] for name in self._stage.names]
+        given = [values[name] for name in self._names]
         shapes = tuple((each.shape, each.dtype) for each in given)
         with self._capturer.in_turn():
             if shapes not in self._captured:
                 self._captured[shapes] = self._capture(given)
             inputs, replay = self._captured[shapes]
             torch._foreach_copy_(inputs, given)
-            return pytree.tree_map(torch.clone, replay())
+            return copied(replay())
 
     def forget(self) -> None:
         """Capture anew at the next call, because a graph reads the weights where they were."""
@@ -126,5 +128,15 @@ class StaticStage:
     def _capture(self, given: list[Tensor]) -> tuple[list[Tensor], Callable[[], Any]]:
         """What the graph reads, filled with what is given now, and the graph."""
         inputs = [each.to(self._capturer.device, copy=True) for each in given]
-        values = dict(zip(self._stage.names, inputs, strict=True))
+        values = {**self._fixed, **dict(zip(self._names, inputs, strict=True))}
         return inputs, self._capturer.capture(lambda: self._stage(values))
+
+
+def copied(values: _Out) -> _Out:
+    """The same nested tensors in memory of their own, by one launch for all of a dtype."""
+    tensors, tree = pytree.tree_flatten(values)
+    copies = [torch.empty_like(each) for each in tensors]
+    if copies:
+        torch._foreach_copy_(copies, tensors)
+    result: _Out = pytree.tree_unflatten(copies, tree)
+    return result

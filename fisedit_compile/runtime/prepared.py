@@ -10,6 +10,7 @@ from torch import Tensor
 from fisedit_compile.compiler.lowered import Lowered
 from fisedit_compile.planning.buckets import Bucket
 from fisedit_compile.planning.edit_plan import EditPlan
+from fisedit_compile.runtime.prompt_values import PromptValues
 
 if TYPE_CHECKING:
     from fisedit_compile.runtime.model_state import ModelState
@@ -27,6 +28,7 @@ class Prepared:
         bucket, packed: the bucket of the mask and the padded tensors, where steps run at fixed sizes.
         model: the state of the U-Net that it was prepared in.
         dense: the mask is larger than ``config.dense_above``: steps run the dense U-Net.
+        prompt: the hoisted values of the prompt.
     """
 
     lowered: Lowered
@@ -36,6 +38,4 @@ class Prepared:
     packed: Packed | None = None
     model: ModelState | None = None
     dense: bool = False
-    prompt: dict[Any, Tensor] = field(default_factory=dict)
-    prompt_inputs: tuple[Tensor, ...] = ()
-    prompt_versions: tuple[int, ...] = ()
+    prompt: PromptValues = field(default_factory=PromptValues)

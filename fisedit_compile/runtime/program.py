@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import operator
 from functools import cached_property
 from typing import Any
 
@@ -17,12 +16,14 @@ from fisedit_compile.ir.call import Call, Signature
 from fisedit_compile.ir.layout import inverse_permutation
 from fisedit_compile.planning.buckets import Bucket
 from fisedit_compile.planning.edit_plan import EditPlan
+from fisedit_compile.runtime.constants import Constants
 from fisedit_compile.runtime.control import Control, control_values
 from fisedit_compile.runtime.dense_graphs import DenseGraphs
 from fisedit_compile.runtime.model_state import Live, ModelState
 from fisedit_compile.runtime.prepared import Prepared
 from fisedit_compile.runtime.stage import Stage
 from fisedit_compile.runtime.static_step import Shared, StaticStep
+from fisedit_compile.runtime.whole_steps import WholeSteps
 
 logger = logging.getLogger(__name__)
 
@@ -47,16 +48,18 @@ class Program:
         self.signature: Signature = lowered.signature
         self.cache = CacheDescription(lowered.cache_specs)
         self._device = call.tensors[0].device
-        self._dense_graphs = DenseGraphs(lowered, self._device)
         self._stages = {
             # The fetch is a list of gathers with nothing to fuse, and its sizes differ from mask to mask.
             name: Stage(graph, compiled=self.config.compile and name != "fetch")
             for name, graph in lowered.stages.items()
         }
-        self.fixed_sizes = self._device.type == "cuda" and call.tensors[0].dtype is not torch.float64
+        dtype = call.tensors[0].dtype
+        self.fixed_sizes = self._device.type == "cuda" and dtype is not torch.float64
+        # In single precision cuDNN is faster than kernels of rows, which have no matrix units for it.
+        self.dense_as_rows = self.fixed_sizes and dtype.itemsize == 2
         self._weights: Live | None = None  # as they are
-        self._folded: Live | None = None  # as they were when the constants were computed
-        self._constants: dict[Any, Tensor] = {}
+        self._constants = Constants()
+        self._constants.add(self._stages["constant"])
         self._static: dict[Bucket, StaticStep] = {}
 
     @cached_property
@@ -77,7 +80,7 @@ class Program:
         """Run with the weights as they lie now; ``state`` is the one that the graphs were made for, or equals it."""
         assert state.live is not None
         if self._weights is not None and self._weights.addresses != state.live.addresses:
-            self._dense_graphs.forget()
+            self._dense.forget()
         self._weights = state.live
 
     def record(
@@ -102,13 +105,20 @@ class Program:
         entries = (self.lowered.cache_entries if activations else []) + (
             self.lowered.attention_entries if attention else []
         )
-        out, kept = self._dense_graphs.record(self._user_values(call), entries, samples, part, tokens)
+        self._refresh_constants()
+        out, kept = self._dense.record(self._user_values(call), entries, samples, part, tokens)
         timesteps = tuple(None if each is None else each.clone() for each in self._known_timesteps(call))
         return out, Recorded(self.signature, timesteps, kept)
 
     def controlled(self, call: Call, cache: StepCache, control: Control) -> Tensor:
-        """See :meth:`~fisedit_compile.runtime.dense_graphs.DenseGraphs.controlled`."""
-        return self._dense_graphs.controlled(self._user_values(call), cache, control)
+        """The U-Net's output with the base's cross-attention maps of unchanged words."""
+        self._refresh_constants()
+        return self._dense.controlled(self._user_values(call), cache, control)
+
+    def dense(self, call: Call) -> Tensor:
+        """The U-Net's output by operations on rows; only where :attr:`dense_as_rows`."""
+        self._refresh_constants()
+        return self._whole.dense(self._user_values(call))
 
     def plan(self, mask: Tensor) -> EditPlan:
         """The plan of a mask, see :meth:`~fisedit_compile.compiler.lowered.Lowered.plan`."""
@@ -155,13 +165,13 @@ class Program:
         """
         self.cache.check(cache, self.signature, self._known_timesteps(call))
         inputs = self._user_values(call)
-        self._refresh_prompt(prepared, {**inputs, **self._constants})
+        prompt = prepared.prompt.refresh(self._stages["prompt"], inputs, self._constants)
         if static := self.static_step(prepared):
             assert prepared.packed is not None
-            return static.run(inputs, cache, prepared.packed, prepared.prompt, control)
+            return static.run(inputs, cache, prepared.packed, prompt, control)
         entries, specs = self.lowered.controlled_entries, self.lowered.control_specs
         controls = control_values(control, cache, entries, specs, self.lowered.batch)
-        values = {**inputs, **self._constants, **prepared.prompt, **prepared.values, **cache, **controls}
+        values = {**inputs, **self._constants.values, **prompt, **prepared.values, **cache, **controls}
         few = min(prepared.plan.counts.values()) < _FEWEST
         values.update(self._stages["fetch"].values(values))
         return self._stages["step"](values, eagerly=few)
@@ -180,31 +190,20 @@ class Program:
         base = cache[entry].view(shape).permute(inverse_permutation(layout.order))
         return torch.where(prepared.plan.active(layout.size)[:, None], out, base)
 
-    def _refresh_prompt(self, prepared: Prepared, values: dict[Any, Tensor]) -> None:
-        """Run the prompt's stage when its inputs are other tensors than last time, or were written to since."""
-        stage = self._stages["prompt"]
-        inputs = tuple(values[name] for name in stage.names if name in self.lowered.inputs)
-        versions = tuple(0 if tensor.is_inference() else tensor._version for tensor in inputs)
-        same = len(inputs) == len(prepared.prompt_inputs) and all(map(operator.is_, inputs, prepared.prompt_inputs))
-        if not same or versions != prepared.prompt_versions or not prepared.prompt:
-            prepared.prompt = stage.values(values)
-            prepared.prompt_inputs, prepared.prompt_versions = inputs, versions
-
     def _refresh_constants(self) -> None:
         """Fold what depends on the weights alone; again when a weight was written to or moved."""
         assert self._weights is not None
-        before, self._folded = self._folded, self._weights
-        moved = before is None or before.addresses != self._weights.addresses
-        if before is not None and not moved and before.stamps == self._weights.stamps:
-            return
-        constants = self._stages["constant"].values({})
-        if moved:
+        if self._constants.follow(self._weights):
             self._static.clear()
-            self._constants = constants
-        else:  # the CUDA graphs read the old ones' memory
-            for request, old in self._constants.items():
-                if old.data_ptr() != constants[request].data_ptr():  # else it is the weight itself
-                    old.copy_(constants[request])
+            self._dense.forget()
+
+    @cached_property
+    def _whole(self) -> WholeSteps:
+        return WholeSteps(self.lowered, self._constants, self._shared)
+
+    @cached_property
+    def _dense(self) -> WholeSteps | DenseGraphs:
+        return self._whole if self.dense_as_rows else DenseGraphs(self.lowered, self._device)
 
     @cached_property
     def _shared(self) -> Shared:
@@ -212,7 +211,8 @@ class Program:
 
     def _static_step(self, bucket: Bucket) -> StaticStep:
         if bucket not in self._static:
-            self._static[bucket] = StaticStep(self._stages["step"], self.lowered, bucket, self._constants, self._shared)
+            step = self._stages["step"]
+            self._static[bucket] = StaticStep(step, self.lowered, bucket, self._constants.values, self._shared)
         return self._static[bucket]
 
     def _known_timesteps(self, call: Call) -> tuple[Tensor | None, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fisedit_compile.kernels.attention.attention_rows import attention_rows_reference
-from fisedit_compile.kernels.attention.controlled_attention import exchange_maps
+from fisedit_compile.kernels.attention.controlled_attention import attention_probabilities, exchange_maps
 
 
 def controlled_rows_reference(
@@ -59,3 +59,29 @@ def controlled_rows_reference(
     probs = exchange_maps(own, base, mapper[sample].to(wide), keep[sample][:, None].to(wide))
     out[row] += torch.einsum("mht,mthd->mhd", (probs - own).to(v.dtype), values)
     return out
+
+
+def cross_attention_maps(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    scale: float | None,
+    *,
+    batch: int,
+    samples: int,
+    part: int = -1,
+    tokens: int | None = None,
+) -> torch.Tensor:
+    """The maps that a base keeps of a cross-attention all of whose pixels are rows.
+
+    Args:
+        q: [B * pixels, heads, hd].
+        k: [B * T, heads, hd].
+        scale: of the scores; None means 1 / sqrt(hd).
+        batch: B.
+        samples, part, tokens: see :func:`attention_probabilities`.
+
+    Returns:
+        [n * pixels, heads, L], as of :func:`attention_probabilities`.
+    """
+    query, key = (each.unflatten(0, (batch, -1)).transpose(1, 2) for each in (q, k))
+    return attention_probabilities(query, key, samples=samples, part=part, tokens=tokens, scale=scale)

@@ -23,7 +23,7 @@ from fisedit_compile.ir.requests import Inputs
 from fisedit_compile.passes import targets
 from fisedit_compile.passes.arguments import arguments_of, call_form
 from fisedit_compile.passes.pass_report import PassReport
-from fisedit_compile.passes.rewriting import make_call, prune, row_count
+from fisedit_compile.passes.rewriting import has_the_base_s_statistics, make_call, prune, row_count
 from fisedit_compile.passes.row_product import RowProduct
 
 aten = targets.aten
@@ -58,7 +58,7 @@ def _group_norms(graph: Graph, count_at: CountAt, report: PassReport) -> None:
         given = {**arguments_of(norm), "count": count_at(norm.meta["row_layout"])}
         rows = given["rows"]
         parts: Any = rows.args[0] if rows.target is aten.cat.default and rows.args[1:] == (1,) else ()
-        if len(parts) != 2:
+        if len(parts) != 2 or not has_the_base_s_statistics(norm):
             norm.args, norm.kwargs = call_form(norm.target, given)
             continue
         del given["rows"]

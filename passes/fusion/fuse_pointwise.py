@@ -27,7 +27,7 @@ from fisedit_compile.ir.requests import Inputs
 from fisedit_compile.passes import targets
 from fisedit_compile.passes.arguments import arguments_of, call_form
 from fisedit_compile.passes.pass_report import PassReport
-from fisedit_compile.passes.rewriting import make_call, only_user, prune, row_count
+from fisedit_compile.passes.rewriting import has_the_base_s_statistics, make_call, only_user, prune, row_count
 from fisedit_compile.passes.row_product import RowProduct
 
 aten = targets.aten
@@ -136,7 +136,7 @@ def _next(found: _Epilogue, layout: Layout) -> Node | None:
         return None
     user = only_user(found.last)
     if user is None:
-        norms = [each for each in found.last.users if each.target is targets.GROUP_NORM_ROWS]
+        norms = [each for each in found.last.users if has_the_base_s_statistics(each)]
         if norms:
             found.norm = norms[0]
             _take_norm(found, norms[0])
@@ -145,7 +145,7 @@ def _next(found: _Epilogue, layout: Layout) -> Node | None:
         other = user.args[1] if user.args[0] is found.last else user.args[0]
         if not isinstance(other, Node) or other is found.last or not _take_sum(found, other, layout):
             return None
-    elif user.target is targets.GROUP_NORM_ROWS:
+    elif has_the_base_s_statistics(user):
         _take_norm(found, user)
     elif user.target is aten.silu.default:
         found.activation = "silu"

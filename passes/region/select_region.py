@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
-from fisedit_compile.config import SparsityConfig
+from fisedit_compile.config import EVERY_RESOLUTION, SparsityConfig
 from fisedit_compile.errors import SparsifyError
 from fisedit_compile.passes import targets
 from fisedit_compile.passes.pass_report import PassReport
@@ -21,7 +21,8 @@ def select_region(graph_module: GraphModule, config: SparsityConfig) -> PassRepo
     """Set ``meta["region"]`` on the values of the sparse region.
 
     Raises:
-        SparsifyError: no value at all qualifies, so that the edit would run dense.
+        SparsifyError: no value at all qualifies, so that the edit would run dense, although the config does not ask
+            for every resolution to be computed whole.
     """
     report = PassReport("select_region")
     for node in graph_module.graph.nodes:
@@ -37,7 +38,7 @@ def select_region(graph_module: GraphModule, config: SparsityConfig) -> PassRepo
             report.skip(node, f"resolution {layout.size[0]}x{layout.size[1]} is below dense_below={config.dense_below}")
         else:
             report.change(node)
-    if not report.changed:
+    if not report.changed and config.dense_below != EVERY_RESOLUTION:
         raise SparsifyError(
             f"nothing to make sparse: no operation of the U-Net runs at {config.dense_below} or more latent cells a "
             "side; lower dense_below, or edit a larger picture"

@@ -16,7 +16,12 @@ The fetch is a stage of its own because it can run wherever the base is kept.
 
 from __future__ import annotations
 
+import hashlib
+import re
+from typing import Any
+
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.plan_tensor import PlanTensor
@@ -94,14 +99,43 @@ def split_stages(graph_module: GraphModule) -> dict[str, GraphModule]:
         inputs = Inputs(graph)
         for earlier in HOISTED_STAGES[:position]:
             for node in read_later[earlier]:
-                copies[node].replace_all_uses_with(inputs(Hoisted(earlier, node.name), node.meta["val"]))
+                copies[node].replace_all_uses_with(inputs(Hoisted(earlier, _name(node)), node.meta["val"]))
         values = read_later.get(stage)
         output = graph.output(result if values is None else tuple(copies[node] for node in values))
         if values is not None:
-            output.meta.update(stage=stage, values=[node.name for node in values])
+            output.meta.update(stage=stage, values=[_name(node) for node in values])
         prune(graph)
         stages[stage] = GraphModule(graph_module, graph)
     return stages
+
+
+def _name(node: Node) -> str:
+    """The name of a hoisted value.
+
+    That of a constant is made of how it is computed, so that graphs of one model share what they compute alike.
+    """
+    if node.meta["stage"] != "constant":
+        return node.name
+    weights, text = _spelled(node)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return re.sub(r"\W", "_", f"{weights[0] if weights else 'of_nothing'}_{digest}")
+
+
+def _spelled(value: object) -> tuple[list[str], str]:
+    """The names of the weights that a constant is computed from, and the whole computation as text."""
+    if not isinstance(value, Node):
+        return [], repr(value)
+    if value.op == "get_attr":
+        return [str(value.target)], f"%{value.target}"
+    weights: list[str] = []
+
+    def spelled(each: Any) -> Any:
+        names, text = _spelled(each)
+        weights.extend(names)
+        return text
+
+    arguments = map_arg((value.args, value.kwargs), spelled)
+    return weights, f"{value.target}{arguments}"
 
 
 def _read_later(graph_module: GraphModule, stage: str) -> list[Node]:

@@ -19,8 +19,8 @@ from support.hand_built import (
     placeholders_of,
     snapshots,
     some_mask,
-    without_control,
     targets_of,
+    without_control,
 )
 from torch.fx import Graph, GraphModule
 

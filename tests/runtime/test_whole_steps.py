@@ -1,0 +1,102 @@
+"""Dense calls by operations on rows: what they give, record and control is what the dense graphs do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.unets import UNets
+
+from fisedit_compile.runtime.control import Control
+from fisedit_compile.sparse_unet import SparseUNet, sparsify
+from fisedit_compile.testing import assert_close
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIZE, SAMPLES, TOKENS = (18, 16), 1, 4
+
+
+class Both:
+    """A U-Net whose dense calls run by their own graphs, and the same one by rows."""
+
+    def __init__(self, unets: UNets, arch: str) -> None:
+        self.dense: SparseUNet = sparsify(unets.dense(arch), {"dense_below": 8})
+        self.rows: SparseUNet = sparsify(unets.dense(arch), {"dense_below": 8})
+        self.calls = [unets.call(self.dense, arch, 2, SIZE, seed) for seed in range(3)]
+        self.rows.program(self.calls[0]).dense_as_rows = True
+
+    def record(self, sparse: SparseUNet, call: Any) -> tuple[torch.Tensor, Any]:
+        return sparse.record(call, samples=SAMPLES, attention=True, tokens=TOKENS)
+
+
+@pytest.fixture(scope="module", params=["micro", "tiny"])
+def both(unets: UNets, request: pytest.FixtureRequest) -> Both:
+    return Both(unets, request.param)
+
+
+@torch.no_grad()
+def test_the_plain_call(both: Both) -> None:
+    for call in both.calls:
+        assert_close(both.rows.program(call).dense(call), both.dense.dense(call))
+
+
+@torch.no_grad()
+def test_what_is_recorded(both: Both) -> None:
+    out, kept = both.record(both.dense, both.calls[0])
+    by_rows, kept_by_rows = both.record(both.rows, both.calls[0])
+    assert_close(by_rows, out)
+    assert list(kept_by_rows) == list(kept)
+    for entry, value in kept.items():
+        assert kept_by_rows[entry].dtype == value.dtype
+        assert kept_by_rows[entry].is_contiguous()
+        assert_close(kept_by_rows[entry], value)
+
+
+@torch.no_grad()
+def test_a_later_call_changes_nothing_that_was_recorded(both: Both) -> None:
+    out, kept = both.record(both.rows, both.calls[0])
+    before = [out.clone(), *(value.clone() for value in kept.values())]
+    both.record(both.rows, both.calls[1])
+    assert all(map(torch.equal, before, [out, *kept.values()]))
+
+
+@torch.no_grad()
+def test_control(both: Both) -> None:
+    length = both.calls[0].kwargs["encoder_hidden_states"].shape[1]
+    mapper = torch.eye(length)[None]
+    mapper[0, 1] = 0
+    control = Control(mapper, mapper.sum(1))
+    _, kept = both.record(both.dense, both.calls[0])
+    for call in both.calls[1:]:
+        controlled = both.rows.controlled(call, kept, control)
+        assert_close(controlled, both.dense.controlled(call, kept, control))
+        assert (controlled - both.dense.dense(call)).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_a_sparse_step_reads_what_was_recorded_by_rows(both: Both) -> None:
+    (base, edit, _), rows = both.calls, both.rows
+    _, kept = both.record(rows, base)
+    mask = torch.ones(1, *SIZE, dtype=torch.bool)
+    again = rows.step(base, kept, rows.prepare(base, mask & False))
+    assert_close(again, both.dense.dense(base))
+    length = base.kwargs["encoder_hidden_states"].shape[1]
+    control = Control(torch.eye(length)[None], torch.ones(1, length))
+    plain, controlled = (rows.step(edit, kept, rows.prepare(edit, mask), each) for each in (None, control))
+    assert (controlled - plain).abs().max() > 1e-5
+
+
+@torch.no_grad()
+def test_weights_written_to_are_followed(unets: UNets) -> None:
+    unet = unets.fresh("micro")
+    sparse = sparsify(unet, {"dense_below": 8})
+    call = unets.call(sparse, "micro", 2, SIZE)
+    sparse.program(call).dense_as_rows = True
+    before, _ = sparse.record(call)
+    assert_close(before, sparse.dense(call))
+    for parameter in unet.parameters():
+        parameter.mul_(1.01)
+    after, _ = sparse.record(call)
+    assert_close(after, sparse.dense(call))
+    assert not torch.equal(after, before)
