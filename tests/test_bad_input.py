@@ -131,7 +131,7 @@ class TestConfig:
             ({"dense_steps": float("nan")}, "dense_steps=nan"),
             ({"dense_steps": True}, "dense_steps=True: give a count"),
             ({"dense_steps": "10"}, "dense_steps='10': give a count"),
-            ({"cross_replace": 1.5}, "cross_replace=1.5: a share of the steps in"),
+            ({"cross_replace": 1.5}, "cross_replace=1.5: 'auto', or a share of the steps in"),
             ({"cross_replace": float("nan")}, "cross_replace=nan"),
             ("full", "config is a str: give a SparsityConfig or a dict of its fields"),
             ([("attention", "full")], "config is a list: give"),

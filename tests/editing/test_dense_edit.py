@@ -56,7 +56,7 @@ def test_longer_control_brings_the_edit_nearer_to_its_base(reference_editor: Edi
 
 def test_control_is_prompt_to_prompt_of_as_many_steps(reference_editor: Editor, reference_base: Base) -> None:
     """A base that keeps the maps of its first step alone allows the control of that one, with the same result."""
-    short = Editor(reference_editor.pipe, {**ALL_MAPS, "dense_steps": 1})
+    short = Editor(reference_editor.pipe, {**ALL_MAPS, "dense_steps": 1, "cross_replace": 1 / STEPS})
     base = generate(short)
     assert base.controlled_steps == 1
     by_short = short.edit(base, EDIT, mask=left_half(), dense=True).latents
