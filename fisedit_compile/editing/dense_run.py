@@ -38,16 +38,14 @@ class DenseRun(EditRun):
         controlled: int,
     ) -> None:
         samples, _, *size = base.latents.shape
-        whole = torch.ones(samples, *size, dtype=torch.bool, device=base.latents.device)
-        self.mask = whole if given is None else given
-        super().__init__(unet, pipe, tokenizers, callback, base, prompts, changes, self.mask, "replace")
-        self.mask = self._of_edited(self.mask)
+        mask = torch.ones(samples, *size, dtype=torch.bool) if given is None else given
+        super().__init__(unet, pipe, tokenizers, callback, base, prompts, changes, mask, "replace")
         self._controlled = controlled
         self._macs: StepMacs | None = None
 
     def begin(self, call: Call) -> None:
         super().begin(call)
-        self._macs = StepMacs(self.unet.program(call).lowered, self.mask, dense=True)
+        self._macs = StepMacs(self.unet.program(call).lowered, self.host_mask, dense=True)
 
     def predict(self, call: Call) -> Tensor:
         recorded, device = self._recorded_call(call), call.tensors[0].device

@@ -33,7 +33,8 @@ DIFFERENCE_STEPS = (1, 10)
 class EditRun(PipelineRun):
     """Edits a base: k dense steps under Prompt-to-Prompt control, the mask, then sparse steps."""
 
-    mask: Tensor  # bool [n, h, w], known after the dense steps
+    mask: Tensor  # bool [n, h, w]; one that is to be found is known after the dense steps
+    host_mask: Tensor  # the same on the host, so that nobody has to wait for it
 
     def __init__(
         self,
@@ -49,6 +50,7 @@ class EditRun(PipelineRun):
     ) -> None:
         super().__init__(unet, pipe, tokenizers, callback)
         self._base, self._given, self._combine = base, given, combine
+        self._mask_is_known = False
         self._prepared: dict[Signature, Prepared] = {}  # a callback may take a part of the batch away in the loop
         self.plan_ms = 0.0
         device = base.latents.device
@@ -58,13 +60,12 @@ class EditRun(PipelineRun):
         copies = len(base.latents) // len(prompts)  # num_images_per_prompt: the pipeline repeats each prompt
         self._mapper, self._keep = mapper.repeat_interleave(copies, 0), keep.repeat_interleave(copies, 0)
         edited = [bool(changes) or old != new for old, new in zip(base.prompts, prompts, strict=True)]
-        self._edited = torch.tensor(edited, device=device).repeat_interleave(copies)  # bool [n]: the others stay
+        self._edited = torch.tensor(edited).repeat_interleave(copies)  # bool [n], on the host: the others stay
         # The positions of those that change: a bool index would wait for the device at each use.
         positions = [copies * i + copy for i, each in enumerate(edited) if each for copy in range(copies)]
         self._edited_samples = torch.tensor(positions, device=device)
-        if base.dense_steps == 0:
-            assert given is not None
-            self.mask = self._of_edited(given)
+        if given is not None and combine == "replace":
+            self._know_mask(self._of_edited(given))
         self._stride_error: StrideError | None = None
         if not base.visits_all:
             visit(self.pipe.scheduler, base.num_inference_steps, base.visits, self._check_schedule)
@@ -89,15 +90,19 @@ class EditRun(PipelineRun):
             return self.timer.time("sparse", device, lambda: self.unet.step(call, recorded.cache, prepared))
         if recorded.cache:
             control = (recorded.cache, self._mapper, self._keep, self.parts(call)[1])
-            return self.timer.time("dense", device, lambda: self.unet.controlled(call, *control))
-        return self.timer.time("dense", device, lambda: self.unet.dense(call))
+            out = self.timer.time("dense", device, lambda: self.unet.controlled(call, *control))
+        else:
+            out = self.timer.time("dense", device, lambda: self.unet.dense(call))
+        if self._mask_is_known:
+            self._prepare(call)  # while a GPU computes the step that was launched
+        return out
 
     def finish_step(self, latents: Tensor) -> Tensor:
         step, dense, after = self.step, self._base.dense_steps, self._base.latents_after(self.step)
         if step < dense and self._stride_error is not None:
             latents = (latents + self._stride_error.of(self._base.solver_steps[step], after)).to(latents.dtype)
-        if step == dense - 1:
-            self.mask = self._decide_mask([*self.latents, latents])
+        if step == dense - 1 and not self._mask_is_known:
+            self._know_mask(self._find_mask([*self.latents, latents]))
         if step < dense - 1:
             return latents
         # Outside the mask the picture is the base's, bit for bit, whatever the scheduler remembers of other steps.
@@ -121,7 +126,7 @@ class EditRun(PipelineRun):
 
     def step_macs(self) -> StepMacs:
         """What counts the multiply-accumulates of this edit's steps."""
-        return StepMacs(self._first_prepared.lowered, self.mask, dense=self.ran_dense)
+        return StepMacs(self._first_prepared.lowered, self.host_mask, dense=self.ran_dense)
 
     @property
     def _first_prepared(self) -> Prepared:
@@ -150,19 +155,23 @@ class EditRun(PipelineRun):
     def _prepare(self, call: Call) -> Prepared:
         if call.signature not in self._prepared:
             start = time.perf_counter()
-            self._prepared[call.signature] = self.unet.prepare(call, self.mask)
+            self._prepared[call.signature] = self.unet.prepare(call, self.host_mask)
             self.plan_ms += (time.perf_counter() - start) * 1e3
         return self._prepared[call.signature]
 
-    def _decide_mask(self, latents: list[Tensor]) -> Tensor:
-        if self._given is not None and self._combine == "replace":
-            return self._of_edited(self._given)
+    def _know_mask(self, mask: Tensor) -> None:
+        """The mask is known: bool ``[n, h, w]``, on the host."""
+        self.host_mask, self.mask = mask, mask.to(self._base.latents.device, non_blocking=True)
+        self._mask_is_known = True
+
+    def _find_mask(self, latents: list[Tensor]) -> Tensor:
+        """The mask of what the dense steps changed, joined with the one given; on the host."""
         first, last = DIFFERENCE_STEPS[0] - 1, min(DIFFERENCE_STEPS[1], len(latents))
         after = [self._base.latents_after(visit) for visit in range(last)]
         edited = self._edited_samples
         base, edit = (torch.stack(each[first:last])[:, edited] for each in (after, latents))
-        found = torch.zeros_like(latents[0][:, 0], dtype=torch.bool)
-        found[edited] = difference_mask(base, edit)
+        found = torch.zeros(latents[0][:, 0].shape, dtype=torch.bool)
+        found[self._edited] = difference_mask(base, edit).cpu()
         if self._given is None:
             return found
         mask = self._of_edited(found & self._given if self._combine == "and" else found | self._given)

@@ -260,7 +260,7 @@ class Editor:
         samples, _, *size = base.latents.shape
         given = None
         if mask is not None:
-            given = as_mask(mask, samples=samples, size=(size[0], size[1]), device=base.latents.device)
+            given = as_mask(mask, samples=samples, size=(size[0], size[1]), device="cpu")
         with self._in_turn() as (unet, unet_state):
             start_from = (unet, self.pipe, self._tokenizers, callback, base, prompts, changes, given)
             run = DenseRun(*start_from, controlled) if dense else EditRun(*start_from, combine)
@@ -277,7 +277,7 @@ class Editor:
             uncomposed: tuple[int, ...] = ()
             if keep is not None:
                 flags = {"base_flags": base.nsfw, "edit_flags": nsfw}
-                images, uncomposed = keep.compose(base.pictures, images, run.mask, **flags)
+                images, uncomposed = keep.compose(base.pictures, images, run.host_mask, **flags)
             seconds = time.perf_counter() - start
             source = "found" if given is None else "given" if combine == "replace" else f"found {combine} given"
             report = EditReport.of(
