@@ -46,6 +46,7 @@ from fisedit_compile.editing.result import Edit, EditReport
 from fisedit_compile.editing.saved_base import SavedBase
 from fisedit_compile.editing.schedule import Schedule
 from fisedit_compile.editing.step_callback import StepCallback
+from fisedit_compile.editing.text_memo import TextMemo
 from fisedit_compile.errors import BaseMismatchError, CaptureError
 from fisedit_compile.masks.user_mask import MaskLike, as_mask
 from fisedit_compile.runtime.model_state import ModelState
@@ -83,6 +84,7 @@ class Editor:
             self.config = pipe.unet.sparsity
         self._turn = threading.RLock()
         self._watch, self._tokenizers = PipelineWatch(), OwnTokenizers()
+        self._texts = TextMemo(self._watch.of)
         self._unet: SparseUNet | None = None
         self._unet = self.unet
 
@@ -147,6 +149,7 @@ class Editor:
         with self._in_turn() as (unet, unet_state):
             run = RecordRun(unet, self.pipe, self._tokenizers, callback, self.config, kept)
             state = self._watch.look(run.pipe, unet_state, prompts)
+            self._texts.serve(run.pipe, state.models, kept)
             return run.record(prompts, generators, state)
 
     def invert(
@@ -196,6 +199,7 @@ class Editor:
             kept["latents"], *trajectory = backwards.trajectory
             run = RecordRun(unet, self.pipe, self._tokenizers, None, self.config, kept, trajectory)
             state = self._watch.look(run.pipe, unet_state, prompts)
+            self._texts.serve(run.pipe, state.models, kept)
             return run.record(prompts, generators, state, photos)
 
     def edit(
@@ -273,6 +277,7 @@ class Editor:
             # Where an edit visits all steps, as many as were asked for: Heun's scheduler makes two of each.
             steps = base.arguments["num_inference_steps"] if base.visits_all else len(base.visits)
             repeated = owned({**base.arguments, **changes, "num_inference_steps": steps})
+            self._texts.serve(run.pipe, state.models, repeated)
             images, nsfw = run.draw(prompts, base.rewound_generators(), repeated)
             uncomposed: tuple[int, ...] = ()
             if keep is not None:
