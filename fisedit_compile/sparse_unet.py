@@ -173,17 +173,27 @@ class SparseUNet(torch.nn.Module):
         cache.model = state
         return out, cache
 
-    def controlled(self, call: Call, cache: StepCache, mapper: Tensor, keep: Tensor, part: int = -1) -> Tensor:
+    def controlled(
+        self,
+        call: Call,
+        cache: StepCache,
+        mapper: Tensor,
+        keep: Tensor,
+        part: int = -1,
+        weight: Tensor | None = None,
+    ) -> Tensor:
         """Run the dense U-Net with the cross-attention maps of unchanged words taken from ``cache``.
 
-        ``mapper`` and ``keep`` are those of :func:`~fisedit_compile.editing.prompt_alignment.align_batch`.
+        ``mapper`` and ``keep`` are those of :func:`~fisedit_compile.editing.prompt_alignment.align_batch`; ``weight``
+        multiplies the map of each token (:func:`~fisedit_compile.editing.word_weights.token_weights`), None by 1.
 
         Raises:
             BaseMismatchError: the cache was recorded by another model.
         """
         state = self._ready(values=True)
         _check_recorded(cache, state)
-        return self._program(call, state).controlled(call, cache, mapper, keep, part)
+        weight = torch.ones_like(keep) if weight is None else weight
+        return self._program(call, state).controlled(call, cache, mapper, keep, weight, part)
 
     def prepare(self, call: Call, mask: Tensor) -> Prepared:
         """Everything about ``mask`` (bool ``[n, h, w]`` at latent resolution) that the steps of an edit share.

@@ -19,7 +19,6 @@ from torch.utils import _pytree as pytree
 #: What an editor does not take, though pipelines do, and why.
 _REFUSED = {
     "return_dict": "generate(...) returns a Base and edit(...) an Edit: leave it out",
-    "prompt_embeds": "an editor compares words: give the prompt",
     "callback": "pipelines no longer take it: give callback_on_step_end",
     "callback_steps": "pipelines no longer take it: give callback_on_step_end",
 }
@@ -74,9 +73,8 @@ def check_arguments(pipe: Any, arguments: Mapping[str, Any]) -> None:
         words = arguments.get(name)
         if words is not None and not _are_words(words):
             raise ValueError(f"{name}={_shown(words)}: give a string, a list of strings, or None")
-    for name in ("latents", "negative_prompt_embeds"):
-        if not isinstance(arguments.get(name), (torch.Tensor, type(None))):
-            raise ValueError(f"{name} is a {type(arguments[name]).__name__}: give a tensor, or None")
+    if not isinstance(arguments.get("latents"), (torch.Tensor, type(None))):
+        raise ValueError(f"latents is a {type(arguments['latents']).__name__}: give a tensor, or None")
     if arguments.get("pag_scale", getattr(parameters.get("pag_scale"), "default", 0)) > 0:
         raise ValueError("perturbed-attention guidance adds a third part to the batch: pass pag_scale=0")
 

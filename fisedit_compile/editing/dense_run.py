@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from fisedit_compile.editing.edit_run import EditRun
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.editing.step_callback import StepCallback
 from fisedit_compile.editing.step_macs import StepMacs
+from fisedit_compile.editing.word_weights import Weights
 from fisedit_compile.ir.call import Call
 from fisedit_compile.sparse_unet import SparseUNet
 
@@ -34,12 +35,13 @@ class DenseRun(EditRun):
         base: Base,
         prompts: tuple[str, ...],
         changes: Mapping[str, Any],
+        weights: Sequence[Weights],
         given: Tensor | None,
         controlled: int,
     ) -> None:
         samples, _, *size = base.latents.shape
         mask = torch.ones(samples, *size, dtype=torch.bool) if given is None else given
-        super().__init__(unet, pipe, tokenizers, callback, base, prompts, changes, mask, "replace")
+        super().__init__(unet, pipe, tokenizers, callback, base, prompts, changes, weights, mask, "replace")
         self._controlled = controlled
         self._macs: StepMacs | None = None
 
@@ -51,7 +53,7 @@ class DenseRun(EditRun):
         recorded, device = self._recorded_call(call), call.tensors[0].device
         if self.step >= self._controlled:
             return self.timer.time("dense", device, lambda: self.unet.dense(call))
-        control = (recorded.cache, self._mapper, self._keep, self.parts(call)[1])
+        control = self._control(call, recorded)
         return self.timer.time("dense", device, lambda: self.unet.controlled(call, *control))
 
     def finish_step(self, latents: Tensor) -> Tensor:

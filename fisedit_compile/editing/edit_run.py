@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fisedit_compile.editing.base import Base, RecordedCall
+from fisedit_compile.editing.edit_request import edited_samples
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.editing.pipeline_run import PipelineRun
 from fisedit_compile.editing.prompt_alignment import align_prompts
 from fisedit_compile.editing.schedule import Schedule
 from fisedit_compile.editing.step_callback import StepCallback
 from fisedit_compile.editing.step_macs import StepMacs
-from fisedit_compile.editing.stride import (
-    StrideError,
-    visit,
-)
+from fisedit_compile.editing.stride import StrideError, visit
+from fisedit_compile.editing.word_weights import Weights, token_weights
 from fisedit_compile.errors import BaseMismatchError, MaskError
 from fisedit_compile.ir.call import Call, Signature
 from fisedit_compile.masks.difference_mask import difference_mask
@@ -45,6 +44,7 @@ class EditRun(PipelineRun):
         base: Base,
         prompts: tuple[str, ...],
         changes: Mapping[str, Any],
+        weights: Sequence[Weights],
         given: Tensor | None,
         combine: str,
     ) -> None:
@@ -54,12 +54,19 @@ class EditRun(PipelineRun):
         self._prepared: dict[Signature, Prepared] = {}  # a callback may take a part of the batch away in the loop
         self.plan_ms = 0.0
         device = base.latents.device
+        edited = edited_samples(base, prompts, changes, weights)
         mapper, keep = align_prompts(
-            self.pipe, base.prompts, prompts, arguments=base.arguments, changes=changes, device=device
+            self.pipe,
+            base.prompts,
+            prompts,
+            arguments=base.arguments,
+            changes=changes,
+            weighted=[bool(each) for each in weights],
+            device=device,
         )
+        weight = token_weights(self.pipe, prompts, weights, arguments={**base.arguments, **changes}, device=device)
         copies = len(base.latents) // len(prompts)  # num_images_per_prompt: the pipeline repeats each prompt
-        self._mapper, self._keep = mapper.repeat_interleave(copies, 0), keep.repeat_interleave(copies, 0)
-        edited = [bool(changes) or old != new for old, new in zip(base.prompts, prompts, strict=True)]
+        self._mapper, self._keep, self._weight = (each.repeat_interleave(copies, 0) for each in (mapper, keep, weight))
         self._edited = torch.tensor(edited).repeat_interleave(copies)  # bool [n], on the host: the others stay
         # The positions of those that change: a bool index would wait for the device at each use.
         positions = [copies * i + copy for i, each in enumerate(edited) if each for copy in range(copies)]
@@ -89,13 +96,17 @@ class EditRun(PipelineRun):
             prepared = self._prepare(call)
             return self.timer.time("sparse", device, lambda: self.unet.step(call, recorded.cache, prepared))
         if recorded.cache:
-            control = (recorded.cache, self._mapper, self._keep, self.parts(call)[1])
+            control = self._control(call, recorded)
             out = self.timer.time("dense", device, lambda: self.unet.controlled(call, *control))
         else:
             out = self.timer.time("dense", device, lambda: self.unet.dense(call))
         if self._mask_is_known:
             self._prepare(call)  # while a GPU computes the step that was launched
         return out
+
+    def _control(self, call: Call, recorded: RecordedCall) -> tuple[Any, ...]:
+        """The arguments of a controlled call."""
+        return recorded.cache, self._mapper, self._keep, self.parts(call)[1], self._weight
 
     def finish_step(self, latents: Tensor) -> Tensor:
         step, dense, after = self.step, self._base.dense_steps, self._base.latents_after(self.step)

@@ -36,6 +36,7 @@ from fisedit_compile.editing.edit_request import (
     count_controlled_steps,
 )
 from fisedit_compile.editing.edit_run import EditRun
+from fisedit_compile.editing.embeddings import check_embeddings
 from fisedit_compile.editing.inversion import InvertRun, check_inversion
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.editing.photo import encode, read_photos
@@ -47,6 +48,7 @@ from fisedit_compile.editing.saved_base import SavedBase
 from fisedit_compile.editing.schedule import Schedule
 from fisedit_compile.editing.step_callback import StepCallback
 from fisedit_compile.editing.text_memo import TextMemo
+from fisedit_compile.editing.word_weights import Weights, weights_of_samples
 from fisedit_compile.errors import BaseMismatchError, CaptureError
 from fisedit_compile.masks.user_mask import MaskLike, as_mask
 from fisedit_compile.runtime.model_state import ModelState
@@ -128,7 +130,9 @@ class Editor:
                 callback is given is this call's own. Edits do not run it: one that changes the loop has to be given to
                 them, too.
             arguments: anything else the pipeline's call takes: ``height``, ``width``, ``negative_prompt``,
-                ``num_images_per_prompt``, ``latents``, ... Tensors and pictures are copied.
+                ``num_images_per_prompt``, ``latents``, ... Tensors and pictures are copied. With ``prompt_embeds`` (and
+                ``pooled_prompt_embeds``) these are drawn, and the prompt is the words at whose places their tokens are
+                (:mod:`fisedit_compile.editing.embeddings`).
 
         Returns:
             The base; it is never changed afterwards.
@@ -144,6 +148,7 @@ class Editor:
         prompts, generators = check_prompts(prompt), check_generators(generator)
         kept = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **arguments}
         check_arguments(self.pipe, kept)
+        check_embeddings(self.pipe, prompts, kept, controlled=self._controls)
         callback = self._callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         kept = owned(one_for_each(prompts, kept))
         with self._in_turn() as (unet, unet_state):
@@ -187,6 +192,7 @@ class Editor:
         prompts, photos = check_prompts(prompt), read_photos(self.pipe, photo)
         kept = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **arguments}
         check_arguments(self.pipe, kept)
+        check_embeddings(self.pipe, prompts, kept, controlled=self._controls)
         check_inversion(self.pipe, kept, prompts, photos)
         width, height = photos[0].size
         kept = owned(one_for_each(prompts, {**kept, "height": height, "width": width}))
@@ -208,6 +214,7 @@ class Editor:
         prompt: str | Sequence[str],
         mask: MaskLike | None = None,
         *,
+        weights: Weights | Sequence[Weights | None] | None = None,
         combine: Combine = "replace",
         background: Background = "pixels",
         dense: bool = False,
@@ -223,6 +230,10 @@ class Editor:
             prompt: the new prompt, or one a sample of the base. Samples whose prompts stay are the base's, bit for bit.
             mask: where to edit, instead of finding out: an image, array or tensor of any size, soft in [0, 1] or hard,
                 one for all samples or one each.
+            weights: how much words of the new prompt count, ``{"fluffy": 1.8}`` for example, or such a mapping for each
+                sample: what the attention maps of the word (or words in a row) are multiplied by in steps under
+                Prompt-to-Prompt control, as a rule in [-2, 2] (:mod:`fisedit_compile.editing.word_weights`). The
+                prompt may be the base's own.
             combine: with a mask given: ``"replace"`` uses it alone, ``"and"`` / ``"or"`` cut or join it with the one
                 that is found.
             background: ``"pixels"``: away from the mask the picture is the base's, bit for bit
@@ -236,9 +247,10 @@ class Editor:
                 control over all steps is generated with ``{"dense_steps": steps, "cross_replace": 1.0}``.
             callback_on_step_end, callback_on_step_end_tensor_inputs: as the pipeline takes them; it sees the latents
                 before the background is restored.
-            arguments: ``guidance_scale``, ``negative_prompt``, and for SDXL ``prompt_2`` and ``negative_prompt_2``,
-                where they are others than the base's. An edit repeats all other arguments of its base, and says so
-                where one is given. With another negative prompt or guidance scale the prompt may be the base's own.
+            arguments: ``guidance_scale``, ``negative_prompt``, for SDXL ``prompt_2`` and ``negative_prompt_2``, and
+                embeddings (see :meth:`generate`), where they are others than the base's. An edit repeats all other
+                arguments of its base, and says so where one is given. With any of these the prompt may be the base's
+                own.
 
         Raises:
             BaseMismatchError: a base of another model, tokenizer, scheduler, config or callback, or one that keeps
@@ -247,15 +259,27 @@ class Editor:
                 words of a sample change nothing that its text encoder sees.
             PipelineInterruptedError: ``pipe._interrupt`` was set before the last step had ended.
             ValueError: prompts that are the base's own though nothing else changes, or another number of prompts than
-                the base has; an argument that an edit does not take; or pictures whose background cannot be the base's
-                in pixels.
+                the base has; other words with the base's embeddings; an argument that an edit does not take; words in
+                ``weights`` that the prompt has not; or pictures whose background cannot be the base's in pixels.
         """
         if not isinstance(base, Base):
             raise ValueError(f"base is of type {type(base).__name__}: pass what editor.generate(...) returned")
         prompts = check_prompts(prompt)
         changes = changed_arguments(self.pipe, base, arguments)
-        check_request(base, prompts, changes, mask, combine=combine, background=background, dense=dense)
+        each_weights = weights_of_samples(weights, len(prompts))
         controlled = count_controlled_steps(base, dense=dense, cross_replace=cross_replace)
+        check_request(
+            base,
+            prompts,
+            changes,
+            each_weights,
+            mask,
+            combine=combine,
+            background=background,
+            dense=dense,
+            controlled=controlled,
+        )
+        check_embeddings(self.pipe, prompts, {**base.arguments, **changes}, controlled=base.controlled_steps > 0)
         callback = self._callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         if base.callback and callback is None:
             raise BaseMismatchError(
@@ -266,7 +290,7 @@ class Editor:
         if mask is not None:
             given = as_mask(mask, samples=samples, size=(size[0], size[1]), device="cpu")
         with self._in_turn() as (unet, unet_state):
-            start_from = (unet, self.pipe, self._tokenizers, callback, base, prompts, changes, given)
+            start_from = (unet, self.pipe, self._tokenizers, callback, base, prompts, changes, each_weights, given)
             run = DenseRun(*start_from, controlled) if dense else EditRun(*start_from, combine)
             state = self._watch.look(run.pipe, unet_state, base.prompts)
             base.check(state, Schedule.of(self.pipe.scheduler), self.config)
@@ -321,6 +345,11 @@ class Editor:
             base = saved.read_calls(state)
             opened.note_use()
             return base
+
+    @property
+    def _controls(self) -> bool:
+        """Whether bases keep attention maps for Prompt-to-Prompt control."""
+        return self.config.cross_replace > 0 and self.config.dense_steps > 0
 
     @contextmanager
     def _in_turn(self) -> Iterator[tuple[SparseUNet, ModelState]]:

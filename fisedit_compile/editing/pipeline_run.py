@@ -74,7 +74,10 @@ class PipelineRun:
     ) -> tuple[Any, tuple[bool, ...] | None]:
         """The pictures of a run, and the safety checker's flags, None without a checker; see :meth:`run`."""
         generator = generators[0] if len(generators) == 1 else list(generators)
-        output = self.run(prompt=list(prompts), generator=generator, **arguments)
+        words: dict[str, Any] = {"prompt": list(prompts)}
+        if arguments.get("prompt_embeds") is not None:  # pipelines take one of both
+            words = {"prompt": None, **({"prompt_2": None} if "prompt_2" in arguments else {})}
+        output = self.run(**{**arguments, **words, "generator": generator})
         flags = getattr(output, "nsfw_content_detected", None)
         return output.images, None if flags is None else tuple(bool(flag) for flag in flags)
 

@@ -38,9 +38,10 @@ class CacheEntry:
 
 @dataclass(frozen=True)
 class ControlTensor:
-    """One tensor of the token alignments of the samples' prompts, see ``prompt_alignment.align_batch``."""
+    """What an edit's prompts bring to control: their alignments (``prompt_alignment.align_batch``), and the weights of
+    their tokens (``word_weights.token_weights``)."""
 
-    kind: Literal["mapper", "keep"]
+    kind: Literal["mapper", "keep", "weight"]
 
     @property
     def name(self) -> str:

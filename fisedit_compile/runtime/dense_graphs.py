@@ -36,13 +36,18 @@ class DenseGraphs:
         return out, dict(zip(entries, kept, strict=True))
 
     def controlled(
-        self, inputs: dict[Any, Tensor], cache: StepCache, mapper: Tensor, keep: Tensor, part: int
+        self, inputs: dict[Any, Tensor], cache: StepCache, mapper: Tensor, keep: Tensor, weight: Tensor, part: int
     ) -> Tensor:
         """The U-Net's output with the base's cross-attention maps of unchanged words.
 
-        ``mapper`` and ``keep`` are those of :func:`~fisedit_compile.editing.prompt_alignment.align_batch`.
+        ``mapper`` and ``keep`` are those of :func:`~fisedit_compile.editing.prompt_alignment.align_batch`, ``weight``
+        that of :func:`~fisedit_compile.editing.word_weights.token_weights`.
         """
-        control: dict[Any, Tensor] = {ControlTensor("mapper"): mapper, ControlTensor("keep"): keep}
+        control: dict[Any, Tensor] = {
+            ControlTensor("mapper"): mapper,
+            ControlTensor("keep"): keep,
+            ControlTensor("weight"): weight,
+        }
         result: Tensor = self._stage(("control", part), lambda: self._lowered.controlled(part))(
             {**inputs, **cache, **control}
         )

@@ -97,9 +97,11 @@ class Program:
         timesteps = tuple(None if each is None else each.clone() for each in self._known_timesteps(call))
         return out, Recorded(self.signature, timesteps, kept)
 
-    def controlled(self, call: Call, cache: StepCache, mapper: Tensor, keep: Tensor, part: int = -1) -> Tensor:
+    def controlled(
+        self, call: Call, cache: StepCache, mapper: Tensor, keep: Tensor, weight: Tensor, part: int = -1
+    ) -> Tensor:
         """See :meth:`~fisedit_compile.runtime.dense_graphs.DenseGraphs.controlled`."""
-        return self._dense_graphs.controlled(self._user_values(call), cache, mapper, keep, part)
+        return self._dense_graphs.controlled(self._user_values(call), cache, mapper, keep, weight, part)
 
     def plan(self, mask: Tensor) -> EditPlan:
         """The plan of a mask, see :meth:`~fisedit_compile.compiler.lowered.Lowered.plan`."""

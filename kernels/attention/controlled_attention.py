@@ -46,13 +46,14 @@ def controlled_attention(
     keep: torch.Tensor,
     scale: float | None = None,
     part: int = -1,
+    weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross-attention in which unchanged words keep the base's maps, in the conditional part of the batch only.
 
     ``probs = keep * (base_probs @ mapper) + (1 - keep) * own``, then scaled so that each query's sum to what its own
-    do, and ``out = attention(query, key, value) + (probs - own) @ value``. A query that gave all its attention to
-    words that are gone keeps its own. Both kinds of maps are rounded to the dtype of ``query``, as recorded ones are.
-    Plain torch operations: exports, compiles.
+    do, and ``out = attention(query, key, value) + (weight * probs - own) @ value``. A query that gave all its attention
+    to words that are gone keeps its own. Both kinds of maps are rounded to the dtype of ``query``, as recorded ones
+    are. Plain torch operations: exports, compiles.
 
     Args:
         query: ``[B, heads, N, head_dim]``, see :func:`attention_probabilities`.
@@ -62,6 +63,7 @@ def controlled_attention(
         keep: ``[n, T_edit]``, from ``align_batch``.
         scale: of the scores; default ``head_dim ** -0.5``.
         part: place of the conditional part in the batch.
+        weight: ``[n, T_edit]``, what the map of each token is multiplied by; None is 1 for all, with the same bits.
 
     Returns:
         ``[B, heads, N, head_dim]`` in the dtype of ``value``.
@@ -79,6 +81,8 @@ def controlled_attention(
     total = probs.sum(dim=-1, keepdim=True)
     scaled = probs * (own.sum(dim=-1, keepdim=True) / total.clamp_min(_LEAST_SHARE))
     probs = torch.where(total > _LEAST_SHARE, scaled, own)
+    if weight is not None:
+        probs = probs * weight[:, None, None, :].to(own.dtype)
     change = (probs - own).to(value.dtype) @ value[rows]
     return torch.cat([out[: rows.start], out[rows] + change, out[rows.stop :]])
 

@@ -1,7 +1,8 @@
 """The control graph: the dense graph whose cross-attention keeps the base's maps of unchanged words (paper 3.1).
 
         attention(%q, %k, %v)           %k, %v from the text
-    ->  controlled_attention(%q, %k, %v, base maps, %control_mapper, %control_keep)
+    ->  controlled_attention(%q, %k, %v, base maps, %control_mapper, %control_keep,
+                                weight=%control_weight)
 
 It runs the dense steps of an edit under Prompt-to-Prompt control (Hertz et al. 2022), which is for the conditional half
 of the batch alone.
@@ -32,10 +33,10 @@ def control_cross_attention(graph_module: GraphModule, config: SparsityConfig, p
     graph = graph_module.graph
     inputs = Inputs(graph)
     for node in cross_attentions(graph_module):
-        maps, mapper, keep = _control_inputs(inputs, node)
+        maps, mapper, keep, weight = _control_inputs(inputs, node)
         build = RowBuilder(graph, inputs, node)
         with graph.inserting_before(node):
-            options = {"scale": node.kwargs.get("scale"), "part": part}
+            options = {"scale": node.kwargs.get("scale"), "part": part, "weight": weight}
             controlled = build.call(controlled_attention, *node.args[:3], maps, mapper, keep, **options)
         controlled.meta["layout"] = node.meta["layout"]
         node.replace_all_uses_with(controlled)
@@ -44,8 +45,8 @@ def control_cross_attention(graph_module: GraphModule, config: SparsityConfig, p
     return report
 
 
-def _control_inputs(inputs: Inputs, attention: Node) -> tuple[Node, Node, Node]:
-    """The base's maps of one cross-attention, and the prompts' alignments.
+def _control_inputs(inputs: Inputs, attention: Node) -> tuple[Node, Node, Node, Node]:
+    """The base's maps of one cross-attention, the prompts' alignments, and the weights of tokens.
 
     Their ``meta["val"]`` has a sample of the pictures for each of the batch, as without classifier-free guidance.
     """
@@ -60,6 +61,7 @@ def _control_inputs(inputs: Inputs, attention: Node) -> tuple[Node, Node, Node]:
         inputs(CacheEntry(attention.name, "attention"), empty(batch, heads, pixels, tokens, dtype=query.dtype)),
         inputs(ControlTensor("mapper"), empty(batch, tokens, tokens)),
         inputs(ControlTensor("keep"), empty(batch, tokens)),
+        inputs(ControlTensor("weight"), empty(batch, tokens)),
     )
 
 
