@@ -36,7 +36,7 @@ from fisedit_compile.editing.edit_request import (
     count_controlled_steps,
 )
 from fisedit_compile.editing.edit_run import EditRun
-from fisedit_compile.editing.embeddings import check_embeddings
+from fisedit_compile.editing.embeddings import check_as_many_tokens, check_embeddings
 from fisedit_compile.editing.inversion import InvertRun, check_inversion
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.editing.photo import encode, read_photos
@@ -280,6 +280,7 @@ class Editor:
             controlled=controlled,
         )
         check_embeddings(self.pipe, prompts, {**base.arguments, **changes}, controlled=base.controlled_steps > 0)
+        check_as_many_tokens(self.pipe, base.arguments, changes)
         callback = self._callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         if base.callback and callback is None:
             raise BaseMismatchError(

@@ -67,6 +67,25 @@ def check_embeddings(pipe: Any, prompts: Sequence[str], arguments: Mapping[str, 
             raise ValueError(f"{name} has {channels} channels, and the U-Net takes {width}")
 
 
+def check_as_many_tokens(pipe: Any, before: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
+    """Hold an edit's embeddings to the number of tokens that its base's U-Net was given.
+
+    Args:
+        pipe: the pipeline.
+        before: the arguments of the base's call.
+        changes: those that are others for the edit.
+
+    Raises:
+        ValueError: another number.
+    """
+    if OF_PROMPT[0] not in changes:
+        return
+    made = pipeline_prompts(pipe, [], {})[0][0].model_max_length
+    old, new = (made if each is None else each.shape[1] for each in (before.get(OF_PROMPT[0]), changes[OF_PROMPT[0]]))
+    if old != new:
+        raise ValueError(f"the edit's prompt has {new} tokens where the base's has {old}: give embeddings of as many")
+
+
 def changed_embeddings(before: Mapping[str, Any], changes: Mapping[str, Any], samples: int) -> list[bool]:
     """Of each sample, whether its prompt's embeddings are others than the base's.
 
