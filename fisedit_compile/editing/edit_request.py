@@ -16,6 +16,7 @@ from fisedit_compile.errors import BaseMismatchError
 from fisedit_compile.masks.user_mask import MaskLike
 
 Combine = Literal["replace", "and", "or"]
+Output = Literal["pil", "np", "pt", "latent"]
 Background = Literal["pixels", "latents"]
 
 
@@ -23,7 +24,7 @@ Background = Literal["pixels", "latents"]
 _CHANGEABLE = ("guidance_scale", "negative_prompt", "prompt_2", "negative_prompt_2", *EMBEDDINGS)
 
 _OPTIONS = (
-    *("base", "prompt", "mask", "weights", "combine", "background", "dense", "cross_replace"),
+    *("base", "prompt", "mask", "weights", "combine", "background", "output_type", "dense", "cross_replace"),
     "callback_on_step_end",
 )
 
@@ -150,6 +151,22 @@ def check_request(
         raise ValueError(
             f"all {len(base.visits)} steps would run dense: lower dense_steps or take more steps (or pass dense=True, "
             "if that is what you want)"
+        )
+
+
+def check_output(base: Base, output_type: Any, background: str) -> None:
+    """Hold the kind of pictures that was asked for to the base's, where these give the background.
+
+    Raises:
+        ValueError: an unknown kind, or another one than the base's pictures.
+    """
+    if output_type not in (None, *get_args(Output)):
+        raise ValueError(f"output_type={output_type!r}: choose 'pil', 'np', 'pt' or 'latent'")
+    kind = base.arguments.get("output_type", "pil")
+    if output_type not in (None, kind, "latent") and background == "pixels":
+        raise ValueError(
+            f"output_type={output_type!r}: the base's pictures, which the background is taken from, are {kind!r}; pass "
+            "background='latents', or generate a base with it"
         )
 
 

@@ -6,6 +6,7 @@ latents outside the mask to the base's.
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ from fisedit_compile.editing.arguments import (
     check_prompts,
     one_for_each,
     owned,
+    without_return_dict,
 )
 from fisedit_compile.editing.background import PixelBackground
 from fisedit_compile.editing.base import Base
@@ -31,7 +33,9 @@ from fisedit_compile.editing.dense_run import DenseRun
 from fisedit_compile.editing.edit_request import (
     Background,
     Combine,
+    Output,
     changed_arguments,
+    check_output,
     check_request,
     count_controlled_steps,
 )
@@ -146,7 +150,8 @@ class Editor:
             CaptureError: the U-Net is not one graph, or the pipeline's loop not one of ``num_inference_steps``.
         """
         prompts, generators = check_prompts(prompt), check_generators(generator)
-        kept = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **arguments}
+        kept = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        kept.update(without_return_dict(arguments))
         check_arguments(self.pipe, kept)
         check_embeddings(self.pipe, prompts, kept, controlled=self._controls)
         callback = self._callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -190,7 +195,8 @@ class Editor:
             BaseMemoryError, PipelineInterruptedError, CaptureError: see :meth:`generate`.
         """
         prompts, photos = check_prompts(prompt), read_photos(self.pipe, photo)
-        kept = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **arguments}
+        kept = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        kept.update(without_return_dict(arguments))
         check_arguments(self.pipe, kept)
         check_embeddings(self.pipe, prompts, kept, controlled=self._controls)
         check_inversion(self.pipe, kept, prompts, photos)
@@ -217,6 +223,7 @@ class Editor:
         weights: Weights | Sequence[Weights | None] | None = None,
         combine: Combine = "replace",
         background: Background = "pixels",
+        output_type: Output | None = None,
         dense: bool = False,
         cross_replace: float | None = None,
         callback_on_step_end: Callable[..., Any] | None = None,
@@ -239,6 +246,8 @@ class Editor:
             background: ``"pixels"``: away from the mask the picture is the base's, bit for bit
                 (:class:`~fisedit_compile.editing.background.PixelBackground`); ``"latents"``: the picture as the
                 pipeline decodes it, whose latents outside the mask are the base's.
+            output_type: ``"latent"`` decodes nothing, and ``images`` are the latents; another kind of pictures than the
+                base's needs ``background="latents"``. None is the base's.
             dense: run all steps through the dense U-Net, to see what a sparse edit should look like
                 (:class:`~fisedit_compile.editing.dense_run.DenseRun`). No mask is looked for: without one given the
                 whole picture is free.
@@ -265,7 +274,7 @@ class Editor:
         if not isinstance(base, Base):
             raise ValueError(f"base is of type {type(base).__name__}: pass what editor.generate(...) returned")
         prompts = check_prompts(prompt)
-        changes = changed_arguments(self.pipe, base, arguments)
+        changes = changed_arguments(self.pipe, base, without_return_dict(arguments))
         each_weights = weights_of_samples(weights, len(prompts))
         controlled = count_controlled_steps(base, dense=dense, cross_replace=cross_replace)
         check_request(
@@ -281,6 +290,9 @@ class Editor:
         )
         check_embeddings(self.pipe, prompts, {**base.arguments, **changes}, controlled=base.controlled_steps > 0)
         check_as_many_tokens(self.pipe, base.arguments, changes)
+        check_output(base, output_type, background)
+        if output_type == "latent":
+            background = "latents"
         callback = self._callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         if base.callback and callback is None:
             raise BaseMismatchError(
@@ -301,7 +313,8 @@ class Editor:
             start = time.perf_counter()
             # Where an edit visits all steps, as many as were asked for: Heun's scheduler makes two of each.
             steps = base.arguments["num_inference_steps"] if base.visits_all else len(base.visits)
-            repeated = owned({**base.arguments, **changes, "num_inference_steps": steps})
+            output = {} if output_type is None else {"output_type": output_type}
+            repeated = owned({**base.arguments, **changes, **output, "num_inference_steps": steps})
             self._texts.serve(run.pipe, state.models, repeated)
             images, nsfw = run.draw(prompts, base.rewound_generators(), repeated)
             uncomposed: tuple[int, ...] = ()
@@ -346,6 +359,20 @@ class Editor:
             base = saved.read_calls(state)
             opened.note_use()
             return base
+
+    def free(self) -> None:
+        """Let go of all graphs and of their memory on the device.
+
+        Bases stay as they are, and the next call exports graphs anew. Multiply-accumulates of edits that nobody has
+        asked for before (``report.macs``) cannot be counted any more.
+        """
+        with self._turn:
+            if self._unet is not None:
+                self._unet.free()
+            self._texts = TextMemo(self._watch.of)
+            gc.collect()  # graphs refer to each other in circles
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
 
     @property
     def _controls(self) -> bool:

@@ -54,7 +54,7 @@ def refusing(tiny_editor: Editor, monkeypatch: pytest.MonkeyPatch) -> Editor:
         ({"negative_prompt": 5}, "negative_prompt=5: give a string, a list of strings, or None"),
         ({"latents": [1.0]}, "latents is a list: give a tensor, or None"),
         ({"prompt_embeds": torch.zeros(1, 5, 8)}, "prompt_embeds has 5 tokens where a prompt has 8: give as many, or"),
-        ({"return_dict": True}, r"return_dict=True: generate\(...\) returns a Base"),
+        ({"return_dict": False}, r"return_dict=False: generate\(...\) returns a Base"),
         ({"callback": print}, "callback=.*: pipelines no longer take it: give callback_on_step_end"),
         ({"output_type": "latent"}, "output_type='latent': give 'pil', 'np' or 'pt'"),
         ({"output_type": "jpeg"}, "output_type='jpeg': give 'pil', 'np' or 'pt'"),
