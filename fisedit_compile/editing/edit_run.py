@@ -52,6 +52,7 @@ class EditRun(PipelineRun):
         self._base, self._given, self._combine = base, given, combine
         self._mask_is_known = False
         self._prepared: dict[Signature, Prepared] = {}  # a callback may take a part of the batch away in the loop
+        self._first_stepped: Prepared | None = None  # of the first step behind the mask
         self.plan_ms = 0.0
         device = base.latents.device
         edited = edited_samples(base, prompts, changes, weights)
@@ -94,6 +95,7 @@ class EditRun(PipelineRun):
         device = call.tensors[0].device
         if self.step >= self._base.dense_steps:
             prepared = self._prepare(call)
+            self._first_stepped = self._first_stepped or prepared
             return self.timer.time("sparse", device, lambda: self.unet.step(call, recorded.cache, prepared))
         if recorded.cache:
             control = self._control(call, recorded)
@@ -133,15 +135,13 @@ class EditRun(PipelineRun):
     @property
     def ran_dense(self) -> bool:
         """Whether the steps behind the mask ran dense, because it is so large."""
-        return self._first_prepared.dense
+        assert self._first_stepped is not None
+        return self._first_stepped.dense
 
     def step_macs(self) -> StepMacs:
         """What counts the multiply-accumulates of this edit's steps."""
-        return StepMacs(self._first_prepared.lowered, self.host_mask, dense=self.ran_dense)
-
-    @property
-    def _first_prepared(self) -> Prepared:
-        return next(iter(self._prepared.values()))
+        assert self._first_stepped is not None
+        return StepMacs(self._first_stepped.lowered, self.host_mask, dense=self.ran_dense)
 
     def _recorded_call(self, call: Call) -> RecordedCall:
         """The base's call that this one repeats.
