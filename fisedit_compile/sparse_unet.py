@@ -137,6 +137,11 @@ class SparseUNet(torch.nn.Module):
         """Time spent on exporting and rewriting the graphs that are kept."""
         return sum(program.lowered.build_seconds for program in self._programs)
 
+    def free(self) -> None:
+        """Let go of the graphs; the next call exports them anew, and plans of :meth:`prepare` are refused then."""
+        with self._lock:
+            self._programs.clear()
+
     def dense(self, call: Call) -> Tensor:
         """The noise prediction ``[B, C, H, W]`` of the dense U-Net.
 

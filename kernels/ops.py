@@ -240,7 +240,7 @@ _register(
 _register(
     "controlled_rows",
     "Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor index, Tensor maps, Tensor span, Tensor mapper, "
-    "Tensor keep, int pixels, float? scale",
+    "Tensor keep, Tensor weight, int pixels, float? scale",
     controlled_rows_reference,
     _like_rows,
     _launcher("attention.controlled_rows_triton", "controlled_rows_triton", controlled_rows_reference),

@@ -45,6 +45,7 @@ def control_vals(attention: Node) -> dict[str, Tensor]:
         "maps": empty(batch * pixels, heads, tokens, dtype=query.dtype),
         "mapper": empty(batch, tokens, tokens),
         "keep": empty(batch, tokens),
+        "weight": empty(batch, tokens),
         "span": empty(3, dtype=torch.int32),
     }
 

@@ -18,12 +18,10 @@ from torch.utils import _pytree as pytree
 
 #: What an editor does not take, though pipelines do, and why.
 _REFUSED = {
-    "return_dict": "generate(...) returns a Base and edit(...) an Edit: leave it out",
-    "prompt_embeds": "an editor compares words: give the prompt",
     "callback": "pipelines no longer take it: give callback_on_step_end",
     "callback_steps": "pipelines no longer take it: give callback_on_step_end",
 }
-_OUTPUTS = ("pil", "np", "pt")
+OUTPUTS = ("pil", "np", "pt")
 _SIZES = ("height", "width")
 
 #: Words beside the prompt: one string for all samples, or one each.
@@ -65,7 +63,7 @@ def check_arguments(pipe: Any, arguments: Mapping[str, Any]) -> None:
             several = isinstance(value, (list, tuple)) and len(value) > 0  # one for each ControlNet
             if not all(_is_number(each, Real) and math.isfinite(each) for each in (value if several else [value])):
                 raise ValueError(f"{name}={_shown(value)}: give a finite number")
-    if arguments.get("output_type", "pil") not in _OUTPUTS:
+    if arguments.get("output_type", "pil") not in OUTPUTS:
         raise ValueError(
             f"output_type={_shown(arguments['output_type'])}: give 'pil', 'np' or 'pt'; a base and an edit have the "
             "latents beside the pictures"
@@ -74,11 +72,24 @@ def check_arguments(pipe: Any, arguments: Mapping[str, Any]) -> None:
         words = arguments.get(name)
         if words is not None and not _are_words(words):
             raise ValueError(f"{name}={_shown(words)}: give a string, a list of strings, or None")
-    for name in ("latents", "negative_prompt_embeds"):
-        if not isinstance(arguments.get(name), (torch.Tensor, type(None))):
-            raise ValueError(f"{name} is a {type(arguments[name]).__name__}: give a tensor, or None")
+    if not isinstance(arguments.get("latents"), (torch.Tensor, type(None))):
+        raise ValueError(f"latents is a {type(arguments['latents']).__name__}: give a tensor, or None")
     if arguments.get("pag_scale", getattr(parameters.get("pag_scale"), "default", 0)) > 0:
         raise ValueError("perturbed-attention guidance adds a third part to the batch: pass pag_scale=0")
+
+
+def without_return_dict(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments without ``return_dict``, which may say what an editor does in any case.
+
+    Raises:
+        ValueError: it says otherwise.
+    """
+    if arguments.get("return_dict", True) is not True:
+        raise ValueError(
+            f"return_dict={_shown(arguments['return_dict'])}: generate(...) returns a Base and edit(...) an Edit, and "
+            "no tuple"
+        )
+    return {name: value for name, value in arguments.items() if name != "return_dict"}
 
 
 def refuse_unknown(name: str, value: Any, known: Iterable[str], why: str) -> NoReturn:

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
+
+from fisedit_compile.editing.feather import cells_reached, feather_levels
+from fisedit_compile.editing.picture_planes import OTHERWISE, like, planes, shapes
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +29,6 @@ GROWN, FEATHERED = 1 / 8, 1 / 5
 
 #: Latent cells on a side of the picture that a decoder's layers are listed for; its reach is the same at any size.
 _PROBE = 16
-
-_OTHERWISE = "pass background='latents' to take the picture as the decoder gives it"
 
 
 def decoder_reach(vae: Any) -> int:
@@ -52,7 +50,7 @@ def decoder_reach(vae: Any) -> int:
     except Exception as error:
         raise ValueError(
             f"the decoder of {kind.__name__} cannot be built from its config to see how far it spreads a change; "
-            f"{_OTHERWISE}"
+            f"{OTHERWISE}"
         ) from error
 
 
@@ -107,20 +105,20 @@ class PixelBackground:
                 sample's latents, without a VAE, or pasted into a larger picture (``padding_mask_crop``).
         """
         if arguments.get("padding_mask_crop") is not None:
-            raise ValueError(f"padding_mask_crop pastes what is decoded into a larger picture; {_OTHERWISE}")
+            raise ValueError(f"padding_mask_crop pastes what is decoded into a larger picture; {OTHERWISE}")
         if getattr(pipe, "vae", None) is None:
-            raise ValueError(f"{type(pipe).__name__} has no vae that its pictures are decoded by; {_OTHERWISE}")
-        planes = _planes(pictures)
-        shape, cells = tuple(planes[0].shape), tuple(latents.shape[-2:])
-        if len(planes) != len(latents) or any(plane.shape != shape for plane in planes):
+            raise ValueError(f"{type(pipe).__name__} has no vae that its pictures are decoded by; {OTHERWISE}")
+        found = shapes(pictures)
+        shape, cells = found[0], tuple(latents.shape[-2:])
+        if len(found) != len(latents) or set(found) != {shape}:
             raise ValueError(
-                f"the base has {len(planes)} picture(s) for {len(latents)} sample(s), or pictures of several sizes; "
-                f"{_OTHERWISE}"
+                f"the base has {len(found)} picture(s) for {len(latents)} sample(s), or pictures of several sizes; "
+                f"{OTHERWISE}"
             )
         if shape[0] % cells[0] or shape[1] % cells[1]:
             raise ValueError(
                 f"a picture of {shape[0]}x{shape[1]} pixels is not decoded from {cells[0]}x{cells[1]} latent cells "
-                f"alone, which would be whole pixels each; {_OTHERWISE}"
+                f"alone, which would be whole pixels each; {OTHERWISE}"
             )
         reach = decoder_reach(pipe.vae)
         grown = round(GROWN * reach)
@@ -140,7 +138,7 @@ class PixelBackground:
         Args:
             base: the pictures of the base.
             edit: those of the edit as the pipeline returned them, of the same kind.
-            mask: bool ``[n, h, w]`` at latent resolution.
+            mask: bool ``[n, h, w]`` at latent resolution, on the host.
             base_flags, edit_flags: which of them the safety checker blackened; None where none checked.
 
         Returns:
@@ -150,11 +148,11 @@ class PixelBackground:
         Raises:
             ValueError: the edit's pictures are not of the base's count, size and channels.
         """
-        olds, news = _planes(base), _planes(edit)
+        olds, news = planes(base), planes(edit)
         if len(news) != len(olds) or any(tuple(plane.shape) != self.shape for plane in news):
             raise ValueError(
                 f"the edit has {len(news)} picture(s) of shape {tuple(news[0].shape)}, the base {len(olds)} of "
-                f"{self.shape}: they have to be alike; {_OTHERWISE}"
+                f"{self.shape}: they have to be alike; {OTHERWISE}"
             )
         flags = [[False] * len(news) if each is None else each for each in (base_flags, edit_flags)]
         blackened = tuple(sample for sample, pair in enumerate(zip(*flags, strict=True)) if any(pair))
@@ -164,59 +162,63 @@ class PixelBackground:
                 "returned it, and its background is not the base's",
                 ", ".join(map(str, blackened)),
             )
-        weights = self.weights(mask)
-        weights[list(blackened)] = 1
-        weights = weights[..., None].to(news[0].device)  # [n, H, W, 1]
-        return _like(edit, [_blend(*each) for each in zip(olds, news, weights, strict=True)]), blackened
+        composed = [
+            new if sample in blackened else self._compose(old, new, mask[sample])
+            for sample, (old, new) in enumerate(zip(olds, news, strict=True))
+        ]
+        return like(edit, composed), blackened
 
     def weights(self, mask: Tensor) -> Tensor:
         """Share of the edit in each pixel, fp32 ``[n, H, W]``: exactly 1 near the mask, exactly 0 far from it.
 
         Args:
-            mask: bool ``[n, h, w]`` at latent resolution.
+            mask: bool ``[n, h, w]`` at latent resolution, on the host.
         """
-        size = self.shape[:2]
-        region = F.interpolate(mask[:, None].float(), size=(size[0], size[1]), mode="nearest")
-        region = _dilate(region, self.grown)
-        layers = region
-        for _ in range(self.feathered - 1):
-            region = _dilate(region, 1)
-            layers = layers + region  # whole numbers: exact
-        return (layers / self.feathered)[:, 0]
+        return self._levels(mask, self._cell(mask)) / self.feathered
+
+    def _compose(self, old: Tensor, new: Tensor, mask: Tensor) -> Tensor:
+        """Both pictures ``[H, W, channels]`` as one; what is further from the mask than it reaches is only copied."""
+        out = old.to(new.device, copy=True)
+        cell = self._cell(mask)
+        box = self._box(mask, cell)
+        if box is None:
+            return out
+        (top, bottom), (left, right) = box
+        levels = self._levels(mask[None, top:bottom, left:right], cell)[0]
+        rows, columns = slice(top * cell[0], bottom * cell[0]), slice(left * cell[1], right * cell[1])
+        out[rows, columns] = _blend(out[rows, columns], new[rows, columns], levels, self.feathered)
+        return out
+
+    def _levels(self, mask: Tensor, cell: tuple[int, int]) -> Tensor:
+        return feather_levels(mask, cell, self.grown, self.feathered)
+
+    def _cell(self, mask: Tensor) -> tuple[int, int]:
+        """Height and width in pixels of a latent cell."""
+        return self.shape[0] // mask.shape[-2], self.shape[1] // mask.shape[-1]
+
+    def _box(self, mask: Tensor, cell: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]] | None:
+        """First and last row and column, exclusive, of the cells that hold something of the edit; None without any."""
+        if not mask.any():
+            return None
+        spans = []
+        for pixels, active in zip(cell, (mask.any(1), mask.any(0)), strict=True):
+            cells, reach = active.nonzero(), cells_reached(pixels, self.grown, self.feathered)
+            spans.append((max(0, int(cells[0]) - reach), min(len(active), int(cells[-1]) + 1 + reach)))
+        return spans[0], spans[1]
 
 
-def _dilate(region: Tensor, pixels: int) -> Tensor:
-    """Grow the ones of ``[n, 1, H, W]`` by as many pixels in all directions, one direction after the other."""
-    region = F.max_pool2d(region, (2 * pixels + 1, 1), stride=1, padding=(pixels, 0))
-    return F.max_pool2d(region, (1, 2 * pixels + 1), stride=1, padding=(0, pixels))
+def _blend(old: Tensor, new: Tensor, levels: Tensor, full: int) -> Tensor:
+    """``levels / full`` of the new picture over the old one, bit for bit one of them where that is 1 or 0.
 
-
-def _planes(pictures: Any) -> list[Tensor]:
-    """Each picture as ``[H, W, channels]``, whatever the pipeline's ``output_type``."""
-    if isinstance(pictures, list) and pictures and all(isinstance(each, Image.Image) for each in pictures):
-        return [torch.from_numpy(np.array(each.convert("RGB"))) for each in pictures]
-    if isinstance(pictures, np.ndarray) and pictures.ndim == 4 and len(pictures):
-        return list(torch.from_numpy(pictures))
-    if isinstance(pictures, Tensor) and pictures.ndim == 4 and len(pictures):
-        return list(pictures.movedim(1, -1))
-    what = f"a {type(pictures).__name__}" + (f" of shape {tuple(pictures.shape)}" if hasattr(pictures, "shape") else "")
-    raise ValueError(
-        f"the pipeline returned its pictures as {what}, not as output_type 'pil', 'np' or 'pt'; {_OTHERWISE}"
-    )
-
-
-def _blend(old: Tensor, new: Tensor, weight: Tensor) -> Tensor:
-    """``weight`` of the new picture over the old one; bit for bit one of them where the weight is 1 or 0."""
-    old = old.to(new.device)
-    mixed = old.float() + weight * (new.float() - old.float())
+    Args:
+        old, new: ``[H, W, channels]``.
+        levels: whole numbers from 0 to ``full``, ``[H, W]``, on the host.
+    """
+    between = ((levels > 0) & (levels < full)).flatten().nonzero()[:, 0]  # few: only these are computed with
+    weights = (levels.flatten()[between] / full)[:, None].to(new.device)
+    between = between.to(new.device)
+    before, after = (each.reshape(-1, each.shape[-1])[between].float() for each in (old, new))
+    mixed = before + weights * (after - before)
     mixed = (mixed if new.is_floating_point() else mixed.round()).to(new.dtype)
-    return torch.where(weight == 1, new, torch.where(weight == 0, old, mixed))
-
-
-def _like(pictures: Any, planes: list[Tensor]) -> Any:
-    """Planes ``[H, W, channels]`` as the kind of pictures that was given."""
-    if isinstance(pictures, Tensor):
-        return torch.stack(planes).movedim(-1, 1).contiguous()
-    if isinstance(pictures, np.ndarray):
-        return torch.stack(planes).numpy()
-    return [Image.fromarray(plane.numpy()) for plane in planes]
+    blended = torch.where((levels == full).to(new.device)[..., None], new, old)
+    return blended.reshape(-1, new.shape[-1]).index_copy(0, between, mixed).view(new.shape)

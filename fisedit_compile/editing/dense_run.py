@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from fisedit_compile.editing.edit_run import EditRun
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.editing.step_callback import StepCallback
 from fisedit_compile.editing.step_macs import StepMacs
+from fisedit_compile.editing.word_weights import Weights
 from fisedit_compile.ir.call import Call
 from fisedit_compile.sparse_unet import SparseUNet
 
@@ -36,21 +37,20 @@ class DenseRun(EditRun):
         base: Base,
         prompts: tuple[str, ...],
         changes: Mapping[str, Any],
+        weights: Sequence[Weights],
         given: Tensor | None,
         controlled: int | None,
     ) -> None:
         samples, _, *size = base.latents.shape
-        whole = torch.ones(samples, *size, dtype=torch.bool, device=base.latents.device)
-        self.mask = whole if given is None else given
-        super().__init__(unet, pipe, tokenizers, callback, base, prompts, changes, self.mask, "replace")
-        self.mask = self._of_edited(self.mask)
+        mask = torch.ones(samples, *size, dtype=torch.bool) if given is None else given
+        super().__init__(unet, pipe, tokenizers, callback, base, prompts, changes, weights, mask, "replace")
         if controlled is not None:
             self._controlled = [controlled] * samples
         self._macs: StepMacs | None = None
 
     def begin(self, call: Call) -> None:
         super().begin(call)
-        self._macs = StepMacs(self.unet.program(call).lowered, self.mask, dense=True)
+        self._macs = StepMacs(self.unet.program(call).lowered, self.host_mask, dense=True)
 
     def predict(self, call: Call) -> Tensor:
         recorded, device = self._recorded_call(call), call.tensors[0].device

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fisedit_compile.editing.base import Base, RecordedCall
+from fisedit_compile.editing.edit_request import edited_samples
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.editing.pipeline_run import PipelineRun
 from fisedit_compile.editing.prompt_alignment import align_prompts, changed_words
 from fisedit_compile.editing.schedule import Schedule
 from fisedit_compile.editing.step_callback import StepCallback
 from fisedit_compile.editing.step_macs import StepMacs
-from fisedit_compile.editing.stride import (
-    StrideError,
-    visit,
-)
+from fisedit_compile.editing.stride import StrideError, visit
+from fisedit_compile.editing.word_weights import Weights, token_weights
 from fisedit_compile.errors import BaseMismatchError, MaskError
 from fisedit_compile.ir.call import Call, Signature
 from fisedit_compile.masks.difference_mask import difference_mask
@@ -34,7 +33,8 @@ DIFFERENCE_STEPS = (1, 10)
 class EditRun(PipelineRun):
     """Edits a base: k dense steps, the mask, then sparse steps; the first of them under Prompt-to-Prompt control."""
 
-    mask: Tensor  # bool [n, h, w], known after the dense steps
+    mask: Tensor  # bool [n, h, w]; one that is to be found is known after the dense steps
+    host_mask: Tensor  # the same on the host, so that nobody has to wait for it
 
     def __init__(
         self,
@@ -45,34 +45,43 @@ class EditRun(PipelineRun):
         base: Base,
         prompts: tuple[str, ...],
         changes: Mapping[str, Any],
+        weights: Sequence[Weights],
         given: Tensor | None,
         combine: str,
     ) -> None:
         super().__init__(unet, pipe, tokenizers, callback)
         self._base, self._given, self._combine = base, given, combine
+        self._mask_is_known = False
         self._prepared: dict[Signature, Prepared] = {}  # a callback may take a part of the batch away in the loop
+        self._first_stepped: Prepared | None = None  # of the first step behind the mask
         self.plan_ms = 0.0
         device = base.latents.device
+        edited = edited_samples(base, prompts, changes, weights)
         mapper, keep = align_prompts(
-            self.pipe, base.prompts, prompts, arguments=base.arguments, changes=changes, device=device
+            self.pipe,
+            base.prompts,
+            prompts,
+            arguments=base.arguments,
+            changes=changes,
+            weighted=[bool(each) for each in weights],
+            device=device,
         )
+        weight = token_weights(self.pipe, prompts, weights, arguments={**base.arguments, **changes}, device=device)
         copies = len(base.latents) // len(prompts)  # num_images_per_prompt: the pipeline repeats each prompt
-        mapper, keep = mapper.repeat_interleave(copies, 0), keep.repeat_interleave(copies, 0)
+        alignment = (each.repeat_interleave(copies, 0) for each in (mapper, keep, weight))
+        self._alignment, self._controls = tuple(alignment), dict[tuple[int, ...], Control]()
         # Of each sample, how many steps are controlled.
         self._controlled = [
             base.config.count_controlled_steps(len(base.visits), adds=_only_adds(*pair))
             for pair in zip(base.prompts, prompts, strict=True)
             for _ in range(copies)
         ]
-        self._alignment, self._controls = (mapper, keep), dict[tuple[int, ...], Control]()
-        edited = [bool(changes) or old != new for old, new in zip(base.prompts, prompts, strict=True)]
-        self._edited = torch.tensor(edited, device=device).repeat_interleave(copies)  # bool [n]: the others stay
+        self._edited = torch.tensor(edited).repeat_interleave(copies)  # bool [n], on the host: the others stay
         # The positions of those that change: a bool index would wait for the device at each use.
         positions = [copies * i + copy for i, each in enumerate(edited) if each for copy in range(copies)]
         self._edited_samples = torch.tensor(positions, device=device)
-        if base.dense_steps == 0:
-            assert given is not None
-            self.mask = self._of_edited(given)
+        if given is not None and combine == "replace":
+            self._know_mask(self._of_edited(given))
         self._stride_error: StrideError | None = None
         if not base.visits_all:
             visit(self.pipe.scheduler, base.num_inference_steps, base.visits, self._check_schedule)
@@ -95,8 +104,12 @@ class EditRun(PipelineRun):
         control = self._control(call)
         if self.step >= self._base.dense_steps:
             prepared = self._prepare(call)
+            self._first_stepped = self._first_stepped or prepared
             return self.timer.time("sparse", device, lambda: self.unet.step(call, recorded.cache, prepared, control))
-        return self.timer.time("dense", device, lambda: self._dense(call, recorded, control))
+        out = self.timer.time("dense", device, lambda: self._dense(call, recorded, control))
+        if self._mask_is_known:
+            self._prepare(call)  # while a GPU computes the step that was launched
+        return out
 
     def _dense(self, call: Call, recorded: RecordedCall, control: Control | None) -> Tensor:
         return self.unet.dense(call) if control is None else self.unet.controlled(call, recorded.cache, control)
@@ -108,17 +121,18 @@ class EditRun(PipelineRun):
             return None
         part = self.parts(call)[1]  # a callback may take guidance away in the loop
         if (part, *under) not in self._controls:
-            mapper, keep = self._alignment
-            still = torch.tensor(under, dtype=keep.dtype).to(keep.device)[:, None]
-            self._controls[part, *under] = Control(mapper * still[:, None], keep * still, part)
+            mapper, keep, weight = self._alignment
+            still = torch.tensor(under).to(keep.device)[:, None]
+            weight = torch.where(still, weight, 1)
+            self._controls[part, *under] = Control(mapper * still[:, None], keep * still, part, weight)
         return self._controls[part, *under]
 
     def finish_step(self, latents: Tensor) -> Tensor:
         step, dense, after = self.step, self._base.dense_steps, self._base.latents_after(self.step)
         if step < dense and self._stride_error is not None:
             latents = (latents + self._stride_error.of(self._base.solver_steps[step], after)).to(latents.dtype)
-        if step == dense - 1:
-            self.mask = self._decide_mask([*self.latents, latents])
+        if step == dense - 1 and not self._mask_is_known:
+            self._know_mask(self._find_mask([*self.latents, latents]))
         if step < dense - 1:
             return latents
         # Outside the mask the picture is the base's, bit for bit, whatever the scheduler remembers of other steps.
@@ -138,15 +152,13 @@ class EditRun(PipelineRun):
     @property
     def ran_dense(self) -> bool:
         """Whether the steps behind the mask ran dense, because it is so large."""
-        return self._first_prepared.dense
+        assert self._first_stepped is not None
+        return self._first_stepped.dense
 
     def step_macs(self) -> StepMacs:
         """What counts the multiply-accumulates of this edit's steps."""
-        return StepMacs(self._first_prepared.lowered, self.mask, dense=self.ran_dense)
-
-    @property
-    def _first_prepared(self) -> Prepared:
-        return next(iter(self._prepared.values()))
+        assert self._first_stepped is not None
+        return StepMacs(self._first_stepped.lowered, self.host_mask, dense=self.ran_dense)
 
     def _recorded_call(self, call: Call) -> RecordedCall:
         """The base's call that this one repeats.
@@ -171,19 +183,23 @@ class EditRun(PipelineRun):
     def _prepare(self, call: Call) -> Prepared:
         if call.signature not in self._prepared:
             start = time.perf_counter()
-            self._prepared[call.signature] = self.unet.prepare(call, self.mask)
+            self._prepared[call.signature] = self.unet.prepare(call, self.host_mask)
             self.plan_ms += (time.perf_counter() - start) * 1e3
         return self._prepared[call.signature]
 
-    def _decide_mask(self, latents: list[Tensor]) -> Tensor:
-        if self._given is not None and self._combine == "replace":
-            return self._of_edited(self._given)
+    def _know_mask(self, mask: Tensor) -> None:
+        """The mask is known: bool ``[n, h, w]``, on the host."""
+        self.host_mask, self.mask = mask, mask.to(self._base.latents.device, non_blocking=True)
+        self._mask_is_known = True
+
+    def _find_mask(self, latents: list[Tensor]) -> Tensor:
+        """The mask of what the dense steps changed, joined with the one given; on the host."""
         first, last = DIFFERENCE_STEPS[0] - 1, min(DIFFERENCE_STEPS[1], len(latents))
         after = [self._base.latents_after(visit) for visit in range(last)]
         edited = self._edited_samples
         base, edit = (torch.stack(each[first:last])[:, edited] for each in (after, latents))
-        found = torch.zeros_like(latents[0][:, 0], dtype=torch.bool)
-        found[edited] = difference_mask(base, edit)
+        found = torch.zeros(latents[0][:, 0].shape, dtype=torch.bool)
+        found[self._edited] = difference_mask(base, edit).cpu()
         if self._given is None:
             return found
         mask = self._of_edited(found & self._given if self._combine == "and" else found | self._given)

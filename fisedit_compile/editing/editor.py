@@ -6,6 +6,7 @@ latents outside the mask to the base's.
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ from fisedit_compile.editing.arguments import (
     check_prompts,
     one_for_each,
     owned,
+    without_return_dict,
 )
 from fisedit_compile.editing.background import PixelBackground
 from fisedit_compile.editing.base import Base
@@ -31,11 +33,14 @@ from fisedit_compile.editing.dense_run import DenseRun
 from fisedit_compile.editing.edit_request import (
     Background,
     Combine,
+    Output,
     changed_arguments,
+    check_output,
     check_request,
     count_controlled_steps,
 )
 from fisedit_compile.editing.edit_run import EditRun
+from fisedit_compile.editing.embeddings import check_as_many_tokens, check_embeddings
 from fisedit_compile.editing.inversion import InvertRun, check_inversion
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.editing.photo import encode, read_photos
@@ -46,6 +51,8 @@ from fisedit_compile.editing.result import Edit, EditReport
 from fisedit_compile.editing.saved_base import SavedBase
 from fisedit_compile.editing.schedule import Schedule
 from fisedit_compile.editing.step_callback import StepCallback
+from fisedit_compile.editing.text_memo import TextMemo
+from fisedit_compile.editing.word_weights import Weights, weights_of_samples
 from fisedit_compile.errors import BaseMismatchError, CaptureError
 from fisedit_compile.masks.user_mask import MaskLike, as_mask
 from fisedit_compile.runtime.model_state import ModelState
@@ -83,6 +90,7 @@ class Editor:
             self.config = pipe.unet.sparsity
         self._turn = threading.RLock()
         self._watch, self._tokenizers = PipelineWatch(), OwnTokenizers()
+        self._texts = TextMemo(self._watch.of)
         self._unet: SparseUNet | None = None
         self._unet = self.unet
 
@@ -126,7 +134,9 @@ class Editor:
                 callback is given is this call's own. Edits do not run it: one that changes the loop has to be given to
                 them, too.
             arguments: anything else the pipeline's call takes: ``height``, ``width``, ``negative_prompt``,
-                ``num_images_per_prompt``, ``latents``, ... Tensors and pictures are copied.
+                ``num_images_per_prompt``, ``latents``, ... Tensors and pictures are copied. With ``prompt_embeds`` (and
+                ``pooled_prompt_embeds``) these are drawn, and the prompt is the words at whose places their tokens are
+                (:mod:`fisedit_compile.editing.embeddings`).
 
         Returns:
             The base; it is never changed afterwards.
@@ -140,13 +150,16 @@ class Editor:
             CaptureError: the U-Net is not one graph, or the pipeline's loop not one of ``num_inference_steps``.
         """
         prompts, generators = check_prompts(prompt), check_generators(generator)
-        kept = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **arguments}
+        kept = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        kept.update(without_return_dict(arguments))
         check_arguments(self.pipe, kept)
+        check_embeddings(self.pipe, prompts, kept, controlled=self._controls)
         callback = self._callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         kept = owned(one_for_each(prompts, kept))
         with self._in_turn() as (unet, unet_state):
             run = RecordRun(unet, self.pipe, self._tokenizers, callback, self.config, kept)
             state = self._watch.look(run.pipe, unet_state, prompts)
+            self._texts.serve(run.pipe, state.models, kept)
             return run.record(prompts, generators, state)
 
     def invert(
@@ -182,8 +195,10 @@ class Editor:
             BaseMemoryError, PipelineInterruptedError, CaptureError: see :meth:`generate`.
         """
         prompts, photos = check_prompts(prompt), read_photos(self.pipe, photo)
-        kept = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **arguments}
+        kept = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        kept.update(without_return_dict(arguments))
         check_arguments(self.pipe, kept)
+        check_embeddings(self.pipe, prompts, kept, controlled=self._controls)
         check_inversion(self.pipe, kept, prompts, photos)
         width, height = photos[0].size
         kept = owned(one_for_each(prompts, {**kept, "height": height, "width": width}))
@@ -196,6 +211,7 @@ class Editor:
             kept["latents"], *trajectory = backwards.trajectory
             run = RecordRun(unet, self.pipe, self._tokenizers, None, self.config, kept, trajectory)
             state = self._watch.look(run.pipe, unet_state, prompts)
+            self._texts.serve(run.pipe, state.models, kept)
             return run.record(prompts, generators, state, photos)
 
     def edit(
@@ -204,8 +220,10 @@ class Editor:
         prompt: str | Sequence[str],
         mask: MaskLike | None = None,
         *,
+        weights: Weights | Sequence[Weights | None] | None = None,
         combine: Combine = "replace",
         background: Background = "pixels",
+        output_type: Output | None = None,
         dense: bool = False,
         cross_replace: float | None = None,
         callback_on_step_end: Callable[..., Any] | None = None,
@@ -219,11 +237,17 @@ class Editor:
             prompt: the new prompt, or one a sample of the base. Samples whose prompts stay are the base's, bit for bit.
             mask: where to edit, instead of finding out: an image, array or tensor of any size, soft in [0, 1] or hard,
                 one for all samples or one each.
+            weights: how much words of the new prompt count, ``{"fluffy": 1.8}`` for example, or such a mapping for each
+                sample: what the attention maps of the word (or words in a row) are multiplied by in steps under
+                Prompt-to-Prompt control, as a rule in [-2, 2] (:mod:`fisedit_compile.editing.word_weights`). The
+                prompt may be the base's own.
             combine: with a mask given: ``"replace"`` uses it alone, ``"and"`` / ``"or"`` cut or join it with the one
                 that is found.
             background: ``"pixels"``: away from the mask the picture is the base's, bit for bit
                 (:class:`~fisedit_compile.editing.background.PixelBackground`); ``"latents"``: the picture as the
                 pipeline decodes it, whose latents outside the mask are the base's.
+            output_type: ``"latent"`` decodes nothing, and ``images`` are the latents; another kind of pictures than the
+                base's needs ``background="latents"``. None is the base's.
             dense: run all steps through the dense U-Net, to see what a sparse edit should look like
                 (:class:`~fisedit_compile.editing.dense_run.DenseRun`). No mask is looked for: without one given the
                 whole picture is free.
@@ -232,9 +256,10 @@ class Editor:
                 control over all steps is generated with ``{"dense_steps": steps, "cross_replace": 1.0}``.
             callback_on_step_end, callback_on_step_end_tensor_inputs: as the pipeline takes them; it sees the latents
                 before the background is restored.
-            arguments: ``guidance_scale``, ``negative_prompt``, and for SDXL ``prompt_2`` and ``negative_prompt_2``,
-                where they are others than the base's. An edit repeats all other arguments of its base, and says so
-                where one is given. With another negative prompt or guidance scale the prompt may be the base's own.
+            arguments: ``guidance_scale``, ``negative_prompt``, for SDXL ``prompt_2`` and ``negative_prompt_2``, and
+                embeddings (see :meth:`generate`), where they are others than the base's. An edit repeats all other
+                arguments of its base, and says so where one is given. With any of these the prompt may be the base's
+                own.
 
         Raises:
             BaseMismatchError: a base of another model, tokenizer, scheduler, config or callback, or one that keeps
@@ -243,15 +268,31 @@ class Editor:
                 words of a sample change nothing that its text encoder sees.
             PipelineInterruptedError: ``pipe._interrupt`` was set before the last step had ended.
             ValueError: prompts that are the base's own though nothing else changes, or another number of prompts than
-                the base has; an argument that an edit does not take; or pictures whose background cannot be the base's
-                in pixels.
+                the base has; other words with the base's embeddings; an argument that an edit does not take; words in
+                ``weights`` that the prompt has not; or pictures whose background cannot be the base's in pixels.
         """
         if not isinstance(base, Base):
             raise ValueError(f"base is of type {type(base).__name__}: pass what editor.generate(...) returned")
         prompts = check_prompts(prompt)
-        changes = changed_arguments(self.pipe, base, arguments)
-        check_request(base, prompts, changes, mask, combine=combine, background=background, dense=dense)
+        changes = changed_arguments(self.pipe, base, without_return_dict(arguments))
+        each_weights = weights_of_samples(weights, len(prompts))
         controlled = count_controlled_steps(base, dense=dense, cross_replace=cross_replace)
+        check_request(
+            base,
+            prompts,
+            changes,
+            each_weights,
+            mask,
+            combine=combine,
+            background=background,
+            dense=dense,
+            controlled=base.controlled_steps if controlled is None else controlled,
+        )
+        check_embeddings(self.pipe, prompts, {**base.arguments, **changes}, controlled=base.controlled_steps > 0)
+        check_as_many_tokens(self.pipe, base.arguments, changes)
+        check_output(base, output_type, background)
+        if output_type == "latent":
+            background = "latents"
         callback = self._callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         if base.callback and callback is None:
             raise BaseMismatchError(
@@ -260,9 +301,9 @@ class Editor:
         samples, _, *size = base.latents.shape
         given = None
         if mask is not None:
-            given = as_mask(mask, samples=samples, size=(size[0], size[1]), device=base.latents.device)
+            given = as_mask(mask, samples=samples, size=(size[0], size[1]), device="cpu")
         with self._in_turn() as (unet, unet_state):
-            start_from = (unet, self.pipe, self._tokenizers, callback, base, prompts, changes, given)
+            start_from = (unet, self.pipe, self._tokenizers, callback, base, prompts, changes, each_weights, given)
             run = DenseRun(*start_from, controlled) if dense else EditRun(*start_from, combine)
             state = self._watch.look(run.pipe, unet_state, base.prompts)
             base.check(state, Schedule.of(self.pipe.scheduler), self.config)
@@ -272,12 +313,14 @@ class Editor:
             start = time.perf_counter()
             # Where an edit visits all steps, as many as were asked for: Heun's scheduler makes two of each.
             steps = base.arguments["num_inference_steps"] if base.visits_all else len(base.visits)
-            repeated = owned({**base.arguments, **changes, "num_inference_steps": steps})
+            output = {} if output_type is None else {"output_type": output_type}
+            repeated = owned({**base.arguments, **changes, **output, "num_inference_steps": steps})
+            self._texts.serve(run.pipe, state.models, repeated)
             images, nsfw = run.draw(prompts, base.rewound_generators(), repeated)
             uncomposed: tuple[int, ...] = ()
             if keep is not None:
                 flags = {"base_flags": base.nsfw, "edit_flags": nsfw}
-                images, uncomposed = keep.compose(base.pictures, images, run.mask, **flags)
+                images, uncomposed = keep.compose(base.pictures, images, run.host_mask, **flags)
             seconds = time.perf_counter() - start
             source = "found" if given is None else "given" if combine == "replace" else f"found {combine} given"
             report = EditReport.of(
@@ -316,6 +359,25 @@ class Editor:
             base = saved.read_calls(state)
             opened.note_use()
             return base
+
+    def free(self) -> None:
+        """Let go of all graphs and of their memory on the device.
+
+        Bases stay as they are, and the next call exports graphs anew. Multiply-accumulates of edits that nobody has
+        asked for before (``report.macs``) cannot be counted any more.
+        """
+        with self._turn:
+            if self._unet is not None:
+                self._unet.free()
+            self._texts = TextMemo(self._watch.of)
+            gc.collect()  # graphs refer to each other in circles
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
+
+    @property
+    def _controls(self) -> bool:
+        """Whether bases keep attention maps for Prompt-to-Prompt control."""
+        return bool(self.config.cross_replace)
 
     @contextmanager
     def _in_turn(self) -> Iterator[tuple[SparseUNet, ModelState]]:

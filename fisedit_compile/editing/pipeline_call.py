@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from fisedit_compile.editing.host_timesteps import keep_on_host
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.errors import PipelineInterruptedError
 
@@ -79,6 +80,7 @@ class PipelineCall:
         state = vars(self.pipe)
         state["unet"] = UNetRoute(pipe.unet, unet_handler)
         state["scheduler"] = copy.deepcopy(pipe.scheduler)
+        keep_on_host(self.pipe.scheduler)
         # Offloading hooks belong to the pipeline itself, which sets them up anew at the end of each call.
         state["maybe_free_model_hooks"] = pipe.maybe_free_model_hooks
 

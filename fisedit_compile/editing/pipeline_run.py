@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fisedit_compile.editing.arguments import call_parameters
+from fisedit_compile.editing.host_timesteps import on_device
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.editing.pipeline_call import PipelineCall
 from fisedit_compile.editing.schedule import Schedule
@@ -73,7 +74,10 @@ class PipelineRun:
     ) -> tuple[Any, tuple[bool, ...] | None]:
         """The pictures of a run, and the safety checker's flags, None without a checker; see :meth:`run`."""
         generator = generators[0] if len(generators) == 1 else list(generators)
-        output = self.run(prompt=list(prompts), generator=generator, **arguments)
+        words: dict[str, Any] = {"prompt": list(prompts)}
+        if arguments.get("prompt_embeds") is not None:  # pipelines take one of both
+            words = {"prompt": None, **({"prompt_2": None} if "prompt_2" in arguments else {})}
+        output = self.run(**{**arguments, **words, "generator": generator})
         flags = getattr(output, "nsfw_content_detected", None)
         return output.images, None if flags is None else tuple(bool(flag) for flag in flags)
 
@@ -113,10 +117,10 @@ class PipelineRun:
             )
         return batch // parts, conditional
 
-    def _unet_call(self, *args: Any, **kwargs: Any) -> Any:
+    def _unet_call(self, sample: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the U-Net's ``forward``."""
         self.call.raise_if_interrupted()
-        call = self.unet.call(*args, **kwargs)
+        call = self.unet.call(sample, on_device(timestep, sample.device), *args, **kwargs)
         if not self.calls_made:
             self.schedule = Schedule.of(self.pipe.scheduler)
             self.begin(call)
@@ -132,7 +136,7 @@ class PipelineRun:
         """The pipeline's ``callback_on_step_end``: the user's own first, then ours."""
         changed = {}
         if self.callback:
-            changed = self.callback(self.call, index, timestep, values)
+            changed = self.callback(self.call, index, on_device(timestep, values["latents"].device), values)
             try:
                 self.unet.look_again()
             except BaseMismatchError as error:

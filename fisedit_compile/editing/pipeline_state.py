@@ -64,6 +64,10 @@ class PipelineWatch:
     def __init__(self) -> None:
         self._watches: dict[str, ModelWatch] = {}
 
+    def of(self, name: str) -> ModelWatch:
+        """The watch of a part that was looked at."""
+        return self._watches[name]
+
     def look(self, pipe: Any, unet: ModelState, prompts: Sequence[str]) -> PipelineState:
         """The state now; ``unet`` is that of the U-Net, ``prompts`` are the base's."""
         models = {"unet": unet}
@@ -71,7 +75,7 @@ class PipelineWatch:
             if isinstance(part, torch.nn.Module) and name != "unet" and name not in _WITHOUT_EFFECT:
                 if name not in self._watches or self._watches[name].module is not part:
                     self._watches[name] = ModelWatch(part)
-                models[name] = self._watches[name].look()
+                models[name] = self.of(name).look()
         return PipelineState(type(pipe).__name__, FrozenMapping(models), FrozenMapping(_tokens(pipe, prompts)))
 
 

@@ -86,6 +86,7 @@ def align_prompts(
     *,
     arguments: Mapping[str, Any],
     changes: Mapping[str, Any] | None = None,
+    weighted: Sequence[bool] | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Align the prompts of an edit as all text encoders of its pipeline see them.
@@ -96,6 +97,7 @@ def align_prompts(
         edit_prompts: one new prompt for each.
         arguments: the other arguments of the base's call, ``prompt_2`` (SDXL) among them.
         changes: those that are others for the edit; without, its words alone have to change something.
+        weighted: of each sample, whether words are weighted, so that none have to change.
         device: where the result goes.
 
     Returns:
@@ -120,9 +122,10 @@ def align_prompts(
         for (tokenizer, old_prompts), (_, new_prompts) in zip(old_texts, new_texts, strict=True)
     ]
     if not changes:
-        none_changes = list(base_prompts) == list(edit_prompts)
+        weighted = weighted or [False] * len(base_prompts)
+        none_changes = list(base_prompts) == list(edit_prompts) and not any(weighted)
         for sample, prompts in enumerate(zip(base_prompts, edit_prompts, strict=True)):
-            if none_changes or prompts[0] != prompts[1]:
+            if not weighted[sample] and (none_changes or prompts[0] != prompts[1]):
                 _check_change(sample, *prompts, [tokens[sample] for tokens in encoders])
     alignments = [[_align(old, new) for old, new in tokens] for tokens in encoders]
     for sample, (first, *others) in enumerate(zip(*alignments, strict=True)):

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, fields
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from fisedit_compile.editing.base import Base
@@ -66,11 +65,11 @@ class EditReport:
         uncomposed: tuple[int, ...],
     ) -> EditReport:
         """Of a run that has ended."""
-        final, edited = run.latents[-1], run.mask[:, None].expand_as(base.latents)
+        outside_same = (run.latents[-1] == base.latents) | run.mask[:, None]
         times = run.timer.milliseconds()
         words = [changed_words(old, new) for old, new in zip(base.prompts, prompts, strict=True)]
         return cls(
-            mask_area=float(run.mask.float().mean()),
+            mask_area=float(run.host_mask.float().mean()),
             mask_source=mask_source,
             removed_words=tuple(tuple(removed) for removed, _ in words),
             added_words=tuple(tuple(added) for _, added in words),
@@ -80,7 +79,7 @@ class EditReport:
             plan_ms=run.plan_ms,
             seconds=seconds,
             ran_dense=run.ran_dense,
-            background_identical=torch.equal(final[~edited], base.latents[~edited]),
+            background_identical=bool(outside_same.all()),
             background=background,
             uncomposed=uncomposed,
             step_macs=run.step_macs(),

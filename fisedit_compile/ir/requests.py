@@ -42,11 +42,12 @@ class ControlTensor:
 
     Attributes:
         kind: ``mapper`` and ``keep`` are the token alignments of the samples' prompts, see
-            ``prompt_alignment.align_batch``. ``span`` says of which tokens the base keeps maps, and for which samples,
+            ``prompt_alignment.align_batch``, and ``weight`` what the map of each token is multiplied by, see
+            ``word_weights.token_weights``. ``span`` says of which tokens the base keeps maps, and for which samples,
             see ``controlled_rows``.
     """
 
-    kind: Literal["mapper", "keep", "span"]
+    kind: Literal["mapper", "keep", "weight", "span"]
 
     @property
     def name(self) -> str:

@@ -14,7 +14,7 @@ from fisedit_compile.compiler.lowered import TensorSpec
 from fisedit_compile.errors import BaseMismatchError
 from fisedit_compile.ir.requests import CacheEntry, ControlTensor
 
-MAPPER, KEEP, SPAN = (ControlTensor(kind) for kind in ("mapper", "keep", "span"))
+MAPPER, KEEP, WEIGHT, SPAN = (ControlTensor(kind) for kind in ("mapper", "keep", "weight", "span"))
 
 
 class Control(NamedTuple):
@@ -24,11 +24,19 @@ class Control(NamedTuple):
         mapper: fp32 ``[n, T, T]`` and
         keep: fp32 ``[n, T]``, of :func:`~fisedit_compile.editing.prompt_alignment.align_batch`.
         part: place of the conditional part in the U-Net's batch; -1 is the last.
+        weight: fp32 ``[n, T]``, what the map of each token is multiplied by
+            (:func:`~fisedit_compile.editing.word_weights.token_weights`); None is 1 for all.
     """
 
     mapper: Tensor
     keep: Tensor
     part: int = -1
+    weight: Tensor | None = None
+
+    @property
+    def weights(self) -> Tensor:
+        """``weight``, with ones for None."""
+        return torch.ones_like(self.keep) if self.weight is None else self.weight
 
 
 def span_of(control: Control, cache: StepCache, entries: list[CacheEntry], batch: int) -> tuple[int, int, int]:
@@ -68,9 +76,11 @@ def control_values(
         none = torch.empty(0, *shape[1:], dtype=dtype, device=device)
         maps = torch.empty(0, 0, 0, dtype=torch.float32, device=device)
         values: dict[Any, Tensor] = dict.fromkeys(entries, maps)
-        return values | {MAPPER: none, KEEP: none[:, 0], SPAN: torch.zeros(3, dtype=torch.int32, device=device)}
+        span = torch.zeros(3, dtype=torch.int32, device=device)
+        return values | {MAPPER: none, KEEP: none[:, 0], WEIGHT: none[:, 0], SPAN: span}
     span = torch.tensor(span_of(control, cache, entries, batch), dtype=torch.int32, device=device)
-    return {**{entry: cache[entry] for entry in entries}, MAPPER: control.mapper, KEEP: control.keep, SPAN: span}
+    given = {MAPPER: control.mapper, KEEP: control.keep, WEIGHT: control.weights, SPAN: span}
+    return {**{entry: cache[entry] for entry in entries}, **given}
 
 
 class ControlBuffers:
@@ -116,6 +126,7 @@ class ControlBuffers:
             samples = control.mapper.shape[0]
             self.values[MAPPER][:samples].copy_(control.mapper)
             self.values[KEEP][:samples].copy_(control.keep)
+            self.values[WEIGHT][:samples].copy_(control.weights)
             self._control = control
         if self._device.type == "cuda":
             self._table.copy_(self._addresses(cache))

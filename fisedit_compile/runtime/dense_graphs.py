@@ -12,7 +12,7 @@ from fisedit_compile.cache.step_cache import StepCache
 from fisedit_compile.compiler.lowered import Lowered
 from fisedit_compile.compiler.stage_graph import StageGraph
 from fisedit_compile.ir.requests import CacheEntry
-from fisedit_compile.runtime.control import KEEP, MAPPER, Control
+from fisedit_compile.runtime.control import KEEP, MAPPER, WEIGHT, Control
 from fisedit_compile.runtime.cuda_graph import GraphCapturer, StaticStage
 from fisedit_compile.runtime.stage import Stage
 
@@ -41,7 +41,7 @@ class DenseGraphs:
         """The U-Net's output with the base's cross-attention maps of unchanged words."""
         part = control.part
         result: Tensor = self._stage(("control", part), lambda: self._lowered.controlled(part))(
-            {**inputs, **cache, MAPPER: control.mapper, KEEP: control.keep}
+            {**inputs, **cache, MAPPER: control.mapper, KEEP: control.keep, WEIGHT: control.weights}
         )
         return result
 

@@ -43,6 +43,11 @@ class Programs:
         for programs in self._states.values():
             yield from programs.values()
 
+    def clear(self) -> None:
+        """Let go of all of them."""
+        self._states.clear()
+        self._current = None
+
     def _programs(self, state: ModelState) -> dict[Signature, Program]:
         assert state.live is not None
         # Ids are safe here: while programs are kept, they keep their parameters alive.

@@ -57,11 +57,13 @@ def controlled_attention(
     keep: torch.Tensor,
     scale: float | None = None,
     part: int = -1,
+    weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross-attention in which unchanged words keep the base's maps, in the conditional part of the batch only.
 
-    ``out = attention(query, key, value) + (probs - own) @ value`` with the ``probs`` of :func:`exchange_maps`. Both
-    kinds of maps are rounded to the dtype of ``query``, as recorded ones are. Plain operations of torch: it compiles.
+    ``out = attention(query, key, value) + (weight * probs - own) @ value`` with the ``probs`` of :func:`exchange_maps`.
+    Both kinds of maps are rounded to the dtype of ``query``, as recorded ones are. Plain operations of torch: it
+    compiles.
 
     Args:
         query: ``[B, heads, N, head_dim]``, see :func:`attention_probabilities`.
@@ -71,6 +73,7 @@ def controlled_attention(
         keep: ``[n, T]``, from ``align_batch``.
         scale: of the scores; default ``head_dim ** -0.5``.
         part: place of the conditional part in the batch.
+        weight: ``[n, T_edit]``, what the map of each token is multiplied by; None is 1 for all, with the same bits.
 
     Returns:
         ``[B, heads, N, head_dim]`` in the dtype of ``value``.
@@ -84,6 +87,8 @@ def controlled_attention(
     own = _own_maps(query, key, rows, scale).to(query.dtype).to(torch.promote_types(query.dtype, torch.float32))
     base = maps.unflatten(0, (samples, -1)).transpose(1, 2).to(own.dtype)  # [n, heads, N, L]
     probs = exchange_maps(own, base, mapper[:, None].to(own.dtype), keep[:, None, None].to(own.dtype))
+    if weight is not None:
+        probs = probs * weight[:, None, None].to(own.dtype)
     change = (probs - own).to(value.dtype) @ value[rows]
     return torch.cat([out[: rows.start], out[rows] + change, out[rows.stop :]])
 

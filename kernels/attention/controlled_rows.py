@@ -18,6 +18,7 @@ def controlled_rows_reference(
     span: torch.Tensor,
     mapper: torch.Tensor,
     keep: torch.Tensor,
+    weight: torch.Tensor,
     pixels: int,
     scale: float | None,
 ) -> torch.Tensor:
@@ -35,6 +36,7 @@ def controlled_rows_reference(
         span: int32 [3]: L, the first sample of the conditional part, and the one behind its last. Where L is 0 nothing
             is exchanged, and the maps are not read.
         mapper: fp32 [n or more, T, T], keep: fp32 [n or more, T], see :func:`exchange_maps`.
+        weight: fp32 [n or more, T], what the map of each token is multiplied by behind the exchange.
         pixels: of a sample.
         scale: of the scores; None means 1 / sqrt(hd).
 
@@ -57,6 +59,7 @@ def controlled_rows_reference(
     own = (scores * (q.shape[-1] ** -0.5 if scale is None else scale)).softmax(-1).to(q.dtype).to(wide)
     base = maps[pixel].to(wide)
     probs = exchange_maps(own, base, mapper[sample].to(wide), keep[sample][:, None].to(wide))
+    probs = probs * weight[sample][:, None].to(wide)
     out[row] += torch.einsum("mht,mthd->mhd", (probs - own).to(v.dtype), values)
     return out
 

@@ -35,6 +35,7 @@ def _controlled_rows_kernel(
     span: tl.tensor,  # int32 [3]: L, first sample of the conditional part, the one behind its last; L = 0: no exchange
     mapper: tl.tensor,  # fp32 [n, tokens, tokens]: of the base, of the edit
     keep: tl.tensor,  # fp32 [n, tokens]
+    weight: tl.tensor,  # fp32 [n, tokens]
     out: tl.tensor,  # [M, heads, HD]
     samples: tl.tensor,  # B
     tokens: tl.tensor,
@@ -96,6 +97,7 @@ def _controlled_rows_kernel(
         changed = kept + grown + share * (1.0 - keeps)[None, :]
         total = tl.sum(changed, axis=1)
         share = tl.where((total > LEAST)[:, None], changed / tl.maximum(total, LEAST)[:, None], share)
+        share *= tl.load(weight + picture * tokens + t, mask=word, other=0.0)[None, :]
     result = tl.dot(share.to(value.dtype), value, input_precision=PRECISION)
     at_out = out + (row[:, None] * tl.num_programs(1) + head) * HD + d[None, :]
     tl.store(at_out, result.to(out.dtype.element_ty), mask=inside[:, None] & real[None, :])
@@ -111,6 +113,7 @@ def controlled_rows_triton(
     span: torch.Tensor,
     mapper: torch.Tensor,
     keep: torch.Tensor,
+    weight: torch.Tensor,
     pixels: int,
     scale: float | None,
 ) -> torch.Tensor:
@@ -144,6 +147,7 @@ def controlled_rows_triton(
         span,
         mapper,
         keep,
+        weight,
         out,
         samples,
         tokens,

@@ -1,7 +1,8 @@
 """The control graph: the dense graph whose cross-attention keeps the base's maps of unchanged words (paper 3.1).
 
         attention(%q, %k, %v)           %k, %v from the text
-    ->  controlled_attention(%q, %k, %v, base maps, %control_mapper, %control_keep)
+    ->  controlled_attention(%q, %k, %v, base maps, %control_mapper, %control_keep,
+                                weight=%control_weight)
 
 It runs the dense steps of an edit under Prompt-to-Prompt control (Hertz et al. 2022), which is for the conditional half
 of the batch alone.
@@ -31,10 +32,10 @@ def control_cross_attention(graph_module: GraphModule, config: SparsityConfig, p
     graph = graph_module.graph
     inputs = Inputs(graph)
     for node in text_attentions(graph_module.graph):
-        maps, mapper, keep = _control_inputs(inputs, node)
+        maps, mapper, keep, weight = _control_inputs(inputs, node)
         build = RowBuilder(graph, inputs, node)
         with graph.inserting_before(node):
-            options = {"scale": node.kwargs.get("scale"), "part": part}
+            options = {"scale": node.kwargs.get("scale"), "part": part, "weight": weight}
             controlled = build.call(controlled_attention, *node.args[:3], maps, mapper, keep, **options)
         controlled.meta["layout"] = node.meta["layout"]
         node.replace_all_uses_with(controlled)
@@ -43,10 +44,11 @@ def control_cross_attention(graph_module: GraphModule, config: SparsityConfig, p
     return report
 
 
-def _control_inputs(inputs: Inputs, attention: Node) -> tuple[Node, Node, Node]:
+def _control_inputs(inputs: Inputs, attention: Node) -> tuple[Node, Node, Node, Node]:
     vals = control_vals(attention)
     return (
         inputs(CacheEntry(attention.name, "attention"), vals["maps"]),
         inputs(ControlTensor("mapper"), vals["mapper"]),
         inputs(ControlTensor("keep"), vals["keep"]),
+        inputs(ControlTensor("weight"), vals["weight"]),
     )

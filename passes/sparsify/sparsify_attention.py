@@ -10,7 +10,8 @@ cross-attention to the feed-forward layers behind them.
     ->  attention_rows(gather(%q), gather(%k), gather(%v), offsets, offsets)
     and in either mode where every pixel is a row (``config.is_whole``).
 3.  Cross-attention: every token of the text, under Prompt-to-Prompt control where the step has it (paper 3.1).
-    ->  controlled_rows(gather(%q), tokens of %k, tokens of %v, offsets, index, base maps, %span, %mapper, %keep)
+    ->  controlled_rows(gather(%q), tokens of %k, tokens of %v, offsets, index, base maps, %span, %mapper,
+                       %keep, %weight)
 4.  Cross-attention with ``cross_replace=0``, or to other tokens than the prompt's.
     ->  attention_rows(gather(%q), tokens of %k, tokens of %v, offsets, text offsets)
 """
@@ -75,7 +76,7 @@ def _attention_rows(
 def _control(build: RowBuilder, attention: Node) -> list[Node]:
     """The base's maps of a cross-attention, and the tensors of control."""
     vals = control_vals(attention)
-    control = [build.inputs(ControlTensor(kind), vals[kind]) for kind in ("span", "mapper", "keep")]
+    control = [build.inputs(ControlTensor(kind), vals[kind]) for kind in ("span", "mapper", "keep", "weight")]
     return [build.inputs(CacheEntry(attention.name, "attention"), vals["maps"]), *control]
 
 

@@ -177,6 +177,19 @@ class TestCompose:
         assert np.array_equal(pixels_of(base), kept[0])  # neither is written to
         assert np.array_equal(pixels_of(edit), kept[1])
 
+    @settings(deadline=None, max_examples=25)
+    @given(st.integers(0, 2**31), st.sampled_from(["pil", "np", "float32", "bfloat16"]), st.sampled_from([0, 0.03, 1]))
+    def test_is_the_plain_formula_over_the_whole_picture_bit_for_bit(self, seed: int, kind: str, share: float) -> None:
+        base, edit = pictures(kind, 2, seed), pictures(kind, 2, seed + 1)
+        mask = torch.rand(2, *CELLS, generator=torch.Generator().manual_seed(seed)) < share
+        made, _ = background().compose(base, edit, mask)
+        weight = background().weights(mask)[..., None]
+        old, new = (torch.from_numpy(pixels_of(each)) for each in (base, edit))
+        mixed = old.float() + weight * (new.float() - old.float())
+        mixed = mixed.round() if kind == "pil" else mixed.to(getattr(torch, kind)) if kind == "bfloat16" else mixed
+        plain = torch.where(weight == 1, new, torch.where(weight == 0, old, mixed.to(old.dtype)))
+        assert np.array_equal(pixels_of(made), plain.numpy())
+
     def test_a_mask_of_everything_gives_the_edit(self) -> None:
         base, edit = pictures("pil", 1, 1), pictures("pil", 1, 2)
         made, _ = background().compose(base, edit, torch.ones(1, *CELLS, dtype=torch.bool))

@@ -72,7 +72,16 @@ def test_active_rows_are_those_of_the_dense_layer(
     index = pixel_ids(active)
     span = span_of(maps, samples, parts, part)
     out = fisedit.controlled_rows(
-        *of_rows(query, key, value, index), offsets_of(active), index, maps, span, mapper, keep, pixels, scale
+        *of_rows(query, key, value, index),
+        offsets_of(active),
+        index,
+        maps,
+        span,
+        mapper,
+        keep,
+        torch.ones_like(keep),
+        pixels,
+        scale,
     )
     assert out.dtype == dtype
     assert out.is_contiguous()
@@ -95,7 +104,9 @@ def test_a_length_of_0_exchanges_nothing_and_reads_no_maps() -> None:
     index = torch.arange(16)
     rows, offsets = of_rows(query, key, value, index), torch.arange(0, 17, 4, dtype=torch.int32)
     none = torch.empty(0, HEADS, 0)
-    out = fisedit.controlled_rows(*rows, offsets, index, none, torch.zeros(3, dtype=torch.int32), mapper, keep, 4, None)
+    out = fisedit.controlled_rows(
+        *rows, offsets, index, none, torch.zeros(3, dtype=torch.int32), mapper, keep, keep, 4, None
+    )
     assert torch.equal(out, fisedit.attention_rows(*rows, offsets, torch.arange(0, 21, 5, dtype=torch.int32), None))
 
 
@@ -116,11 +127,14 @@ class TestKernel:
         index, offsets = pixel_ids(active), offsets_of(active)
         rows = of_rows(query, key, value, index)
         span = span_of(maps, 2, 2, part)
+        weight = 1 + torch.arange(2 * tokens).view(2, tokens) % 3 / 2
         given = torch.tensor([maps.data_ptr()]) if address else maps
         with poisoned():
-            out = kernel.controlled_rows_triton(*rows, offsets, index, given, span, mapper, keep, pixels, 0.3)
+            out = kernel.controlled_rows_triton(*rows, offsets, index, given, span, mapper, keep, weight, pixels, 0.3)
         wide = [each.double() for each in rows]
-        expected = controlled_rows_reference(*wide, offsets, index, maps.double(), span, mapper, keep, pixels, 0.3)
+        expected = controlled_rows_reference(
+            *wide, offsets, index, maps.double(), span, mapper, keep, weight, pixels, 0.3
+        )
         assert out.dtype == dtype
         assert_close(out, expected)
 
@@ -130,7 +144,7 @@ class TestKernel:
         index, offsets = torch.arange(40), torch.tensor([0, 20, 40], dtype=torch.int32)
         rows = of_rows(query, key, value, index)
         nowhere, none = torch.tensor([0]), torch.zeros(3, dtype=torch.int32)
-        out = kernel.controlled_rows_triton(*rows, offsets, index, nowhere, none, mapper, keep, 20, None)
+        out = kernel.controlled_rows_triton(*rows, offsets, index, nowhere, none, mapper, keep, keep, 20, None)
         wide = [each.double() for each in rows]
         text = torch.tensor([0, 7, 14], dtype=torch.int32)
         assert_close(out, fisedit.attention_rows(*wide, offsets, text, None))

@@ -156,7 +156,7 @@ CASES: dict[str, tuple[Any, tuple[Any, ...], str, int]] = {
         fisedit.controlled_rows.default,
         (
             *(normal(9, 2, 4), normal(15, 2, 4), normal(15, 2, 4), offsets(2, 0, 7), torch.arange(9)),
-            *(normal(0, 2, 0), torch.zeros(3, dtype=torch.int32), normal(1, 5, 5), normal(1, 5), 7, None),
+            *(normal(0, 2, 0), torch.zeros(3, dtype=torch.int32), normal(1, 5, 5), normal(1, 5), normal(1, 5), 7, None),
         ),
         "attention",
         9 * 5 * 2 * (4 + 4),

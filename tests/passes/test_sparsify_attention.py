@@ -147,7 +147,7 @@ def test_exact_rewriting_of_cross_attention_that_may_be_controlled() -> None:
         "offsets": PlanTensor("offsets", SIZE),
         "index": PlanTensor("index", SIZE),
         "maps": CacheEntry(cross.name, "attention"),
-        **{kind: ControlTensor(kind) for kind in ("span", "mapper", "keep")},
+        **{kind: ControlTensor(kind) for kind in ("span", "mapper", "keep", "weight")},
         "pixels": prod(SIZE),
         "scale": None,
     }
@@ -171,6 +171,7 @@ def test_a_controlled_step_of_all_pixels_is_the_controlled_dense_graph(part: int
     control = {
         ControlTensor("mapper"): mapper,
         ControlTensor("keep"): mapper.sum(1),
+        ControlTensor("weight"): 1 + torch.arange(TOKENS)[None] / 2,
         ControlTensor("span"): torch.tensor([maps.shape[-1], part % BATCH, part % BATCH + 1], dtype=torch.int32),
         entry: maps,
     }

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import cycle
 from statistics import median
 from typing import Any
 
@@ -21,6 +22,9 @@ from fisedit_compile.editing.result import Edit
 
 #: The picture's words, and those of its edits: one word differs, as in the paper's edits.
 PROMPT, EDIT = "a photo of a cat on a chair", "a photo of a dog on a chair"
+
+#: No two edits have the same words, since the editor does not encode a text twice.
+_EDITS = [f"a photo of a dog{number} on a chair" for number in range(1000)]
 
 #: Calls of a compiled pipeline until its CUDA graphs are captured and replayed.
 _UNTIL_REPLAY = 3
@@ -77,9 +81,9 @@ def bench_edit(
         result["base_gib"] = base.nbytes / 2**30
         result["recording_ms"] = timer.milliseconds("recorded bases", lambda: _base(editor, settings))
         keep(result)
-        result["rows"] = []
+        result["rows"], new_words = [], cycle(_EDITS)
         for each in masks:
-            result["rows"].append(_row(editor, base, each, timer))
+            result["rows"].append(_row(editor, base, each, timer, new_words))
             keep(result)
         if device.type == "cuda":
             result["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
@@ -118,7 +122,7 @@ def _pipeline(settings: Settings, device: torch.device, dtype: torch.dtype) -> A
     return random_pipeline(
         settings.arch,
         size=settings.size,
-        words=(PROMPT, EDIT),
+        words=(PROMPT, EDIT, *_EDITS),
         scheduler=settings.scheduler,
         device=device,
         dtype=dtype,
@@ -158,18 +162,18 @@ def _parts(pipe: Any, settings: Settings, timer: _Timer) -> dict[str, float]:
     }
 
 
-def _row(editor: Editor, base: Base, masks: MaskSet, timer: _Timer) -> dict[str, Any]:
+def _row(editor: Editor, base: Base, masks: MaskSet, timer: _Timer, new_words: Iterator[str]) -> dict[str, Any]:
     """Edits of one set of masks: each is edited once untimed, since its sizes may have to be captured."""
     say(f"edits at {masks.active:.1%} ({masks.source}) ...")
     edits: list[Edit] = []
     seconds: list[float] = []
 
     def edit(mask: torch.Tensor) -> None:
-        edits.append(editor.edit(base, EDIT, mask=mask))
+        edits.append(editor.edit(base, next(new_words), mask=mask))
 
     for mask in masks.masks:
         start = time.perf_counter()
-        editor.edit(base, EDIT, mask=mask)
+        editor.edit(base, next(new_words), mask=mask)
         seconds.append(time.perf_counter() - start)
     repeats = max(timer.repeats if len(masks.masks) == 1 else 1, 1)
     times = [timer.once(partial(edit, mask)) for _ in range(repeats) for mask in masks.masks]
