@@ -157,6 +157,6 @@ def test_cross_attention_takes_maps_and_alignment_as_inputs() -> None:
     report = control_cross_attention(controlled, CONFIG)
     controlled.graph.lint()
     assert report.changed == 1
-    maps, mapper, keep = CacheEntry(cross.name, "attention"), ControlTensor("mapper"), ControlTensor("keep")
-    assert requests_of(controlled.graph) == [maps, mapper, keep]
+    control = [ControlTensor(kind) for kind in ("mapper", "keep", "weight")]
+    assert requests_of(controlled.graph) == [CacheEntry(cross.name, "attention"), *control]
     assert only(controlled, ATTENTION).meta["module_path"] == "attn1"  # self-attention stays
