@@ -22,7 +22,7 @@ from fisedit_compile.passes.region.cancel_scatter_gather import cancel_scatter_g
 from fisedit_compile.passes.region.insert_gather_scatter import insert_gather_scatter
 from fisedit_compile.passes.region.select_region import select_region
 from fisedit_compile.passes.sparsify.sparsify_attention import sparsify_attention
-from fisedit_compile.passes.sparsify.sparsify_conv import sparsify_conv
+from fisedit_compile.passes.sparsify.sparsify_conv import sparsify_conv, sparsify_conv_inside
 from fisedit_compile.passes.sparsify.sparsify_norm import sparsify_norm
 from fisedit_compile.passes.sparsify.sparsify_pointwise import sparsify_pointwise
 from fisedit_compile.passes.staging.hoist_invariants import hoist_invariants
@@ -48,6 +48,11 @@ SPARSE_PASSES: tuple[Pass, ...] = (
     hoist_invariants,
 )
 
+#: The same for a base that keeps no maps: what a decoder computes is far larger than what a U-Net does.
+DECODER_PASSES: tuple[Pass, ...] = tuple(
+    sparsify_conv_inside if each is sparsify_conv else each for each in SPARSE_PASSES
+)
+
 
 def run_passes(
     graph_module: GraphModule, config: SparsityConfig, passes: tuple[Pass, ...] = SPARSE_PASSES
@@ -59,7 +64,9 @@ def run_passes(
     Raises:
         ValueError: a dump was asked for around a pass that does not exist.
     """
-    dump = GraphDump([rewrite.__name__ for rewrite in passes], [rewrite.__name__ for rewrite in SPARSE_PASSES])
+    dump = GraphDump(
+        [rewrite.__name__ for rewrite in passes], [rewrite.__name__ for rewrite in (*SPARSE_PASSES, *DECODER_PASSES)]
+    )
     reports = []
     for rewrite in passes:
         dump.write(graph_module, rewrite.__name__, "before")
