@@ -64,9 +64,8 @@ def run_passes(
     Raises:
         ValueError: a dump was asked for around a pass that does not exist.
     """
-    dump = GraphDump(
-        [rewrite.__name__ for rewrite in passes], [rewrite.__name__ for rewrite in (*SPARSE_PASSES, *DECODER_PASSES)]
-    )
+    known = dict.fromkeys(rewrite.__name__ for rewrite in (*SPARSE_PASSES, *DECODER_PASSES))
+    dump = GraphDump([rewrite.__name__ for rewrite in passes], list(known))
     reports = []
     for rewrite in passes:
         dump.write(graph_module, rewrite.__name__, "before")

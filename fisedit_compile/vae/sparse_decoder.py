@@ -74,7 +74,7 @@ class SparseDecoder:
             CaptureError: see :meth:`record`; or the autoencoder or the latents are others than the base's in kind, or
                 most of the picture would be decoded.
         """
-        call, program, now = self._program(latents, state)
+        _, program, now = self._program(latents, state)
         if base.cache.model is not None and (difference := base.cache.model.difference(now)):
             raise CaptureError(f"the VAE is another one than the base was decoded with ({difference})")
         then = base.latents

@@ -8,13 +8,15 @@ cross-attention to the feed-forward layers behind them.
     ->  attention_cached(gather(%q), gather(%k), gather(%v), base %k, base %v, row of each pixel, offsets)
 2.  Self-attention, ``attention="masked"`` (the paper's): the active tokens of the sample alone.
     ->  attention_rows(gather(%q), gather(%k), gather(%v), offsets, offsets)
-    and in either mode where every pixel is a row (``config.is_whole``).
+    and in either mode where every pixel is a row (``config.is_whole``). There heads of more than 256 channels, as
+    decoders have them, stay torch's attention, which the rows of all pixels are viewed for: no row kernel holds them.
 3.  Cross-attention: every token of the text.
     ->  attention_rows(gather(%q), tokens of %k, tokens of %v, offsets, text offsets)
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -28,6 +30,9 @@ from fisedit_compile.passes.pass_report import PassReport
 from fisedit_compile.passes.rewriting import RowBuilder, move_gathers
 
 aten = targets.aten
+
+#: Channels of a head that the row kernel holds in registers.
+_WIDEST_HEAD = 256
 
 
 def sparsify_attention(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
@@ -50,11 +55,23 @@ def _attention_rows(build: RowBuilder, attention: Node, *, config: SparsityConfi
         counts = _text_offsets(build, key)
         return build.form(targets.ATTENTION_ROWS, build.rows(query), tokens, text, offsets, counts, scale)
     rows = [build.rows(node) for node in (query, key, value)]
+    if config.is_whole(size) and query.meta["val"].shape[-1] > _WIDEST_HEAD:
+        return _attention_of_maps(build, attention, rows)
     if config.attention == "masked" or config.is_whole(size):
         return build.form(targets.ATTENTION_ROWS, *rows, offsets, offsets, scale)
     row_of = build.inputs(PlanTensor("row_of", size))
     base = [arguments_of(node)["base"] for node in (key, value)]
     return build.form(targets.ATTENTION_CACHED, *rows, *base, row_of, offsets, scale)
+
+
+def _attention_of_maps(build: RowBuilder, attention: Node, rows: Sequence[Node]) -> Node:
+    """Attention of rows ``[B*S, heads, d]``, all pixels among them, as torch computes it."""
+    samples = attention.meta["val"].shape[0]
+    heads = [
+        build.call(aten.transpose.int, build.call(aten.unflatten.int, each, 0, [samples, -1]), 1, 2) for each in rows
+    ]
+    out = build.call(targets.ATTENTION, *heads, scale=attention.kwargs.get("scale"))
+    return build.form(aten.flatten.using_ints, build.call(aten.transpose.int, out, 1, 2), 0, 1)
 
 
 def _tokens(build: RowBuilder, value: Node) -> Node:

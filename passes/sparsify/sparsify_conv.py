@@ -64,11 +64,11 @@ def _conv_rows(build: RowBuilder, conv: Node, *, config: SparsityConfig, inside:
         return build.form(targets.LINEAR, build.rows(source), flat, bias)
 
     packed = pack_weight(build, weight)
-    sizes: dict[str, Any] = {"source": source.meta["layout"].size, "target": conv.meta["layout"].size}
+    size, target = source.meta["layout"].size, conv.meta["layout"].size
     in_region = source.target is targets.SCATTER_ROWS
-    whole = config.is_whole(sizes["source"])
-    sizes["inside"] = in_region and inside and not whole
-    taps = Taps(**sizes, kernel=kernel, **geometry, upsampled=upsampled, dense=not in_region)
+    whole = config.is_whole(size)
+    options: dict[str, Any] = {**geometry, "dense": not in_region, "inside": in_region and inside and not whole}
+    taps = Taps(size, target, kernel, upsampled=upsampled, **options)
     table = build.inputs(PlanTensor("table", taps))
     if not in_region:
         return build.form(targets.CONV2D_ROWS, build.pixels(source), None, packed, bias, table)
