@@ -23,7 +23,7 @@ OWN_FILES = re.compile(r"manifest\.json|base\.json|base\.safetensors|call-\d{4,}
 #: How hidden folders end in which a base is being written or removed; before it a dot, the base's name, eight digits.
 PARTIAL, REMOVED = ".partial", ".removed"
 
-FORMAT, FORMAT_VERSION = "fisedit_compile base", 1
+FORMAT, FORMAT_VERSION = "fisedit_compile base", 2
 
 #: More bytes than any manifest or content takes: a U-Net of SDXL has some thousand tensors and ten thousand values.
 MOST_JSON = 64 * 2**20

@@ -36,6 +36,8 @@ class EditReport:
             as the pipeline decoded them.
         uncomposed: samples whose picture is as the pipeline returned it although ``background`` is ``"pixels"``: the
             safety checker blackened it, or the base's.
+        decoder: ``"sparse"``: the VAE's decoder computed what the edit changed, and around it; ``"dense (why)"``: the
+            whole picture; ``"none"``: nothing was decoded.
     """
 
     mask_area: float
@@ -51,6 +53,7 @@ class EditReport:
     background_identical: bool
     background: str
     uncomposed: tuple[int, ...]
+    decoder: str
     step_macs: StepMacs = field(repr=False, compare=False)
 
     @classmethod
@@ -83,6 +86,7 @@ class EditReport:
             background_identical=torch.equal(final[~edited], base.latents[~edited]),
             background=background,
             uncomposed=uncomposed,
+            decoder=run.decoding.how,
             step_macs=run.step_macs(),
         )
 
