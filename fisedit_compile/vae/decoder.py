@@ -19,7 +19,7 @@ class Decoder(torch.nn.Module):
     def __init__(self, vae: torch.nn.Module) -> None:
         super().__init__()
         self.vae = vae
-        self.eval()
+        self.training = False  # not by eval(), which would switch the autoencoder
 
     def forward(self, sample: Tensor) -> Tensor:
         picture: Tensor = self.vae.decode(sample, return_dict=False)[0]  # type: ignore[operator]

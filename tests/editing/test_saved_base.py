@@ -73,12 +73,16 @@ def assert_same(one: Any, other: Any, path: str = "base") -> None:
 
 
 def assert_same_base(one: Base, other: Base) -> None:
-    plain = [each.name for each in fields(Base) if each.name not in ("calls", "pipeline", "schedule")]
+    plain = [each.name for each in fields(Base) if each.name not in ("calls", "decoded", "pipeline", "schedule")]
     for name in plain:
         assert_same(getattr(one, name), getattr(other, name), name)
     assert one.pipeline.difference(other.pipeline) == ""
     assert_same(one.pipeline.tokens, other.pipeline.tokens)
     assert one.schedule.difference(other.schedule) == ""
+    decoded = [each.decoded for each in (one, other)]
+    assert all(each is not None for each in decoded)
+    assert_same(*(each.latents for each in decoded), "decoded")
+    assert_same(*(dict(each.cache) for each in decoded), "decoded")
     assert [(call.step, call.cache.signature) for call in one.calls] == [
         (call.step, call.cache.signature) for call in other.calls
     ]
@@ -163,7 +167,8 @@ class TestFiles:
 
         names = {each.name for each in folder.iterdir()}
         kept = [i for i, call in enumerate(tiny_base.calls) if call.cache]
-        assert names == {"manifest.json", "base.json", "base.safetensors", *(f"call-{i:04}.safetensors" for i in kept)}
+        shards = {"base.safetensors", "decoder.safetensors", *(f"call-{i:04}.safetensors" for i in kept)}
+        assert names == {"manifest.json", "base.json", *shards}
         for i in kept:
             path = folder / f"call-{i:04}.safetensors"
             with safe_open(path, "pt") as shard:
@@ -176,7 +181,7 @@ class TestFiles:
 
     def test_the_manifest_says_what_it_is(self, tiny_base: Base, folder: Path) -> None:
         manifest = json.loads((folder / "manifest.json").read_text())
-        assert (manifest["format"], manifest["format_version"]) == ("fisedit_compile base", 1)
+        assert (manifest["format"], manifest["format_version"]) == ("fisedit_compile base", 2)
         assert manifest["summary"]["prompts"] == [PROMPT]
         assert manifest["summary"]["unet"] == tiny_base.pipeline.models["unet"].digest()
         assert manifest["versions"]["torch"] == torch.__version__
