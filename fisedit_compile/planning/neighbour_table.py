@@ -66,7 +66,7 @@ def _table_inside(taps: Taps, index: Tensor, source_index: Tensor, batch: int) -
 
 @lru_cache
 def _towards_centre(kernel: Size) -> tuple[tuple[int, ...], ...]:
-    """For each tap those between it and the kernel's centre: the nearest first, of equally near ones that of its row."""
+    """For each tap those between it and the kernel's centre: the nearest first, of equally near ones the one beside."""
     towards = []
     for y, x in product(range(kernel[0]), range(kernel[1])):
         rows, columns = (

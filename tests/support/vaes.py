@@ -18,7 +18,7 @@ KINDS = ("kl", "kl-wide-heads", "tiny")
 def small_vae(kind: str, dtype: torch.dtype = torch.float32) -> Any:
     """Pictures twice (``kl``) or four times (``tiny``) as large as their latents of four channels; random weights.
 
-    With ``kl-wide-heads`` the attention of the middle block has one head of 320 channels, as wide as no row kernel takes.
+    With ``kl-wide-heads`` the attention of the middle block has one head of 320 channels, which no row kernel takes.
     """
     from diffusers import AutoencoderKL, AutoencoderTiny
 
@@ -64,9 +64,7 @@ class Decodes:
         self.decoder = SparseDecoder(self.vae)
         self.watch = ModelWatch(self.vae)
         noise = torch.Generator().manual_seed(0)
-        self.latents, self.other = (
-            torch.randn(samples, 4, *size, generator=noise).to(device, dtype) for _ in range(2)
-        )
+        self.latents, self.other = (torch.randn(samples, 4, *size, generator=noise).to(device, dtype) for _ in range(2))
         self.picture, self.base = self.decoder.record(self.latents, self.state)
         self.factor = self.picture.shape[-1] // size[1]
         if fixed_sizes:
@@ -86,9 +84,7 @@ class Decodes:
 
     def sparse(self, latents: Tensor, grown: int = 0, base: Decoded | None = None) -> Tensor:
         base = base or self.base
-        return self.decoder.decode(
-            latents, base, self.decoder.prepare(latents, base, self.state, grown=grown)
-        )
+        return self.decoder.decode(latents, base, self.decoder.prepare(latents, base, self.state, grown=grown))
 
     def pixels(self, mask: Tensor) -> Tensor:
         """The pixels under a mask, bool ``[n, 3, H, W]``."""
