@@ -85,13 +85,19 @@ def _reads_of(taps: Taps, index: Tensor, batch: int) -> Tensor:
     """
     (height, width), columns = taps.source, taps.target[1]
     y, x = (
-        _axis_reads(taps, axis).to(index.device).index_select(0, at)  # [M, kernel]
+        _axis_reads_on(taps, axis, index.device).index_select(1, at)  # [kernel, M]
         for axis, at in enumerate((index // columns % taps.target[0], index % columns))
     )
     first = index // (taps.target[0] * columns) * (height * width)
-    y, x = y.t().contiguous()[:, None], x.t().contiguous()[None]  # [kh, 1, M], [1, kw, M]
+    y, x = y[:, None], x[None]  # [kh, 1, M], [1, kw, M]
     reads = (y * width + x + first).masked_fill_((y < 0) | (x < 0), batch * height * width)
     return reads.flatten(0, 1)
+
+
+@lru_cache(maxsize=64)  # a copy to a device waits for what runs there
+def _axis_reads_on(taps: Taps, axis: int, device: torch.device) -> Tensor:
+    """int64 ``[kernel, target]``: :func:`_axis_reads` with the taps first."""
+    return _axis_reads(taps, axis).t().contiguous().to(device)
 
 
 @lru_cache(maxsize=64)  # all edits of a U-Net share the geometry of its convolutions

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(autouse=True)
 def always_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pictures of these tests are so small that hardly any region is less than most of them."""
-    monkeypatch.setattr(sparse_decoder, "DENSE_ABOVE", 1.0)
+    monkeypatch.setitem(sparse_decoder.DENSE_ABOVE, "cpu", 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ class TestDense:
     def test_where_most_of_the_picture_would_be_decoded(
         self, editor: Editor, base: Base, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(sparse_decoder, "DENSE_ABOVE", 0.01)
+        monkeypatch.setitem(sparse_decoder.DENSE_ABOVE, "cpu", 0.01)
         edit = editor.edit(base, EDIT, corner())
         assert "of the picture would be decoded" in edit.report.decoder
         self.is_composed_of_the_dense_one(editor, base, edit)

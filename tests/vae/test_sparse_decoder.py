@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(autouse=True)
 def always_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparse_decoder, "DENSE_ABOVE", 1.0)
+    monkeypatch.setitem(sparse_decoder.DENSE_ABOVE, "cpu", 1.0)
 
 
 @pytest.fixture(scope="module", params=[(kind, fixed) for kind in KINDS for fixed in (False, True)], ids=str)
@@ -154,7 +154,7 @@ class TestState:
             decodes.sparse(decodes.latents.repeat(2, 1, 1, 1))
 
     def test_a_region_of_nearly_all_is_refused(self, decodes: Decodes, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(sparse_decoder, "DENSE_ABOVE", 0.8)
+        monkeypatch.setitem(sparse_decoder.DENSE_ABOVE, "cpu", 0.8)
         with pytest.raises(CaptureError, match="100% of the picture would be decoded"):
             decodes.sparse(decodes.other)
 
