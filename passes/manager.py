@@ -23,7 +23,7 @@ from fisedit_compile.passes.region.insert_gather_scatter import insert_gather_sc
 from fisedit_compile.passes.region.select_region import select_region
 from fisedit_compile.passes.region.unfold_whole_rows import unfold_whole_rows
 from fisedit_compile.passes.sparsify.sparsify_attention import sparsify_attention
-from fisedit_compile.passes.sparsify.sparsify_conv import sparsify_conv
+from fisedit_compile.passes.sparsify.sparsify_conv import sparsify_conv, sparsify_conv_inside
 from fisedit_compile.passes.sparsify.sparsify_norm import sparsify_norm
 from fisedit_compile.passes.sparsify.sparsify_pointwise import sparsify_pointwise
 from fisedit_compile.passes.staging.hoist_invariants import hoist_invariants
@@ -68,6 +68,11 @@ WHOLE_PASSES: tuple[Pass, ...] = (
     hoist_invariants,
 )
 
+#: Those of the sparse graph for a base that keeps no maps: what a decoder computes is far larger than a U-Net's.
+DECODER_PASSES: tuple[Pass, ...] = tuple(
+    sparsify_conv_inside if each is sparsify_conv else each for each in SPARSE_PASSES
+)
+
 
 def run_passes(
     graph_module: GraphModule, config: SparsityConfig, passes: tuple[Pass, ...] = SPARSE_PASSES
@@ -79,7 +84,7 @@ def run_passes(
     Raises:
         ValueError: a dump was asked for around a pass that does not exist.
     """
-    known = dict.fromkeys(rewrite.__name__ for rewrite in (*SPARSE_PASSES, *WHOLE_PASSES))
+    known = dict.fromkeys(rewrite.__name__ for rewrite in (*SPARSE_PASSES, *WHOLE_PASSES, *DECODER_PASSES))
     dump = GraphDump([rewrite.__name__ for rewrite in passes], list(known))
     reports = []
     for rewrite in passes:

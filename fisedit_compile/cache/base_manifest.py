@@ -17,8 +17,9 @@ from fisedit_compile.errors import BaseFormatError, BaseMismatchError, BaseVersi
 MANIFEST = "manifest.json"
 CONTENT = "base.json"
 
-#: Names of the files of a base: the first shard holds latents and pictures, the others what a U-Net call keeps each.
-OWN_FILES = re.compile(r"manifest\.json|base\.json|base\.safetensors|call-\d{4,}\.safetensors")
+#: Names of the files of a base: the first shard holds latents and pictures, the second what is kept of the decoder, the
+#: others what a U-Net call keeps each.
+OWN_FILES = re.compile(r"manifest\.json|base\.json|(base|decoder|call-\d{4,})\.safetensors")
 
 #: How hidden folders end in which a base is being written or removed; before it a dot, the base's name, eight digits.
 PARTIAL, REMOVED = ".partial", ".removed"

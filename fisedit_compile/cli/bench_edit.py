@@ -114,17 +114,18 @@ def _table(result: dict[str, Any], steps: int) -> str:
     for row in result["rows"]:
         made = row["dense_steps"] + row["sparse_steps"]
         dense, sparse = ((row[f"{kind}_step_ms"] or 0) * row[f"{kind}_steps"] for kind in ("dense", "sparse"))
-        rest = row["edit_ms"] - dense - sparse - sum(parts.values())
+        decoder = parts["vae"] if row["decode_ms"] is None else row["decode_ms"]
+        rest = row["edit_ms"] - dense - sparse - decoder - parts["text"] - parts["to_pil"]
         rows.append(
-            [f"{row['active']:.1%} ({row['source']})", row["edit_ms"], dense, sparse, rest, made]
+            [f"{row['active']:.1%} ({row['source']})", row["edit_ms"], dense, sparse, decoder, rest, made]
             + [
                 f"{compiled[count] / row['edit_ms']:.2f}x" if count in compiled else ""
                 for count in (str(steps), str(made))
             ]
         )
-    heads = ["edited", "edit ms", "dense ms", "sparse ms", "rest ms", "steps made"]
+    heads = ["edited", "edit ms", "dense ms", "sparse ms", "decoder ms", "rest ms", "steps made"]
     lines = [tabulate(rows, [*heads, f"x compiled, {steps} steps", "x compiled, as many"], floatfmt=".1f")]
-    lines.append("text {text:.1f}, decoder {vae:.1f}, to PIL {to_pil:.1f} ms".format(**parts))
+    lines.append("text {text:.1f}, dense decoder {vae:.1f}, to PIL {to_pil:.1f} ms".format(**parts))
     lines.append(
         f"a picture: plain {result['plain_ms']:.1f} ms, recorded {result['recording_ms']:.1f} ms"
         + "".join(f", compiled at {count} steps {value:.1f} ms" for count, value in compiled.items())

@@ -31,7 +31,7 @@ from fisedit_compile.passes import targets
 from fisedit_compile.passes.arguments import arguments_of
 from fisedit_compile.passes.dense.control_cross_attention import control_cross_attention
 from fisedit_compile.passes.dense.record_activations import record_activations
-from fisedit_compile.passes.manager import SPARSE_PASSES, run_passes
+from fisedit_compile.passes.manager import SPARSE_PASSES, Pass, run_passes
 from fisedit_compile.passes.pass_report import PassReport
 from fisedit_compile.passes.region.annotate_layout import annotate_layout
 from fisedit_compile.passes.rewriting import is_timestep
@@ -46,13 +46,16 @@ from fisedit_compile.utils.single_thread import single_thread
 TensorSpec = tuple[torch.Size, torch.dtype]
 
 
-def lower(unet: torch.nn.Module, call: Call, config: SparsityConfig) -> Lowered:
+def lower(
+    unet: torch.nn.Module, call: Call, config: SparsityConfig, passes: tuple[Pass, ...] = SPARSE_PASSES
+) -> Lowered:
     """Export a U-Net for the signature of ``call`` and rewrite it into a sparse graph.
 
     Args:
         unet: the dense U-Net, on any device; its parameters are read where they are and never copied.
         call: a call of it.
         config: what to make sparse and how.
+        passes: of ``manager.py``: what makes the sparse graph of the dense one.
 
     Raises:
         CaptureError: the U-Net cannot be exported as one graph.
@@ -62,7 +65,7 @@ def lower(unet: torch.nn.Module, call: Call, config: SparsityConfig) -> Lowered:
     dense = export(unet, call)
     annotate_layout(dense, config)
     sparse = copy_graph(dense)
-    reports = run_passes(sparse, config, SPARSE_PASSES)
+    reports = run_passes(sparse, config, passes)
     stages = {name: StageGraph(graph) for name, graph in split_stages(sparse).items()}
     return Lowered(call.signature, config, dense, sparse, reports, stages, time.perf_counter() - start)
 
@@ -197,7 +200,7 @@ class Lowered:
         return specs
 
     def plan(self, mask: Tensor, *, costs: CostModel | None = None) -> EditPlan:
-        """The plan of a mask, on the CPU.
+        """The plan of a mask, made on the mask's device.
 
         Args:
             mask: what to recompute, bool ``[n, h, w]`` at latent resolution; n divides the U-Net's batch.
@@ -212,10 +215,9 @@ class Lowered:
             raise MaskError(f"the mask is a {type(mask).__name__}; give a bool tensor [n, h, w] at latent resolution")
         if mask.ndim == 3 and tuple(mask.shape[1:]) != self.latents:
             raise MaskError(f"a mask of {tuple(mask.shape[1:])} for latents of {self.latents}: resize it first")
-        # On the CPU, because a plan is some hundred small operations, and the host needs the row counts anyway.
-        with single_thread():
+        with single_thread():  # of the CPU: a plan is some hundred small operations
             return plan_edit(
-                mask.cpu(),
+                mask,
                 self.plan_requests,
                 batch=self.batch,
                 blocks=self.config.blocks,

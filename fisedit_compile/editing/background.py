@@ -90,6 +90,17 @@ class PixelBackground:
     grown: int
     feathered: int
 
+    def cells(self, latents: Tensor) -> int:
+        """Latent cells around the mask within which an edit has to be decoded.
+
+        That is as far as pixels of it are taken, and one cell more, since a sparse decode is wrong near its rim
+        (docs/decisions.md, 2026-11-27).
+
+        Args:
+            latents: of the base, ``[n, c, h, w]``.
+        """
+        return -(-(self.grown + self.feathered) * latents.shape[2] // self.shape[0]) + 1
+
     @classmethod
     def of(cls, pipe: Any, pictures: Any, latents: Tensor, arguments: Mapping[str, Any]) -> PixelBackground:
         """For the pictures of a base, before any edit is computed.

@@ -18,6 +18,7 @@ from fisedit_compile.editing.pipeline_state import PipelineState
 from fisedit_compile.editing.schedule import Schedule
 from fisedit_compile.editing.stride import SolverStep
 from fisedit_compile.errors import BaseMismatchError
+from fisedit_compile.vae.decoded import Decoded
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +57,7 @@ class Base:
         seconds: wall time of the generation.
         unet_ms: wall time of each U-Net call, recording included.
         pictures: a copy of ``images``, for edits to take their background from whatever is drawn into ``images``.
+        decoded: what edits read of the VAE's decoder; None where they decode their whole pictures.
     """
 
     images: Any
@@ -74,6 +76,7 @@ class Base:
     seconds: float
     unet_ms: tuple[float, ...] = field(repr=False)
     pictures: Any = field(repr=False)
+    decoded: Decoded | None = field(repr=False)
 
     @property
     def image(self) -> Any:
@@ -116,7 +119,9 @@ class Base:
     @property
     def nbytes(self) -> int:
         """Memory of everything kept for edits."""
-        return sum(call.nbytes for call in self.calls) + sum(latents.nbytes for latents in self.step_latents)
+        decoder = 0 if self.decoded is None else self.decoded.nbytes
+        latents = sum(latents.nbytes for latents in self.step_latents)
+        return sum(call.nbytes for call in self.calls) + latents + decoder
 
     def save(self, folder: str | Path) -> None:
         """Write the base to disk, whole or not at all; :meth:`fisedit_compile.Editor.load` reads it.

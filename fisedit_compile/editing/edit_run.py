@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fisedit_compile.editing.base import Base, RecordedCall
+from fisedit_compile.editing.decoding import Decoding
 from fisedit_compile.editing.edit_request import edited_samples
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.editing.pipeline_run import PipelineRun
@@ -138,10 +139,19 @@ class EditRun(PipelineRun):
         # Outside the mask the picture is the base's, bit for bit, whatever the scheduler remembers of other steps.
         return torch.where(self.mask[:, None], latents, after)
 
+    def decode(self, latents: Tensor) -> Tensor | None:
+        if self.ran_dense:
+            self.decoding = Decoding("as its steps")
+        return super().decode(latents)
+
+    @property
+    def expected_steps(self) -> int:
+        return len(self._base.visits)
+
     def finish(self) -> None:
-        if len(self.latents) != len(self._base.visits):
+        if len(self.latents) != self.expected_steps:
             raise BaseMismatchError(
-                f"the pipeline made {len(self.latents)} steps, and an edit of this base makes {len(self._base.visits)}"
+                f"the pipeline made {len(self.latents)} steps, and an edit of this base makes {self.expected_steps}"
             )
 
     @property

@@ -29,6 +29,7 @@ from fisedit_compile.editing.arguments import (
 )
 from fisedit_compile.editing.background import PixelBackground
 from fisedit_compile.editing.base import Base
+from fisedit_compile.editing.decoding import Decoders
 from fisedit_compile.editing.dense_run import DenseRun
 from fisedit_compile.editing.edit_request import (
     Background,
@@ -89,7 +90,7 @@ class Editor:
         if config is None and isinstance(pipe.unet, SparseUNet):
             self.config = pipe.unet.sparsity
         self._turn = threading.RLock()
-        self._watch, self._tokenizers = PipelineWatch(), OwnTokenizers()
+        self._watch, self._tokenizers, self._decoders = PipelineWatch(), OwnTokenizers(), Decoders()
         self._texts = TextMemo(self._watch.of)
         self._unet: SparseUNet | None = None
         self._unet = self.unet
@@ -160,6 +161,7 @@ class Editor:
             run = RecordRun(unet, self.pipe, self._tokenizers, callback, self.config, kept)
             state = self._watch.look(run.pipe, unet_state, prompts)
             self._texts.serve(run.pipe, state.models, kept)
+            run.decoding = self._decoders.recording(self.pipe, state)
             return run.record(prompts, generators, state)
 
     def invert(
@@ -212,6 +214,7 @@ class Editor:
             run = RecordRun(unet, self.pipe, self._tokenizers, None, self.config, kept, trajectory)
             state = self._watch.look(run.pipe, unet_state, prompts)
             self._texts.serve(run.pipe, state.models, kept)
+            run.decoding = self._decoders.recording(self.pipe, state)
             return run.record(prompts, generators, state, photos)
 
     def edit(
@@ -309,7 +312,8 @@ class Editor:
             base.check(state, Schedule.of(self.pipe.scheduler), self.config)
             keep = None
             if background == "pixels":
-                keep = PixelBackground.of(run.pipe, base.pictures, base.latents, base.arguments)
+                keep = PixelBackground.of(self.pipe, base.pictures, base.latents, base.arguments)
+            run.decoding = self._decoders.editing(self.pipe, state, base, keep)
             start = time.perf_counter()
             # Where an edit visits all steps, as many as were asked for: Heun's scheduler makes two of each.
             steps = base.arguments["num_inference_steps"] if base.visits_all else len(base.visits)

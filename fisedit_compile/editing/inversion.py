@@ -143,7 +143,11 @@ class InvertRun(PipelineRun):
         self.trajectory: list[Tensor] = []
 
     def begin(self, call: Call) -> None:
-        self._expected = len(self.schedule.timesteps)
+        """Nothing has to be known before the first call."""
+
+    @property
+    def expected_steps(self) -> int:
+        return len(self.schedule.timesteps)
 
     def predict(self, call: Call) -> Tensor:
         return self.timer.time("record", call.tensors[0].device, lambda: self.unet.dense(call))
@@ -152,9 +156,9 @@ class InvertRun(PipelineRun):
         return latents
 
     def finish(self) -> None:
-        if len(self.latents) != self._expected:
+        if len(self.latents) != self.expected_steps:
             raise CaptureError(
-                f"{type(self.pipe).__name__} made {len(self.latents)} of {self._expected} steps of an inversion"
+                f"{type(self.pipe).__name__} made {len(self.latents)} of {self.expected_steps} steps of an inversion"
             )
         found = self.latents[EVALUATIONS - 1 :: EVALUATIONS]
         self.trajectory = [*reversed(found), self._picture]

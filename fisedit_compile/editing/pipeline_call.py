@@ -1,8 +1,8 @@
-"""One call of a diffusers pipeline whose U-Net's calls go elsewhere; the pipeline itself is not changed.
+"""One call of a diffusers pipeline whose U-Net's and decoder's calls go elsewhere; it is not changed itself.
 
 A pipeline keeps the state of its loop on itself (guidance scale, interruption) and in its scheduler, so two calls of
-one pipeline at a time would mix. Here each call has a copy: the same modules, but a scheduler of its own and a stand-in
-for the U-Net. Calls in other threads, of the pipeline itself or of other editors, see nothing of it.
+one pipeline at a time would mix. Here each call has a copy: the same modules, but a scheduler of its own and stand-ins
+for U-Net and VAE. Calls in other threads, of the pipeline itself or of other editors, see nothing of it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from fisedit_compile.editing.host_timesteps import keep_on_host
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.errors import PipelineInterruptedError
+from fisedit_compile.vae.decoder import can_be_sparse
 
 _turns: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary()
 _turns_lock = threading.Lock()
@@ -59,19 +60,62 @@ class UNetRoute(torch.nn.Module):
         return self._handler(*args, **kwargs)
 
 
+class VaeRoute(torch.nn.Module):
+    """Stands for the VAE in one call of a pipeline: has its attributes, and offers what it is to decode to ``handler``.
+
+    Args:
+        vae: the VAE.
+        handler: returns the pictures of latents, or None for the VAE to decode them.
+
+    Attributes:
+        vae: the VAE itself.
+    """
+
+    def __init__(self, vae: torch.nn.Module, handler: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
+        super().__init__()
+        self.vae = vae
+        self.training = vae.training
+        self._handler = handler
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("vae"), name)
+
+    def decode(self, z: torch.Tensor, return_dict: bool = True, **options: Any) -> Any:
+        """As the VAE's; ``options`` are the generator, which the decoders that can be routed do not read."""
+        picture = self._handler(z)
+        if picture is None:
+            return self.vae.decode(z, return_dict=return_dict, **options)  # type: ignore[operator]
+        if not return_dict:
+            return (picture,)
+        from diffusers.models.autoencoders.vae import DecoderOutput
+
+        return DecoderOutput(sample=picture)
+
+
 class PipelineCall:
     """A call of ``pipe`` that is to be made once, :func:`in_turn`.
 
     Args:
         pipe: the pipeline.
         unet_handler: what the calls of its U-Net go to.
+        decode_handler: what latents that its VAE is to decode are offered to, see :class:`VaeRoute`. A VAE that can
+            only be dense is left alone.
         tokenizers: of the editor.
 
     Attributes:
         pipe: the copy that runs; what callbacks are given as their pipeline.
     """
 
-    def __init__(self, pipe: Any, unet_handler: Callable[..., Any], tokenizers: OwnTokenizers) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        unet_handler: Callable[..., Any],
+        decode_handler: Callable[[torch.Tensor], torch.Tensor | None],
+        tokenizers: OwnTokenizers,
+    ) -> None:
         self._original = pipe
         if getattr(pipe, "_interrupt", False):
             pipe._interrupt = False  # as every call of a pipeline begins: it was meant for the one before
@@ -79,6 +123,8 @@ class PipelineCall:
         # Not by setattr, which would write the modules' new classes into the pipeline's config.
         state = vars(self.pipe)
         state["unet"] = UNetRoute(pipe.unet, unet_handler)
+        if can_be_sparse(getattr(pipe, "vae", None)):
+            state["vae"] = VaeRoute(pipe.vae, decode_handler)
         state["scheduler"] = copy.deepcopy(pipe.scheduler)
         keep_on_host(self.pipe.scheduler)
         # Offloading hooks belong to the pipeline itself, which sets them up anew at the end of each call.

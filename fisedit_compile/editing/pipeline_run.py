@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fisedit_compile.editing.arguments import call_parameters
+from fisedit_compile.editing.decoding import Decoding
 from fisedit_compile.editing.host_timesteps import on_device
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.editing.pipeline_call import PipelineCall
@@ -32,13 +33,15 @@ class PipelineRun:
     Attributes:
         schedule: the scheduler, its timesteps set; known at the first U-Net call.
         latents: after each step so far.
+        decoding: what the final latents are decoded by.
     """
 
     schedule: Schedule
 
     def __init__(self, unet: SparseUNet, pipe: Any, tokenizers: OwnTokenizers, callback: StepCallback | None) -> None:
         self.unet, self.callback = unet, callback
-        self.call = PipelineCall(pipe, self._unet_call, tokenizers)
+        self.call = PipelineCall(pipe, self._unet_call, self._decode_call, tokenizers)
+        self.decoding = Decoding("the pipeline's own")
         self._parameters = call_parameters(pipe)
         self.timer = UNetTimer()
         self.latents: list[Tensor] = []
@@ -93,6 +96,15 @@ class PipelineRun:
         """The latents that the next step starts from."""
         raise NotImplementedError
 
+    def decode(self, latents: Tensor) -> Tensor | None:
+        """The pictures of the final latents, as ``vae.decode`` takes them; None leaves them to the VAE."""
+        return self.decoding(latents)
+
+    @property
+    def expected_steps(self) -> int:
+        """How many denoising steps the run makes; known from the first U-Net call on."""
+        raise NotImplementedError
+
     def finish(self) -> None:
         """Called when the pipeline has returned."""
         raise NotImplementedError
@@ -131,6 +143,11 @@ class PipelineRun:
 
             return UNet2DConditionOutput(sample=out)
         return (out,)
+
+    def _decode_call(self, latents: Tensor) -> Tensor | None:
+        """Stands in for the VAE's ``decode``; what a callback decodes on the way is left to the VAE."""
+        over = self.calls_made > 0 and len(self.latents) == self.expected_steps
+        return self.decode(latents) if over else None
 
     def _step_end(self, pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         """The pipeline's ``callback_on_step_end``: the user's own first, then ours."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fisedit_compile.editing.pipeline_call import VaeRoute
 from fisedit_compile.runtime.model_state import ModelState
 from fisedit_compile.runtime.model_watch import ModelWatch
 from fisedit_compile.utils.frozen_mapping import FrozenMapping
@@ -72,6 +73,8 @@ class PipelineWatch:
         """The state now; ``unet`` is that of the U-Net, ``prompts`` are the base's."""
         models = {"unet": unet}
         for name, part in pipe.components.items():
+            if isinstance(part, VaeRoute):
+                part = part.vae
             if isinstance(part, torch.nn.Module) and name != "unet" and name not in _WITHOUT_EFFECT:
                 if name not in self._watches or self._watches[name].module is not part:
                     self._watches[name] = ModelWatch(part)

@@ -13,6 +13,7 @@ from fisedit_compile.cache.memory import require_room
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.editing.arguments import owned
 from fisedit_compile.editing.base import Base, RecordedCall
+from fisedit_compile.editing.decoding import RecordDecoding
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.editing.pipeline_run import PipelineRun
 from fisedit_compile.editing.pipeline_state import PipelineState
@@ -80,7 +81,8 @@ class RecordRun(PipelineRun):
         self._prompts = prompts
         states = tuple((each.get_state(), each.device) for each in generators)
         start = time.perf_counter()
-        output = {"output_type": "latent"} if photos else {}
+        # What a photo's latents are decoded to is not shown, but read by its edits.
+        output = {"output_type": "pt"} if photos else {}
         images, nsfw = self.draw(prompts, generators, {**self._arguments, **output})
         seconds = time.perf_counter() - start
         state.read_weights()
@@ -102,6 +104,7 @@ class RecordRun(PipelineRun):
             seconds=seconds,
             unet_ms=tuple(self.timer.milliseconds()["record"]),
             pictures=owned(images),
+            decoded=self.decoding.decoded if isinstance(self.decoding, RecordDecoding) else None,
         )
 
     def begin(self, call: Call) -> None:
@@ -158,6 +161,10 @@ class RecordRun(PipelineRun):
                 f"{len(self.visits)} that an edit visits there, which is not the same: Editor(pipe, {{'stride': 1}})"
             )
         return latents if self._trajectory is None else self._trajectory[self.step].to(latents)
+
+    @property
+    def expected_steps(self) -> int:
+        return self._steps
 
     def finish(self) -> None:
         if len(self.latents) != self._steps:

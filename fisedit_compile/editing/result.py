@@ -35,6 +35,8 @@ class EditReport:
             as the pipeline decoded them.
         uncomposed: samples whose picture is as the pipeline returned it although ``background`` is ``"pixels"``: the
             safety checker blackened it, or the base's.
+        decoder: ``"sparse"``: the VAE's decoder computed what the edit changed, and around it; ``"dense (why)"``: the
+            whole picture; ``"none"``: nothing was decoded.
     """
 
     mask_area: float
@@ -50,6 +52,7 @@ class EditReport:
     background_identical: bool
     background: str
     uncomposed: tuple[int, ...]
+    decoder: str
     step_macs: StepMacs = field(repr=False, compare=False)
 
     @classmethod
@@ -82,6 +85,7 @@ class EditReport:
             background_identical=bool(outside_same.all()),
             background=background,
             uncomposed=uncomposed,
+            decoder=run.decoding.how,
             step_macs=run.step_macs(),
         )
 

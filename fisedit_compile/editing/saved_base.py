@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fisedit_compile.cache.memory import require_room
 from fisedit_compile.cache.packed_base import PackedBase, place, shard_tensors
-from fisedit_compile.cache.plain_form import Fetch, from_plain, to_plain
+from fisedit_compile.cache.plain_form import Fetch, Keep, from_plain, to_plain
 from fisedit_compile.cache.read_base import WORKERS, BaseFolder
 from fisedit_compile.cache.step_cache import Recorded
 from fisedit_compile.config import SparsityConfig
@@ -26,9 +26,13 @@ from fisedit_compile.ir.call import Signature
 from fisedit_compile.ir.requests import CacheEntry
 from fisedit_compile.runtime.model_state import ModelState
 from fisedit_compile.utils.frozen_mapping import FrozenMapping
+from fisedit_compile.vae.decoded import Decoded
 
 #: The shard that is read first: latents, pictures, arguments, all but what single U-Net calls keep.
 _FIRST = "base.safetensors"
+
+#: What is kept of the VAE's decoder.
+_DECODER = "decoder.safetensors"
 
 _HOST = torch.device("cpu")
 
@@ -56,11 +60,10 @@ def pack(base: Base) -> PackedBase:
     content = {name: to_plain(value, name, first) for name, value in values.items()}
     content["calls"] = []
     for i, call in enumerate(base.calls):
-        kept = packed.keep_in(_call_shard(i))
-        cache, path = call.cache, f"calls[{i}]"
-        about = (call.step, cache.signature.tree, cache.signature.leaves, cache.timesteps)
-        entries = [[entry.kind, entry.node, kept(tensor, entry.name)] for entry, tensor in cache.items()]
-        content["calls"].append([to_plain(about, path, first), entries])
+        about = (call.step, *_about(call.cache))
+        entries = _entries(call.cache, packed.keep_in(_call_shard(i)))
+        content["calls"].append([to_plain(about, f"calls[{i}]", first), entries])
+    content["decoded"] = _decoder_values(base.decoded, packed)
     packed.content, packed.summary = content, _summary(base)
     return packed
 
@@ -111,11 +114,15 @@ class SavedBase:
             calls = tuple(workers.map(self._call, range(len(forms)), forms))
         for call in calls:
             call.cache.model = pipeline.models["unet"]
-        return replace(self.base, calls=calls, pipeline=pipeline)
+        decoded = self._decoded(self._content["decoded"])
+        if decoded is not None:
+            decoded.cache.model = pipeline.models["vae"]
+        return replace(self.base, calls=calls, pipeline=pipeline, decoded=decoded)
 
     def _without_calls(self) -> Base:
         fetch = self._fetch({_FIRST: self._first})
-        values = {name: from_plain(form, fetch) for name, form in self._content.items() if name != "calls"}
+        apart = ("calls", "decoded")
+        values = {name: from_plain(form, fetch) for name, form in self._content.items() if name not in apart}
         name, options, tables = values["schedule"]
         kind, tokens = values["pipeline"]
         models = {part: _state(state) for part, state in values["models"].items()}
@@ -123,6 +130,7 @@ class SavedBase:
             images=owned(values["pictures"]),
             arguments=FrozenMapping(values["arguments"]),
             calls=(),
+            decoded=None,
             pipeline=PipelineState(kind, FrozenMapping(models), FrozenMapping(tokens)),
             schedule=Schedule(name, FrozenMapping(options), FrozenMapping(tables)),
             solver_steps=tuple(SolverStep(*step) for step in values["solver_steps"]),
@@ -149,10 +157,20 @@ class SavedBase:
         shard = self._shard(name) if entries else {}
 
         def formed() -> RecordedCall:
-            step, tree, leaves, timesteps = from_plain(about, self._fetch({_FIRST: self._first}))
-            fetch = self._fetch({name: shard})
-            kept = {CacheEntry(node, kind): fetch(reference) for kind, node, reference in entries}
-            return RecordedCall(step, Recorded(Signature(tree, leaves), timesteps, kept))
+            step, *rest = from_plain(about, self._fetch({_FIRST: self._first}))
+            return RecordedCall(step, _recorded(rest, entries, self._fetch({name: shard})))
+
+        return self._formed(formed)
+
+    def _decoded(self, form: Any) -> Decoded | None:
+        if form is None:
+            return None
+        shard = self._shard(_DECODER)
+
+        def formed() -> Decoded:
+            fetch = self._fetch({_DECODER: shard})
+            latents, about, entries = form
+            return Decoded(from_plain(latents, fetch), _recorded(from_plain(about, fetch), entries, fetch))
 
         return self._formed(formed)
 
@@ -205,6 +223,28 @@ def _summary(base: Base) -> dict[str, Any]:
         "unet": base.pipeline.models["unet"].digest(),
         "bytes": base.nbytes,
     }
+
+
+def _decoder_values(decoded: Decoded | None, packed: PackedBase) -> Any:
+    if decoded is None:
+        return None
+    keep = packed.keep_in(_DECODER)
+    latents, about = to_plain(decoded.latents, "latents", keep), to_plain(_about(decoded.cache), "decoded", keep)
+    return [latents, about, _entries(decoded.cache, keep)]
+
+
+def _about(cache: Recorded) -> tuple[Any, ...]:
+    return cache.signature.tree, cache.signature.leaves, cache.timesteps
+
+
+def _entries(cache: Recorded, keep: Keep) -> list[Any]:
+    return [[entry.kind, entry.node, keep(tensor, entry.name)] for entry, tensor in cache.items()]
+
+
+def _recorded(about: Sequence[Any], entries: Any, fetch: Fetch) -> Recorded:
+    tree, leaves, timesteps = about
+    kept = {CacheEntry(node, kind): fetch(reference) for kind, node, reference in entries}
+    return Recorded(Signature(tree, leaves), timesteps, kept)
 
 
 def _state_values(state: ModelState) -> tuple[Any, ...]:

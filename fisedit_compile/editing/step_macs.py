@@ -47,7 +47,7 @@ class StepMacs:
             costs = RowCosts.of(lowered) if lowered.config.blocks == "measured" else None
             counter = MacCounter(lowered, check=False)
             dense = counter.dense.total
-            sparse = dense if self._dense else counter.step(lowered.plan(self._mask, costs=costs)).total
+            sparse = dense if self._dense else counter.step(lowered.plan(self._mask.cpu(), costs=costs)).total
             self.counted = {"dense_step": dense, "sparse_step": sparse, "ratio": dense / max(sparse, 1)}
         return self.counted
 

@@ -30,7 +30,7 @@ class PlanTensor:
         where: the resolution (height, width), or the convolution's :class:`Taps`.
 
     Raises:
-        ValueError: an unknown ``kind``, a ``where`` that does not fit it, or a halo of a dense source.
+        ValueError: an unknown ``kind``, a ``where`` that does not fit it, or a halo of a source that has none.
     """
 
     kind: Literal["index", "sample", "offsets", "count", "row_of", "table", "halo"]
@@ -42,8 +42,11 @@ class PlanTensor:
         if isinstance(self.where, Taps) != (self.kind in _OF_TAPS):
             wanted = "Taps" if self.kind in _OF_TAPS else "a resolution (height, width)"
             raise ValueError(f"PlanTensor({self.kind!r}) needs {wanted} as where; {self.where!r} was given")
-        if self.kind == "halo" and isinstance(self.where, Taps) and self.where.dense:
-            raise ValueError("a dense source has no halo, its table holds pixel ids; ask for the table alone")
+        if self.kind == "halo" and isinstance(self.where, Taps):
+            if self.where.dense:
+                raise ValueError("a dense source has no halo, its table holds pixel ids; ask for the table alone")
+            if self.where.inside:
+                raise ValueError("a source of rows alone has no halo; ask for the table alone")
 
     def of_full_mask(self, batch: int) -> Tensor:
         """A tensor on the meta device, of the shape and dtype that the plan gives where every pixel is a row.

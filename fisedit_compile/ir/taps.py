@@ -19,9 +19,12 @@ class Taps:
             table reads the small map itself, so the upsampled map is never made.
         dense: whether the source is a whole pixel-major map. The table then holds pixel ids of ``source``, and there
             is no halo.
+        inside: whether the source has nothing but its rows. A tap that would read a pixel between the rows and the
+            picture's edge then reads the nearest row on its way to the kernel's centre, and there is no halo.
 
     Raises:
-        ValueError: a value out of range, or ``target`` is not what this convolution gives for the source.
+        ValueError: a value out of range, ``target`` is not what this convolution gives for the source, or both
+            ``dense`` and ``inside``.
     """
 
     source: Size
@@ -32,6 +35,7 @@ class Taps:
     dilation: Size
     upsampled: Size | None = None
     dense: bool = False
+    inside: bool = False
 
     def __post_init__(self) -> None:
         read = self.upsampled or self.source
@@ -57,10 +61,13 @@ class Taps:
                 "give the convolution's output size"
             )
 
+        if self.dense and self.inside:
+            raise ValueError("Taps.dense and Taps.inside: a whole map has no pixel that is missing; give one of them")
+
     def __str__(self) -> str:
         upsampled = f" upsampled to {size_text(self.upsampled)}" if self.upsampled else ""
         names = ("kernel", "stride", "padding", "dilation")
-        return (
-            f"{'dense ' if self.dense else ''}{size_text(self.source)}{upsampled} -> {size_text(self.target)}, "
-            + ", ".join(f"{name} {size_text(getattr(self, name))}" for name in names)
+        kind = "dense " if self.dense else "inside " if self.inside else ""
+        return f"{kind}{size_text(self.source)}{upsampled} -> {size_text(self.target)}, " + ", ".join(
+            f"{name} {size_text(getattr(self, name))}" for name in names
         )

@@ -180,7 +180,7 @@ class MacCounter:
 
     def plan(self, mask: MaskLike) -> EditPlan:
         """The plan of a mask, see :meth:`report`."""
-        return self.lowered.plan(latent_mask(mask, self.latents), costs=self._costs)
+        return self.lowered.plan(latent_mask(mask, self.latents).cpu(), costs=self._costs)
 
     def report(self, *, mask: MaskLike | None = None, edit_size: float | None = None) -> MacReport:
         """MACs of the dense call and of an edit's sparse step, side by side.

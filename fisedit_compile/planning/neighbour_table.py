@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import product
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fisedit_compile.ir.layout import Size
 from fisedit_compile.ir.taps import Taps
 
 
@@ -25,8 +27,12 @@ def neighbour_table(taps: Taps, index: Tensor, source_index: Tensor | None, batc
         ``table`` int32 ``[M, kernel_h * kernel_w]``, its taps in the order of a weight's last two dimensions, and
         ``halo`` int64 ``[H]``, sorted: the ids of source pixels that the table reads and that are no rows. An entry in
         ``[0, R)`` is a row, one in ``[R, R + H)`` a halo row, and -1 lies outside the picture. For a dense source the
-        entries are pixel ids, and the halo is None.
+        entries are pixel ids, and the halo is None. With ``taps.inside`` the halo is None, too, and -1 also stands
+        where no row lies between a tap and the kernel's centre.
     """
+    if taps.inside:
+        assert source_index is not None
+        return _table_inside(taps, index, source_index, batch), None
     reads = _reads(taps, batch, index.device).index_select(0, index)  # [M, K]
     outside = batch * taps.source[0] * taps.source[1]
     if taps.dense:
@@ -41,6 +47,57 @@ def neighbour_table(taps: Taps, index: Tensor, source_index: Tensor | None, batc
     entry = torch.full_like(needed, -1, dtype=torch.int32)
     entry.scatter_(0, stored, torch.arange(len(stored), dtype=torch.int32, device=index.device))
     return entry.index_select(0, reads.view(-1)).view_as(reads), halo
+
+
+def _table_inside(taps: Taps, index: Tensor, source_index: Tensor, batch: int) -> Tensor:
+    """The table of a source that has nothing but its rows."""
+    reads = _reads_of(taps, index, batch)
+    outside = batch * taps.source[0] * taps.source[1]
+    row_of = torch.full((outside + 1,), -1, dtype=torch.int32, device=index.device)
+    row_of.scatter_(0, source_index, torch.arange(len(source_index), dtype=torch.int32, device=index.device))
+    entry = row_of.index_select(0, reads.view(-1)).view_as(reads)
+    missing = (entry < 0) & (reads != outside)
+    found = entry.clone()
+    for tap, others in enumerate(_towards_centre(taps.kernel)):
+        for other in others:
+            torch.where(missing[tap] & (found[tap] < 0), entry[other], found[tap], out=found[tap])
+    return found.t().contiguous()
+
+
+@lru_cache
+def _towards_centre(kernel: Size) -> tuple[tuple[int, ...], ...]:
+    """For each tap those between it and the kernel's centre: the nearest first, of equally near ones the one beside."""
+    towards = []
+    for y, x in product(range(kernel[0]), range(kernel[1])):
+        rows, columns = (
+            range(at, middle + 1) if at <= middle else range(at, middle - 1, -1)
+            for at, middle in zip((y, x), (kernel[0] // 2, kernel[1] // 2), strict=True)
+        )
+        between = sorted(product(rows, columns), key=lambda each: (each[0] - y) ** 2 + (each[1] - x) ** 2)
+        towards.append(tuple(kernel[1] * row + column for row, column in between[1:]))
+    return tuple(towards)
+
+
+def _reads_of(taps: Taps, index: Tensor, batch: int) -> Tensor:
+    """int64 ``[kernel_h * kernel_w, M]``: as :func:`_reads`, for some pixels and with the taps first.
+
+    A table of all pixels, which other convolutions share for all edits, would have 42 MB for a picture of 768x768.
+    """
+    (height, width), columns = taps.source, taps.target[1]
+    y, x = (
+        _axis_reads_on(taps, axis, index.device).index_select(1, at)  # [kernel, M]
+        for axis, at in enumerate((index // columns % taps.target[0], index % columns))
+    )
+    first = index // (taps.target[0] * columns) * (height * width)
+    y, x = y[:, None], x[None]  # [kh, 1, M], [1, kw, M]
+    reads = (y * width + x + first).masked_fill_((y < 0) | (x < 0), batch * height * width)
+    return reads.flatten(0, 1)
+
+
+@lru_cache(maxsize=64)  # a copy to a device waits for what runs there
+def _axis_reads_on(taps: Taps, axis: int, device: torch.device) -> Tensor:
+    """int64 ``[kernel, target]``: :func:`_axis_reads` with the taps first."""
+    return _axis_reads(taps, axis).t().contiguous().to(device)
 
 
 @lru_cache(maxsize=64)  # all edits of a U-Net share the geometry of its convolutions

@@ -40,14 +40,17 @@ class Program:
     Args:
         lowered: the graphs; they hold the U-Net's own parameters.
         call: a call of the U-Net, whose tensors lie where the program runs.
+        plan_on_device: make the plan of a mask where the program runs. By default it is made on the host, which needs
+            the row counts anyway; a plan of a picture's pixels is too large for that.
     """
 
-    def __init__(self, lowered: Lowered, call: Call) -> None:
+    def __init__(self, lowered: Lowered, call: Call, *, plan_on_device: bool = False) -> None:
         self.lowered = lowered
         self.config = lowered.config
         self.signature: Signature = lowered.signature
         self.cache = CacheDescription(lowered.cache_specs)
         self._device = call.tensors[0].device
+        self._plan_on = self._device if plan_on_device else torch.device("cpu")
         self._stages = {
             # The fetch is a list of gathers with nothing to fuse, and its sizes differ from mask to mask.
             name: Stage(graph, compiled=self.config.compile and name != "fetch")
@@ -122,7 +125,8 @@ class Program:
 
     def plan(self, mask: Tensor) -> EditPlan:
         """The plan of a mask, see :meth:`~fisedit_compile.compiler.lowered.Lowered.plan`."""
-        return self.lowered.plan(mask, costs=self.row_costs if self.config.blocks == "measured" else None)
+        costs = self.row_costs if self.config.blocks == "measured" else None
+        return self.lowered.plan(mask.to(self._plan_on) if isinstance(mask, Tensor) else mask, costs=costs)
 
     def prepare(self, mask: Tensor) -> Prepared:
         """Plan an edit and bring what does not change from step to step into place.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
 
 from fisedit_compile.ir.call import Call, Signature
 from fisedit_compile.runtime.model_state import ModelState
@@ -14,8 +15,10 @@ _STATES = 4
 
 _Key = tuple[object, ...]
 
+_Program = TypeVar("_Program", bound=Program)
 
-class Programs:
+
+class Programs(Generic[_Program]):
     """The programs of one model, for each state that it was in lately and each signature of its calls.
 
     Weights that were written in place are no other state here: programs read them where they lie.
@@ -24,12 +27,12 @@ class Programs:
         build: makes the program of a call, of the model as it is.
     """
 
-    def __init__(self, build: Callable[[Call], Program]) -> None:
+    def __init__(self, build: Callable[[Call], _Program]) -> None:
         self._build = build
-        self._states: OrderedDict[_Key, dict[Signature, Program]] = OrderedDict()
-        self._current: tuple[ModelState, dict[Signature, Program]] | None = None
+        self._states: OrderedDict[_Key, dict[Signature, _Program]] = OrderedDict()
+        self._current: tuple[ModelState, dict[Signature, _Program]] | None = None
 
-    def of(self, call: Call, state: ModelState) -> Program:
+    def of(self, call: Call, state: ModelState) -> _Program:
         """The program of a call for the model in ``state``, which is the present one; built on first use."""
         if self._current is None or self._current[0] is not state:
             self._current = state, self._programs(state)
@@ -39,7 +42,7 @@ class Programs:
         programs[call.signature].follow(state)
         return programs[call.signature]
 
-    def __iter__(self) -> Iterator[Program]:
+    def __iter__(self) -> Iterator[_Program]:
         for programs in self._states.values():
             yield from programs.values()
 
@@ -48,7 +51,7 @@ class Programs:
         self._states.clear()
         self._current = None
 
-    def _programs(self, state: ModelState) -> dict[Signature, Program]:
+    def _programs(self, state: ModelState) -> dict[Signature, _Program]:
         assert state.live is not None
         # Ids are safe here: while programs are kept, they keep their parameters alive.
         key = (state.behaviour, state.live.tensors)

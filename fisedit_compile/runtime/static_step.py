@@ -128,16 +128,18 @@ class StaticStep:
 
     def pack(self, plan: EditPlan) -> Packed:
         """A plan's tensors padded to the bucket, in one buffer on the device."""
-        with single_thread():
-            host = self._pack(plan)
         device = self._shared.device
-        packed = Packed(host.shapes, device, buffer=host.buffer.to(device, non_blocking=True))
+        with single_thread():
+            packed = self._pack(plan)
+        if packed.buffer.device != device:
+            packed = Packed(packed.shapes, device, buffer=packed.buffer.to(device, non_blocking=True))
         if device.type == "cuda":
             packed.ready = torch.cuda.Event()
             packed.ready.record(torch.cuda.current_stream(device))
         return packed
 
     def _pack(self, plan: EditPlan) -> Packed:
+        """The padded tensors in one buffer on the device that the plan was made on."""
         padded: dict[Any, Tensor] = dict(pad_plan(plan, self.bucket, self._requests))
         padded["counts"] = torch.tensor(
             [
@@ -147,10 +149,11 @@ class StaticStep:
             dtype=torch.int32,
         )
         shapes = {key: (tensor.shape, tensor.dtype) for key, tensor in padded.items()}
-        host = Packed(shapes, torch.device("cpu"), pin=self._shared.device.type == "cuda")
+        on = plan.mask.device
+        packed = Packed(shapes, on, pin=on.type == "cpu" and self._shared.device.type == "cuda")
         for key, tensor in padded.items():
-            host.tensors[key].copy_(tensor)
-        return host
+            packed.tensors[key].copy_(tensor)
+        return packed
 
     def run(
         self,

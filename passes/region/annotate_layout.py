@@ -158,7 +158,10 @@ def _upsample(node: Node) -> Layout | None:
 def _group_norm(node: Node) -> Layout | None:
     if node.kwargs:
         raise ValueError("a group norm with keyword arguments has no row kernel")
-    return _map_in(node, "a group norm")
+    layout = layout_of(node.args[0])
+    if layout is None or layout.roles not in ("bchw", "bcs"):
+        raise ValueError("a group norm of a value that is neither [B, C, H, W] nor [B, C, H*W]")
+    return layout
 
 
 def _layer_norm(node: Node) -> Layout | None:

@@ -8,7 +8,8 @@ cross-attention to the feed-forward layers behind them.
     ->  attention_cached(gather(%q), gather(%k), gather(%v), base %k, base %v, row of each pixel, offsets)
 2.  Self-attention, ``attention="masked"`` (the paper's): the active tokens of the sample alone.
     ->  attention_rows(gather(%q), gather(%k), gather(%v), offsets, offsets)
-    and in either mode where every pixel is a row (``config.is_whole``).
+    and in either mode where every pixel is a row (``config.is_whole``). There heads of more than 256 channels, as
+    decoders have them, stay torch's attention, which the rows of all pixels are viewed for: no row kernel holds them.
 3.  Cross-attention: every token of the text, under Prompt-to-Prompt control where the step has it (paper 3.1).
     ->  controlled_rows(gather(%q), tokens of %k, tokens of %v, offsets, index, base maps, %span, %mapper,
                        %keep, %weight)
@@ -18,7 +19,7 @@ cross-attention to the feed-forward layers behind them.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import partial
 from math import prod
 
@@ -35,6 +36,9 @@ from fisedit_compile.passes.rewriting import RowBuilder, move_gathers
 from fisedit_compile.passes.text_attention import control_vals, text_attentions
 
 aten = targets.aten
+
+#: Channels of a head that the row kernel holds in registers.
+_WIDEST_HEAD = 256
 
 
 def sparsify_attention(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
@@ -66,6 +70,8 @@ def _attention_rows(
         counts = _text_offsets(build, key)
         return build.form(targets.ATTENTION_ROWS, build.rows(query), tokens, text, offsets, counts, scale)
     rows = [build.rows(node) for node in (query, key, value)]
+    if config.is_whole(size) and query.meta["val"].shape[-1] > _WIDEST_HEAD:
+        return _attention_of_maps(build, attention, rows)
     if config.attention == "masked" or config.is_whole(size):
         return build.form(targets.ATTENTION_ROWS, *rows, offsets, offsets, scale)
     row_of = build.inputs(PlanTensor("row_of", size))
@@ -78,6 +84,16 @@ def _control(build: RowBuilder, attention: Node) -> list[Node]:
     vals = control_vals(attention)
     control = [build.inputs(ControlTensor(kind), vals[kind]) for kind in ("span", "mapper", "keep", "weight")]
     return [build.inputs(CacheEntry(attention.name, "attention"), vals["maps"]), *control]
+
+
+def _attention_of_maps(build: RowBuilder, attention: Node, rows: Sequence[Node]) -> Node:
+    """Attention of rows ``[B*S, heads, d]``, all pixels among them, as torch computes it."""
+    samples = attention.meta["val"].shape[0]
+    heads = [
+        build.call(aten.transpose.int, build.call(aten.unflatten.int, each, 0, [samples, -1]), 1, 2) for each in rows
+    ]
+    out = build.call(targets.ATTENTION, *heads, scale=attention.kwargs.get("scale"))
+    return build.form(aten.flatten.using_ints, build.call(aten.transpose.int, out, 1, 2), 0, 1)
 
 
 def _tokens(build: RowBuilder, value: Node) -> Node:

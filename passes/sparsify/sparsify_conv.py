@@ -11,6 +11,9 @@
     ->  conv2d_rows(pixels of %x, None, packed(%w), %b, table of pixel ids)
 4.  A 1x1 convolution of stride 1 needs no neighbours:
     ->  linear(gather(%x), flattened %w, %b)
+
+:func:`sparsify_conv_inside` is the same pass for a base that keeps no maps. Case 1 has no halo there:
+    ->  conv2d_rows(gather(%x), None, packed(%w), %b, table) whose table names the nearest row where a pixel is none
 """
 
 from __future__ import annotations
@@ -35,11 +38,18 @@ aten = targets.aten
 def sparsify_conv(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
     """Rewrite the convolutions of the region."""
     report = PassReport("sparsify_conv")
-    move_gathers(graph_module, report, {targets.CONV}, partial(_conv_rows, config=config))
+    move_gathers(graph_module, report, {targets.CONV}, partial(_conv_rows, config=config, inside=False))
     return report
 
 
-def _conv_rows(build: RowBuilder, conv: Node, *, config: SparsityConfig) -> Node:
+def sparsify_conv_inside(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
+    """Rewrite the convolutions of the region so that they read nothing of the base."""
+    report = PassReport("sparsify_conv_inside")
+    move_gathers(graph_module, report, {targets.CONV}, partial(_conv_rows, config=config, inside=True))
+    return report
+
+
+def _conv_rows(build: RowBuilder, conv: Node, *, config: SparsityConfig, inside: bool) -> Node:
     given = arguments_of(conv)
     source, weight, bias = given["input"], given["weight"], given["bias"]
     geometry = geometry_of(conv)
@@ -54,13 +64,15 @@ def _conv_rows(build: RowBuilder, conv: Node, *, config: SparsityConfig) -> Node
         return build.form(targets.LINEAR, build.rows(source), flat, bias)
 
     packed = pack_weight(build, weight)
-    sizes: dict[str, Any] = {"source": source.meta["layout"].size, "target": conv.meta["layout"].size}
+    size, target = source.meta["layout"].size, conv.meta["layout"].size
     in_region = source.target is targets.SCATTER_ROWS
-    taps = Taps(**sizes, kernel=kernel, **geometry, upsampled=upsampled, dense=not in_region)
+    whole = config.is_whole(size)
+    options: dict[str, Any] = {**geometry, "dense": not in_region, "inside": in_region and inside and not whole}
+    taps = Taps(size, target, kernel, upsampled=upsampled, **options)
     table = build.inputs(PlanTensor("table", taps))
     if not in_region:
         return build.form(targets.CONV2D_ROWS, build.pixels(source), None, packed, bias, table)
-    if config.is_whole(taps.source):
+    if whole or inside:
         return build.form(targets.CONV2D_ROWS, build.rows(source), None, packed, bias, table)
     base = arguments_of(source)["base"]
     halo = build.call(aten.index_select.default, base, 0, build.inputs(PlanTensor("halo", taps)))

@@ -216,7 +216,7 @@ DAMAGES = {
 
 
 class TestReading:
-    @pytest.mark.parametrize("name", [SHARD, "base.safetensors", "base.json"])
+    @pytest.mark.parametrize("name", [SHARD, "base.safetensors", "decoder.safetensors", "base.json"])
     @pytest.mark.parametrize("damage", DAMAGES)
     def test_a_damaged_file(self, saved: Saved, tiny_editor: Editor, name: str, damage: str) -> None:
         change, words = DAMAGES[damage]

@@ -73,12 +73,16 @@ def assert_same(one: Any, other: Any, path: str = "base") -> None:
 
 
 def assert_same_base(one: Base, other: Base) -> None:
-    plain = [each.name for each in fields(Base) if each.name not in ("calls", "pipeline", "schedule")]
+    plain = [each.name for each in fields(Base) if each.name not in ("calls", "decoded", "pipeline", "schedule")]
     for name in plain:
         assert_same(getattr(one, name), getattr(other, name), name)
     assert one.pipeline.difference(other.pipeline) == ""
     assert_same(one.pipeline.tokens, other.pipeline.tokens)
     assert one.schedule.difference(other.schedule) == ""
+    decoded = [each.decoded for each in (one, other)]
+    assert all(each is not None for each in decoded)
+    assert_same(*(each.latents for each in decoded), "decoded")
+    assert_same(*(dict(each.cache) for each in decoded), "decoded")
     assert [(call.step, call.cache.signature) for call in one.calls] == [
         (call.step, call.cache.signature) for call in other.calls
     ]
@@ -163,7 +167,8 @@ class TestFiles:
 
         names = {each.name for each in folder.iterdir()}
         kept = [i for i, call in enumerate(tiny_base.calls) if call.cache]
-        assert names == {"manifest.json", "base.json", "base.safetensors", *(f"call-{i:04}.safetensors" for i in kept)}
+        shards = {"base.safetensors", "decoder.safetensors", *(f"call-{i:04}.safetensors" for i in kept)}
+        assert names == {"manifest.json", "base.json", *shards}
         for i in kept:
             path = folder / f"call-{i:04}.safetensors"
             with safe_open(path, "pt") as shard:

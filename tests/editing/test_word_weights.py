@@ -160,9 +160,7 @@ class TestEdits:
 
     def test_without_a_step_under_control_they_would_do_nothing(self) -> None:
         editor = Editor(tiny_pipeline(), {**CONFIG, "cross_replace": 0.0})
-        with pytest.raises(
-            ValueError, match="this edit has none: generate the base with cross_replace above 0"
-        ):
+        with pytest.raises(ValueError, match="this edit has none: generate the base with cross_replace above 0"):
             editor.edit(generate(editor), EDIT, left_half(), weights={"dog": 2.0})
 
 

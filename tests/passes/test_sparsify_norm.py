@@ -106,12 +106,21 @@ def test_keyword_arguments_are_left_dense_and_reported() -> None:
     assert_every_step_means_the_same(done)
 
 
-def test_a_group_norm_of_tokens_is_left_dense_and_reported() -> None:
+def test_a_group_norm_of_tokens() -> None:
+    """As in the attention of decoders."""
     build = HandBuilt()
     tokens = build.op(aten.transpose.int, build.tokens(build.conv(build.latents())), 1, 2)  # [B, C, S]
-    norm = build.op(aten.group_norm.default, tokens, 2, path="odd")
+    norm = build.op(aten.group_norm.default, tokens, 2, build.weight(CHANNELS), None, 1e-5, path="norm")
     done = snapshots(build.output(build.op(aten.reshape.default, norm, [BATCH, CHANNELS, *SIZE])))
-    assert ("odd", "a group norm of a value that is no map [B, C, H, W]") in done.skips()
+    assert targets.GROUP_NORM not in targets_of(done.final)
+    assert_every_step_means_the_same(done, statistics=True)
+
+
+def test_a_group_norm_whose_channels_lie_last_is_left_dense_and_reported() -> None:
+    build = HandBuilt()
+    tokens = build.tokens(build.conv(build.latents()))  # [B, S, C]
+    done = snapshots(build.output(build.op(aten.group_norm.default, tokens, 2, path="odd")))
+    assert ("odd", "a group norm of a value that is neither [B, C, H, W] nor [B, C, H*W]") in done.skips()
     assert targets.GROUP_NORM in targets_of(done.final)
     assert_every_step_means_the_same(done)
 

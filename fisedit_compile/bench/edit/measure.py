@@ -16,9 +16,13 @@ from fisedit_compile.bench.edit.random_pipeline import random_pipeline
 from fisedit_compile.bench.masks import MaskSet
 from fisedit_compile.bench.progress import say
 from fisedit_compile.config import SparsityConfig
+from fisedit_compile.editing.background import PixelBackground
 from fisedit_compile.editing.base import Base
 from fisedit_compile.editing.editor import Editor
 from fisedit_compile.editing.result import Edit
+from fisedit_compile.errors import CaptureError
+from fisedit_compile.runtime.model_watch import ModelWatch
+from fisedit_compile.vae.sparse_decoder import SparseDecoder
 
 #: The picture's words, and those of its edits: one word differs, as in the paper's edits.
 PROMPT, EDIT = "a photo of a cat on a chair", "a photo of a dog on a chair"
@@ -82,8 +86,10 @@ def bench_edit(
         result["recording_ms"] = timer.milliseconds("recorded bases", lambda: _base(editor, settings))
         keep(result)
         result["rows"], new_words = [], cycle(_EDITS)
+        decodes = _Decodes(pipe, base, timer)
         for each in masks:
-            result["rows"].append(_row(editor, base, each, timer, new_words))
+            row = _row(editor, base, each, timer, new_words)
+            result["rows"].append({**row, "decode_ms": decodes.milliseconds(each)})
             keep(result)
         if device.type == "cuda":
             result["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
@@ -127,6 +133,40 @@ def _pipeline(settings: Settings, device: torch.device, dtype: torch.dtype) -> A
         device=device,
         dtype=dtype,
     )
+
+
+class _Decodes:
+    """Times sparse decodes by themselves, of noise under masks in the latents of a base.
+
+    Args:
+        pipe: the pipeline that the base is of.
+        base: keeps what a sparse decode reads.
+        timer: of the benchmark.
+    """
+
+    def __init__(self, pipe: Any, base: Base, timer: _Timer) -> None:
+        self._decoder, self._watch = SparseDecoder(pipe.vae), ModelWatch(pipe.vae)
+        self._cells = PixelBackground.of(pipe, base.pictures, base.latents, base.arguments).cells(base.latents)
+        self._base, self._timer = base.decoded, timer
+
+    def milliseconds(self, masks: MaskSet) -> float | None:
+        """From latents to pictures, planning included; None where an edit would decode the whole picture."""
+        if self._base is None:
+            return None
+        then = self._base.latents
+        changed = [torch.where(mask.to(then.device), torch.randn_like(then), then) for mask in masks.masks]
+        try:
+            return self._timer.milliseconds("the sparse decoder", lambda: [self._decode(each) for each in changed]) / (
+                len(changed)
+            )
+        except CaptureError as error:
+            say(f"not sparse: {error}")
+            return None
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        assert self._base is not None
+        prepared = self._decoder.prepare(latents, self._base, self._watch.look(values=False), grown=self._cells)
+        return self._decoder.decode(latents, self._base, prepared)
 
 
 def _arguments(settings: Settings, steps: int) -> dict[str, Any]:

@@ -1,0 +1,45 @@
+"""The graphs of a decoder on a device: one that records what a base keeps, and one that decodes a region."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fisedit_compile.cache.step_cache import Recorded
+from fisedit_compile.compiler.lowered import lower
+from fisedit_compile.config import SparsityConfig
+from fisedit_compile.errors import CaptureError
+from fisedit_compile.ir.call import Call
+from fisedit_compile.passes.manager import DECODER_PASSES
+from fisedit_compile.runtime.program import Program
+from fisedit_compile.runtime.stage import Stage
+from fisedit_compile.vae.decoder import Decoder
+
+
+class DecoderProgram(Program):
+    """A lowered decoder on a device.
+
+    The level of the latents is computed whole: it has a tenth of the work, and its attention and norms are exact then.
+
+    Args:
+        decoder: what is exported.
+        call: a call of it, whose tensors lie where the program runs.
+
+    Raises:
+        CaptureError: it cannot be exported, or not all that lies behind the latents' level can run on rows.
+        SparsifyError: there is no level behind that of the latents.
+    """
+
+    def __init__(self, decoder: Decoder, call: Call) -> None:
+        smaller_side = min(call.signature.sample_shape[2:])
+        lowered = lower(decoder, call, SparsityConfig(dense_below=smaller_side + 1, dense_above=1.0), DECODER_PASSES)
+        maps = [entry.node for entry in lowered.cache_entries if entry.kind not in ("scale", "shift")]
+        if lowered.output is None or maps != [lowered.output[0].node]:
+            raise CaptureError(f"not all of the decoder of {type(decoder.vae).__name__} can run on rows ({maps})")
+        super().__init__(lowered, call, plan_on_device=True)
+        # Not a CUDA graph: it runs once a base, and would hold the memory of a whole decode.
+        self._recorder = Stage(lowered.recording(lowered.cache_entries, lowered.batch, -1), compiled=False)
+
+    def decode_whole(self, call: Call) -> tuple[Tensor, Recorded]:
+        """The picture as the autoencoder itself decodes it, and what decodes of regions read."""
+        out, kept = self._recorder(self._user_values(call))
+        return out, Recorded(self.signature, (), dict(zip(self.lowered.cache_entries, kept, strict=True)))
