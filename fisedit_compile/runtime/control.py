@@ -103,10 +103,11 @@ class ControlBuffers:
         device: torch.device,
     ) -> None:
         self._entries, self._batch, self._device = entries, batch, device
-        self.values: dict[Any, Tensor] = {
-            key: torch.zeros(shape, dtype=dtype, device=device) for key, (shape, dtype) in specs.items()
-        }
-        self._table = torch.zeros(len(entries), dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # they are written to in later calls
+            self.values: dict[Any, Tensor] = {
+                key: torch.zeros(shape, dtype=dtype, device=device) for key, (shape, dtype) in specs.items()
+            }
+            self._table = torch.zeros(len(entries), dtype=torch.int64, device=device)
         self.values |= {entry: self._table[i : i + 1] for i, entry in enumerate(entries)}
         self._control: Control | None = None
         self._span = (0, 0, 0)

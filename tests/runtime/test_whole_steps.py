@@ -100,3 +100,22 @@ def test_weights_written_to_are_followed(unets: UNets) -> None:
     after, _ = sparse.record(call)
     assert_close(after, sparse.dense(call))
     assert not torch.equal(after, before)
+
+
+@torch.inference_mode()
+def test_in_inference_mode_first_and_without_it_later(unets: UNets) -> None:
+    sparse = sparsify(unets.dense("micro"), {"dense_below": 8, "dense_above": 1.0})
+    call = unets.call(sparse, "micro", 2, SIZE)
+    sparse.program(call).dense_as_rows = sparse.program(call).fixed_sizes = True
+    length = call.kwargs["encoder_hidden_states"].shape[1]
+    control = Control(torch.eye(length)[None], torch.ones(1, length))
+    _, kept = sparse.record(call, samples=SAMPLES, attention=True, tokens=TOKENS)
+    prepared = sparse.prepare(call, torch.ones(1, *SIZE, dtype=torch.bool))
+
+    def results() -> list[torch.Tensor]:
+        return [sparse.controlled(call, kept, control), sparse.step(call, kept, prepared, control)]
+
+    first = results()
+    with torch.inference_mode(False), torch.no_grad():
+        assert all(map(torch.equal, results(), first))
+        assert all(map(torch.equal, results(), first))
