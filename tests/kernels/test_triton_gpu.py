@@ -13,12 +13,17 @@ from support.poison import poisoned
 import fisedit_compile.kernels.ops  # noqa: F401  (registers torch.ops.fisedit)
 from fisedit_compile.ir.taps import Taps
 from fisedit_compile.kernels.attention.attention_rows import attention_cached_reference, attention_rows_reference
+from fisedit_compile.kernels.attention.controlled_rows import controlled_rows_reference
 from fisedit_compile.kernels.implicit_gemm.conv2d_rows import conv2d_rows_and_norm_reference, conv2d_rows_reference
 from fisedit_compile.kernels.implicit_gemm.linear_rows import linear_rows_and_norm_reference, linear_rows_reference
 from fisedit_compile.kernels.implicit_gemm.row_product_tiles import Tile
 from fisedit_compile.kernels.indexing.copy_rows import RowCopies
 from fisedit_compile.kernels.norms.cat_norm_rows import cat_norm_rows_reference
-from fisedit_compile.kernels.norms.group_norm_rows import group_norm_rows_reference, group_norm_whole_reference
+from fisedit_compile.kernels.norms.group_norm_rows import (
+    group_norm_rows_reference,
+    group_norm_statistics_reference,
+    group_norm_whole_reference,
+)
 from fisedit_compile.kernels.norms.layer_norm_rows import layer_norm_rows_reference
 from fisedit_compile.masks.sample_masks import square_mask
 from fisedit_compile.planning.edit_plan import row_of_pixels
@@ -177,6 +182,7 @@ def test_group_norm(dtype: torch.dtype, side: int, channels: int) -> None:
     check(ops.layer_norm_rows, layer_norm_rows_reference, rows, weight, bias, 1e-5)
     whole = normal(BATCH * side * side, channels, dtype=dtype) * 2 + 3
     check(ops.group_norm_whole, group_norm_whole_reference, whole, BATCH, 32, weight, bias, 1e-5, True)
+    check(ops.group_norm_statistics, group_norm_statistics_reference, whole, BATCH, 32, weight, bias, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -257,6 +263,31 @@ def test_attention(dtype: torch.dtype, share: float, side: int, heads: int, head
     check(
         torch.ops.fisedit.attention_cached, attention_cached_reference, q, k, v, base_k, base_v, row_of, offsets, None
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("share", [0.05, 1.0])
+@pytest.mark.parametrize(("side", "heads", "head_dim"), ATTENTION)
+@pytest.mark.parametrize("tokens", [16, 77])
+def test_controlled_attention(
+    dtype: torch.dtype, share: float, side: int, heads: int, head_dim: int, tokens: int
+) -> None:
+    """Of the second of two parts; the base's maps by their address, as in a CUDA graph, and by themselves."""
+    mask = active(share, side)
+    index, offsets = mask.flatten().nonzero().flatten(), offsets_of(mask)
+    q = normal(len(index), heads, head_dim, dtype=dtype)
+    k, v = (normal(BATCH * 77, heads, head_dim, dtype=dtype) for _ in range(2))
+    maps = normal(side * side, heads, 77).softmax(-1)[..., :tokens].to(dtype).contiguous()
+    mapper = torch.eye(77, device="cuda")[None].clone()
+    mapper[0, :, 3] = mapper[0, :, 5]  # a word that takes another's map, and one that has its own
+    mapper[0, :, 7] = 0
+    weight = torch.rand(1, 77, device="cuda") * 2
+    span = torch.tensor([tokens, 1, 2], dtype=torch.int32, device="cuda")
+    control = (span, mapper, mapper.sum(1), weight, side * side, None)
+    op = torch.ops.fisedit.controlled_rows
+    check(op, controlled_rows_reference, q, k, v, offsets, index, maps, *control)
+    by_address = op(q, k, v, offsets, index, torch.tensor([maps.data_ptr()], device="cuda"), *control)
+    assert torch.equal(by_address, op(q, k, v, offsets, index, maps, *control))
 
 
 @pytest.mark.parametrize("counts", [(0, 300), (300, 0), (1, 0), (1, 299)])
