@@ -44,7 +44,8 @@ class SparsityConfig:
             gain nothing from lying in blocks, so ``"pixel"``, which has the fewest, is the default;
             ``fisedit-compile blocks`` says whether another choice is faster on a device.
         dense_steps: how many denoising steps an edit runs dense before its mask is known (the paper's k). An ``int``
-            counts steps, a ``float`` in [0, 1) is a share of all steps, rounded up. With 0 an edit must bring a mask.
+            counts steps, a ``float`` in [0, 1) is a share of all steps, rounded up. An edit that brings a mask runs
+            none; with 0 every edit must bring one.
         cross_replace: share of all denoising steps, counted from the first, that take the cross-attention maps of
             unchanged words from the base (Prompt-to-Prompt, paper 3.1), dense and sparse alike; 0 turns that off.
             ``"auto"`` is 0.8 where words are replaced or removed, and 0.2 where words are only added, which longer

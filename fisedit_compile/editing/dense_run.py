@@ -23,9 +23,8 @@ class DenseRun(EditRun):
 
     With ``controlled`` None as many are as in a sparse edit.
 
-    Without a mask the whole picture is free. With one, the latents outside it are the base's from the step on from
-    which they are in a sparse edit of the same base, so that the two differ in what the sparse U-Net leaves out and in
-    nothing else; where the base leaves no step sparse, from the first one on.
+    Without a mask the whole picture is free. With one, the latents outside it are the base's behind every step, as in a
+    sparse edit with this mask, so that the two differ in what the sparse U-Net leaves out and in nothing else.
     """
 
     def __init__(
@@ -56,13 +55,6 @@ class DenseRun(EditRun):
         recorded, device = self._recorded_call(call), call.tensors[0].device
         control = self._control(call)
         return self.timer.time("dense", device, lambda: self._dense(call, recorded, control))
-
-    def finish_step(self, latents: Tensor) -> Tensor:
-        after = self._base.latents_after(self.step)
-        latents = super().finish_step(latents)
-        if self._base.dense_steps < len(self._base.visits):
-            return latents
-        return torch.where(self.mask[:, None], latents, after)
 
     @property
     def steps(self) -> tuple[int, int]:

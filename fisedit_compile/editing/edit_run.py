@@ -32,7 +32,10 @@ DIFFERENCE_STEPS = (1, 10)
 
 
 class EditRun(PipelineRun):
-    """Edits a base: k dense steps, the mask, then sparse steps; the first of them under Prompt-to-Prompt control."""
+    """Edits a base: k dense steps, the mask, then sparse steps; the first of them under Prompt-to-Prompt control.
+
+    With a mask that is given, and not joined with one to be found, all steps are sparse.
+    """
 
     mask: Tensor  # bool [n, h, w]; one that is to be found is known after the dense steps
     host_mask: Tensor  # the same on the host, so that nobody has to wait for it
@@ -53,6 +56,7 @@ class EditRun(PipelineRun):
         super().__init__(unet, pipe, tokenizers, callback)
         self._base, self._given, self._combine = base, given, combine
         self._mask_is_known = False
+        self._dense_steps = base.dense_steps
         self._prepared: dict[Signature, Prepared] = {}  # a callback may take a part of the batch away in the loop
         self._first_stepped: Prepared | None = None  # of the first step behind the mask
         self.plan_ms = 0.0
@@ -83,6 +87,7 @@ class EditRun(PipelineRun):
         self._edited_samples = torch.tensor(positions, device=device)
         if given is not None and combine == "replace":
             self._know_mask(self._of_edited(given))
+            self._dense_steps = 0
         self._stride_error: StrideError | None = None
         if not base.visits_all:
             visit(self.pipe.scheduler, base.num_inference_steps, base.visits, self._check_schedule)
@@ -103,14 +108,11 @@ class EditRun(PipelineRun):
         recorded = self._recorded_call(call)
         device = call.tensors[0].device
         control = self._control(call)
-        if self.step >= self._base.dense_steps:
-            prepared = self._prepare(call)
-            self._first_stepped = self._first_stepped or prepared
-            return self.timer.time("sparse", device, lambda: self.unet.step(call, recorded.cache, prepared, control))
-        out = self.timer.time("dense", device, lambda: self._dense(call, recorded, control))
-        if self._mask_is_known:
-            self._prepare(call)  # while a GPU computes the step that was launched
-        return out
+        if self.step < self._dense_steps:
+            return self.timer.time("dense", device, lambda: self._dense(call, recorded, control))
+        prepared = self._prepare(call)
+        self._first_stepped = self._first_stepped or prepared
+        return self.timer.time("sparse", device, lambda: self.unet.step(call, recorded.cache, prepared, control))
 
     def _dense(self, call: Call, recorded: RecordedCall, control: Control | None) -> Tensor:
         return self.unet.dense(call) if control is None else self.unet.controlled(call, recorded.cache, control)
@@ -129,10 +131,10 @@ class EditRun(PipelineRun):
         return self._controls[part, *under]
 
     def finish_step(self, latents: Tensor) -> Tensor:
-        step, dense, after = self.step, self._base.dense_steps, self._base.latents_after(self.step)
-        if step < dense and self._stride_error is not None:
+        step, dense, after = self.step, self._dense_steps, self._base.latents_after(self.step)
+        if step < self._base.dense_steps and self._stride_error is not None:
             latents = (latents + self._stride_error.of(self._base.solver_steps[step], after)).to(latents.dtype)
-        if step == dense - 1 and not self._mask_is_known:
+        if step == dense - 1:
             self._know_mask(self._find_mask([*self.latents, latents]))
         if step < dense - 1:
             return latents
@@ -157,7 +159,7 @@ class EditRun(PipelineRun):
     @property
     def steps(self) -> tuple[int, int]:
         """How many steps are dense, and how many come behind the mask."""
-        return self._base.dense_steps, len(self._base.visits) - self._base.dense_steps
+        return self._dense_steps, len(self._base.visits) - self._dense_steps
 
     @property
     def ran_dense(self) -> bool:

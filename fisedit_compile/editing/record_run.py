@@ -132,6 +132,11 @@ class RecordRun(PipelineRun):
         refuse_noise_of_its_own(scheduler)
 
     @property
+    def _sparse_visits(self) -> int:
+        """How many steps may be sparse: all of them with a mask that is given, unless the config makes all dense."""
+        return len(self.visits) if self._dense_visits < len(self.visits) else 0
+
+    @property
     def solver_steps(self) -> tuple[SolverStep, ...]:
         """What the scheduler was given at the visited dense steps; empty where its own steps lead through the base."""
         visited = self.visits[: self._dense_visits] if self._solver_steps else ()
@@ -145,7 +150,7 @@ class RecordRun(PipelineRun):
         def record() -> Tensor:
             if visit is None:
                 return self.unet.dense(call)
-            sparse, controlled = visit >= self._dense_visits, visit < self._controlled_visits
+            sparse, controlled = visit < self._sparse_visits, visit < self._controlled_visits
             out, kept = self.unet.record(
                 call, samples=samples, part=part, activations=sparse, attention=controlled, tokens=self._tokens
             )
@@ -185,7 +190,6 @@ class RecordRun(PipelineRun):
         activations = lowered.record_nbytes(samples=samples, activations=True, attention=False)
         maps = lowered.record_nbytes(samples=samples, activations=False, attention=True, tokens=self._tokens)
         latents = call.tensors[0].nbytes * samples // call.signature.sample_shape[0]
-        sparse_visits = len(self.visits) - self._dense_visits
         options = [f"fewer than {self._steps} steps", "a smaller height and width"]
         options += [f"fewer than {samples} pictures at a time"] if samples > 1 else []
         options += ["half precision (torch_dtype)"] if call.tensors[0].dtype.itemsize > 2 else []
@@ -193,7 +197,7 @@ class RecordRun(PipelineRun):
         options += ["a lower cross_replace"] if self._controlled_visits else []
         options += ["a stride above 1"] if can_stride and len(self.visits) == self._steps else []
         require_room(
-            sparse_visits * activations + self._controlled_visits * maps + self._steps * latents,
+            self._sparse_visits * activations + self._controlled_visits * maps + self._steps * latents,
             call.tensors[0].device,
             f"A base of {self._steps} steps",
             options,

@@ -57,16 +57,20 @@ def _table_inside(taps: Taps, index: Tensor, source_index: Tensor, batch: int) -
     row_of.scatter_(0, source_index, torch.arange(len(source_index), dtype=torch.int32, device=index.device))
     entry = row_of.index_select(0, reads.view(-1)).view_as(reads)
     missing = (entry < 0) & (reads != outside)
-    found = entry.clone()
-    for tap, others in enumerate(_towards_centre(taps.kernel)):
-        for other in others:
-            torch.where(missing[tap] & (found[tap] < 0), entry[other], found[tap], out=found[tap])
+    found = entry
+    for others in _towards_centre(taps.kernel, index.device):
+        found = torch.where(missing & (found < 0), entry.index_select(0, others), found)
     return found.t().contiguous()
 
 
 @lru_cache
-def _towards_centre(kernel: Size) -> tuple[tuple[int, ...], ...]:
-    """For each tap those between it and the kernel's centre: the nearest first, of equally near ones the one beside."""
+def _towards_centre(kernel: Size, device: torch.device) -> tuple[Tensor, ...]:
+    """Where a tap is missing, the taps that are tried in its place: int64 ``[kernel_h * kernel_w]`` for each attempt.
+
+    They lie between the tap and the kernel's centre: the nearest first, of equally near ones the one beside; behind the
+    last one comes the centre again.
+    """
+    centre = kernel[1] * (kernel[0] // 2) + kernel[1] // 2
     towards = []
     for y, x in product(range(kernel[0]), range(kernel[1])):
         rows, columns = (
@@ -74,8 +78,10 @@ def _towards_centre(kernel: Size) -> tuple[tuple[int, ...], ...]:
             for at, middle in zip((y, x), (kernel[0] // 2, kernel[1] // 2), strict=True)
         )
         between = sorted(product(rows, columns), key=lambda each: (each[0] - y) ** 2 + (each[1] - x) ** 2)
-        towards.append(tuple(kernel[1] * row + column for row, column in between[1:]))
-    return tuple(towards)
+        towards.append([kernel[1] * row + column for row, column in between[1:]])
+    longest = max(map(len, towards))
+    padded = torch.tensor([each + [centre] * (longest - len(each)) for each in towards]).reshape(len(towards), longest)
+    return tuple(padded.t().contiguous().to(device))
 
 
 def _reads_of(taps: Taps, index: Tensor, batch: int) -> Tensor:
