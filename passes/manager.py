@@ -20,7 +20,7 @@ from fisedit_compile.passes.pass_report import PassReport
 from fisedit_compile.passes.region.annotate_layout import annotate_layout
 from fisedit_compile.passes.region.cancel_scatter_gather import cancel_scatter_gather
 from fisedit_compile.passes.region.insert_gather_scatter import insert_gather_scatter
-from fisedit_compile.passes.region.select_region import select_region
+from fisedit_compile.passes.region.select_region import select_region, select_sparse_levels
 from fisedit_compile.passes.region.unfold_whole_rows import unfold_whole_rows
 from fisedit_compile.passes.sparsify.sparsify_attention import sparsify_attention
 from fisedit_compile.passes.sparsify.sparsify_conv import sparsify_conv, sparsify_conv_inside
@@ -68,9 +68,13 @@ WHOLE_PASSES: tuple[Pass, ...] = (
     hoist_invariants,
 )
 
-#: Those of the sparse graph for a base that keeps no maps: what a decoder computes is far larger than a U-Net's.
+#: Those of the sparse graph for decoders, whose maps are too large for a base to keep: on a GPU, where rows of a whole level save
+#: kernels, and on the host, where convolutions of whole maps are twice as fast.
 DECODER_PASSES: tuple[Pass, ...] = tuple(
     sparsify_conv_inside if each is sparsify_conv else each for each in SPARSE_PASSES
+)
+DECODER_PASSES_ON_HOST: tuple[Pass, ...] = tuple(
+    select_sparse_levels if each is select_region else each for each in DECODER_PASSES
 )
 
 
@@ -84,7 +88,7 @@ def run_passes(
     Raises:
         ValueError: a dump was asked for around a pass that does not exist.
     """
-    known = dict.fromkeys(rewrite.__name__ for rewrite in (*SPARSE_PASSES, *WHOLE_PASSES, *DECODER_PASSES))
+    known = dict.fromkeys(rewrite.__name__ for rewrite in (*SPARSE_PASSES, *WHOLE_PASSES, *DECODER_PASSES_ON_HOST))
     dump = GraphDump([rewrite.__name__ for rewrite in passes], list(known))
     reports = []
     for rewrite in passes:

@@ -117,6 +117,7 @@ class EditReport:
             + f"; {self.seconds:.1f} s; background "
             + (f"identical in {self.background}" if self.background_identical else "CHANGED")
             + (f" (not in sample(s) {', '.join(map(str, self.uncomposed))}: blackened)" if self.uncomposed else "")
+            + f"; decoder {self.decoder}"
         )
 
 

@@ -141,7 +141,7 @@ class Program:
             return self._prepare(self.plan(mask))
 
     def _prepare(self, plan: EditPlan) -> Prepared:
-        share = float(plan.mask.float().mean())
+        share = float(plan.mask.float().mean()) if self.config.dense_above < 1 else 0.0  # may wait for a device
         if share > self.config.dense_above:
             logger.warning(
                 "a mask of %.0f %% is over dense_above=%s: its steps run the dense U-Net",

@@ -9,7 +9,7 @@ from fisedit_compile.compiler.lowered import lower
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.errors import CaptureError
 from fisedit_compile.ir.call import Call
-from fisedit_compile.passes.manager import DECODER_PASSES
+from fisedit_compile.passes.manager import DECODER_PASSES, DECODER_PASSES_ON_HOST
 from fisedit_compile.runtime.program import Program
 from fisedit_compile.runtime.stage import Stage
 from fisedit_compile.vae.decoder import Decoder
@@ -31,7 +31,8 @@ class DecoderProgram(Program):
 
     def __init__(self, decoder: Decoder, call: Call) -> None:
         smaller_side = min(call.signature.sample_shape[2:])
-        lowered = lower(decoder, call, SparsityConfig(dense_below=smaller_side + 1, dense_above=1.0), DECODER_PASSES)
+        passes = DECODER_PASSES if call.tensors[0].is_cuda else DECODER_PASSES_ON_HOST
+        lowered = lower(decoder, call, SparsityConfig(dense_below=smaller_side + 1, dense_above=1.0), passes)
         maps = [entry.node for entry in lowered.cache_entries if entry.kind not in ("scale", "shift")]
         if lowered.output is None or maps != [lowered.output[0].node]:
             raise CaptureError(f"not all of the decoder of {type(decoder.vae).__name__} can run on rows ({maps})")

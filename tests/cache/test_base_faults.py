@@ -306,9 +306,9 @@ class TestReading:
 
     def test_another_format_version(self, saved: Saved, tiny_editor: Editor) -> None:
         path = saved.base / "manifest.json"
-        path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 7'))
+        path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 1'))
         message = (
-            r"base is of format 7, this version reads format 2: use the version that wrote it \(fisedit-compile .*, "
+            r"base is of format 1, this version reads format 2: use the version that wrote it \(fisedit-compile .*, "
             r"torch .*\), or generate the base again"
         )
         with pytest.raises(BaseVersionError, match=message):

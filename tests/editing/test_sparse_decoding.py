@@ -66,6 +66,7 @@ def test_an_edit_is_near_the_dense_one_and_far_pixels_are_the_base_s(editor: Edi
     edit = editor.edit(base, EDIT, corner())
     assert edit.report.decoder == "sparse"
     assert edit.report.to_dict()["decoder"] == "sparse"
+    assert str(edit.report).endswith("; decoder sparse")
     raw = editor.edit(base, EDIT, corner(), background="latents")
     old, new, dense = (pixels(each.images) for each in (base, edit, raw))
     assert np.array_equal(new[:, 40:], old[:, 40:])

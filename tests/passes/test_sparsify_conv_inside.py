@@ -14,6 +14,7 @@ from support.hand_built import (
     inputs,
     only,
     placeholders_of,
+    targets_of,
 )
 from torch.fx import GraphModule
 
@@ -22,7 +23,7 @@ from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry, requests_of
 from fisedit_compile.passes import targets
 from fisedit_compile.passes.dense.record_activations import record_activations
-from fisedit_compile.passes.manager import DECODER_PASSES, SPARSE_PASSES, run_passes
+from fisedit_compile.passes.manager import DECODER_PASSES, DECODER_PASSES_ON_HOST, SPARSE_PASSES, run_passes
 from fisedit_compile.planning.edit_plan import plan_edit
 from fisedit_compile.testing import assert_close
 
@@ -73,6 +74,17 @@ def test_it_takes_the_place_of_the_pass_with_a_halo() -> None:
     names = [each.__name__ for each in DECODER_PASSES]
     assert [each.removesuffix("_inside") for each in names] == [each.__name__ for each in SPARSE_PASSES]
     assert names != [each.__name__ for each in SPARSE_PASSES]
+
+
+def test_on_the_host_the_whole_level_stays_as_it_is(dense: GraphModule, sparse: GraphModule) -> None:
+    host = copy_of(dense)
+    run_passes(host, WHOLE_BELOW, DECODER_PASSES_ON_HOST)
+    assert targets_of(host).count(targets.CONV) == 2
+    assert targets.CONV not in targets_of(sparse)
+    assert PlanTensor("index", SIZE) not in requests_of(host.graph)
+    base, edit = inputs(dense, 0), inputs(dense, 1)
+    for mask in MASKS.values():
+        assert_close(run(dense, host, base, edit, mask), run(dense, sparse, base, edit, mask))
 
 
 def test_exact_rewriting(sparse: GraphModule) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+import fisedit_compile.vae.program as program
+from fisedit_compile.passes.manager import DECODER_PASSES
 from fisedit_compile.runtime.model_state import ModelState
 from fisedit_compile.runtime.model_watch import ModelWatch
 from fisedit_compile.vae.decoded import Decoded
@@ -47,7 +50,7 @@ class Decodes:
 
     Args:
         kind: of :data:`KINDS`.
-        fixed_sizes: decode regions at the sizes of buckets, as on a GPU.
+        fixed_sizes: decode regions at the sizes of buckets and by the passes for a GPU.
     """
 
     def __init__(
@@ -65,11 +68,14 @@ class Decodes:
         self.watch = ModelWatch(self.vae)
         noise = torch.Generator().manual_seed(0)
         self.latents, self.other = (torch.randn(samples, 4, *size, generator=noise).to(device, dtype) for _ in range(2))
-        self.picture, self.base = self.decoder.record(self.latents, self.state)
+        with pytest.MonkeyPatch.context() as patch:
+            if fixed_sizes:
+                patch.setattr(program, "DECODER_PASSES_ON_HOST", DECODER_PASSES)
+            self.picture, self.base = self.decoder.record(self.latents, self.state)
         self.factor = self.picture.shape[-1] // size[1]
         if fixed_sizes:
-            for program in self.decoder._programs:
-                program.fixed_sizes = True
+            for made in self.decoder._programs:
+                made.fixed_sizes = True
 
     @property
     def state(self) -> ModelState:
