@@ -149,7 +149,7 @@ def conditions_of(
 ) -> dict[str, Any]:
     """Everything that the figures depend on; ``where`` is what ``describe`` returns."""
     conditions = {key: getattr(args, key) for key in ("arch", "size", "steps", "attention", "compile")}
-    conditions.update({"guidance_scale": GUIDANCE, "dense_steps": config.count_dense_steps(args.steps), **where})
+    conditions.update({"guidance_scale": GUIDANCE, **where})
     installed = {name: version for name in ("DeepCache", "tomesd") if (version := _version(name))}
     conditions["versions"] = {**where["versions"], **installed}
     return {**conditions, "masks": args.masks and args.masks.name, "commands": [command]}

@@ -68,8 +68,8 @@ WHOLE_PASSES: tuple[Pass, ...] = (
     hoist_invariants,
 )
 
-#: Those of the sparse graph for decoders, whose maps are too large for a base to keep: on a GPU, where rows of a whole level save
-#: kernels, and on the host, where convolutions of whole maps are twice as fast.
+#: Those of the sparse graph for decoders, whose maps are too large for a base to keep: on a GPU, where rows of a whole
+#: level save kernels, and on the host, where convolutions of whole maps are twice as fast.
 DECODER_PASSES: tuple[Pass, ...] = tuple(
     sparsify_conv_inside if each is sparsify_conv else each for each in SPARSE_PASSES
 )

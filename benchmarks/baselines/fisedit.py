@@ -1,8 +1,8 @@
 """FISEdit: this project's editor edits a picture that it generated, by new words and with a given mask.
 
 Source: Yu et al., "Accelerating Text-to-image Editing via Cache-enabled Sparse Diffusion Inference", ML for Systems at
-NeurIPS 2023. Generating the base with its cache comes first and is no part of an edit's time or count. The first steps
-run dense, as they would to find the mask, so that the mean over all steps is above that of a sparse step.
+NeurIPS 2023. Generating the base with its cache comes first and is no part of an edit's time or count. Masks are given,
+so that all steps are sparse; to find one takes some dense steps more.
 """
 
 from __future__ import annotations
@@ -15,16 +15,14 @@ from unittest.mock import patch
 
 import torch
 from diffusers import StableDiffusionPipeline
-from torch.utils.flop_counter import FlopCounterMode
 
 from baselines.method import CallCount, Method
 from baselines.models import GUIDANCE, SOURCE, TARGET, Kit
 from fisedit_compile import Base, Editor, SparsityConfig, sparsify
-from fisedit_compile.architectures import PROMPT_TOKENS, build_unet, unet_inputs
+from fisedit_compile.architectures import build_unet, unet_inputs
 from fisedit_compile.bench.masks import MaskSet
 from fisedit_compile.editing.pipeline_call import UNetRoute
 from fisedit_compile.macs.counter import MacCounter
-from fisedit_compile.runtime.control import Control
 
 
 class FISEdit(Method):
@@ -59,10 +57,7 @@ class FISEdit(Method):
         """Do nothing: :meth:`prepare` has warmed up, and a run of fewer steps would need another base."""
 
     def kind(self, index: int) -> str:
-        step, dense = index % self.steps, self._config.count_dense_steps(self.steps)
-        if step >= dense:
-            return "sparse"
-        return "dense, cross-attention controlled" if step < self._controlled_steps(self.steps) else "dense"
+        return "sparse"
 
     def make(self) -> Any:
         editor, base = self._base_for(self.steps)
@@ -89,19 +84,12 @@ class FISEdit(Method):
     def count(self, steps: int) -> list[CallCount]:
         """The calls of a run, counted from the graphs that an edit runs; nothing is run."""
         counted = self._counted()
-        dense, controlled = self._config.count_dense_steps(steps), self._controlled_steps(steps)
-        sparse, text = zip(*(counted.sparse(mask) for mask in self._masks.masks), strict=True)
+        sparse, text = zip(*(counted.of(mask) for mask in self._masks.masks), strict=True)
         counts = [
-            CallCount("batch 2, dense, cross-attention controlled", controlled, controlled * counted.controlled),
-            CallCount("batch 2, dense", dense - controlled, (dense - controlled) * counted.dense),
-            CallCount("batch 2, sparse", steps - dense, (steps - dense) * sum(sparse) // self.images),
+            CallCount("batch 2, sparse", steps, steps * sum(sparse) // self.images),
             CallCount("text's keys and values, once an edit", 0, sum(text) // self.images),
         ]
         return [CallCount(each.kind, self.images * each.calls, self.images * each.macs) for each in counts if each.macs]
-
-    def _controlled_steps(self, steps: int) -> int:
-        """How many of the dense steps are under Prompt-to-Prompt control."""
-        return min(self._config.count_dense_steps(steps), round(self._config.cross_replace * steps))
 
     def _counted(self) -> _CountedGraphs:
         """The counts of the graphs, which all rows share."""
@@ -141,13 +129,7 @@ class _CountedGraphs:
         call = sparse.call(*args, **kwargs)
         # Unchecked, because fvcore's count takes long and the tests compare the two.
         self._counter = MacCounter(sparse.program(call).lowered, check=False)
-        self.dense = self._counter.dense.total
-        _, maps = sparse.record(call, samples=1, activations=False, attention=True)
-        mapper, keep = (torch.empty(1, *shape, device="meta") for shape in ((PROMPT_TOKENS,) * 2, (PROMPT_TOKENS,)))
-        with FlopCounterMode(display=False) as flops:
-            sparse.controlled(call, maps, Control(mapper, keep))
-        self.controlled = flops.get_total_flops() // 2
 
-    def sparse(self, mask: torch.Tensor) -> tuple[int, int]:
+    def of(self, mask: torch.Tensor) -> tuple[int, int]:
         """The multiply-accumulates of one sparse step, and those that an edit does once for its words."""
         return self._counter.step(self._counter.plan(mask)).total, self._counter.prompt.total

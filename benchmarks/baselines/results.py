@@ -11,7 +11,7 @@ from baselines.measure import Row
 from baselines.paper import PAPER_FIGURES, PaperFigures
 
 #: Conditions that must be equal for rows to stand in one table.
-_SAME = ("arch", "size", "steps", "attention", "compile", "guidance_scale", "dense_steps", "device_name", "dtype")
+_SAME = ("arch", "size", "steps", "attention", "compile", "guidance_scale", "device_name", "dtype")
 
 
 class Results:

@@ -24,8 +24,8 @@ def describe_conditions(conditions: dict[str, Any]) -> str:
     return (
         f"{conditions['arch']} at {conditions['size']}x{conditions['size']}, {conditions['steps']} DDIM steps, "
         f"guidance {conditions['guidance_scale']}, one picture at a time, random weights; {where}.\n"
-        f"FISEdit: {conditions['attention']} attention, {conditions['dense_steps']} dense steps before the sparse "
-        f"ones, masks given, {compiled}; its base was generated, and edited once, on CUDA with each mask, before. "
+        f"FISEdit: {conditions['attention']} attention, masks given, {compiled}; its base was generated, and edited "
+        "once, on CUDA with each mask, before. "
         "Other methods are eager unless they say so.\n"
         "MACs are those of the U-Net: convolutions, linear layers and attention's products, gradients included; a step "
         "is one of the steps asked for. Seconds are from words to pixels, calls/s of the denoising loops alone. Memory "

@@ -26,8 +26,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_each_size_is_a_row_with_the_steps_that_its_edits_made(measured: dict[str, Any]) -> None:
     assert [row["edit_size"] for row in measured["rows"]] == [0.1, 0.3]
-    assert {(row["dense_steps"], row["sparse_steps"]) for row in measured["rows"]} == {(1, 2)}
-    assert all(row["edit_ms"] > row["dense_step_ms"] + 2 * row["sparse_step_ms"] for row in measured["rows"])
+    assert {(row["dense_steps"], row["sparse_steps"]) for row in measured["rows"]} == {(0, 3)}  # masks are given
+    assert all(row["dense_step_ms"] is None for row in measured["rows"])
+    assert all(row["edit_ms"] > 3 * row["sparse_step_ms"] for row in measured["rows"])
 
 
 def test_the_file_says_what_was_measured_and_how(measured: dict[str, Any]) -> None:
