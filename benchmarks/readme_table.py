@@ -63,7 +63,8 @@ def _edit_line(title: str, file: str) -> list[str]:
     result = _read(file)
     dense = result["compiled_ms"][str(result["steps"])]
     edits = {row["edit_size"]: row["edit_ms"] for row in result["rows"] if row["source"] == "square"}
-    cells = [f"{edits[size]:.0f} ms, {dense / edits[size]:.1f}x" for size in (0.05, 0.15, 0.30)]
+    sizes = (0.05, 0.15, 0.30)
+    cells = [f"{edits[size]:.0f} ms, {dense / edits[size]:.1f}x" if size in edits else "-" for size in sizes]
     return [title, f"{dense:.0f} ms", *cells, "-"]
 
 

@@ -1,8 +1,7 @@
 # %% [markdown]
 # # Let a word count more, or less
 # `weights` multiplies the attention maps of words in the steps under control (Prompt-to-Prompt's re-weighting). The
-# prompt may stay: then nothing else changes. Control lasts as long as steps run dense, so a base whose edits are to be
-# weighed gets more of them.
+# prompt may stay: then nothing else changes.
 
 # %%
 from pathlib import Path
@@ -15,7 +14,7 @@ from fisedit_compile import Editor
 OUT = Path("out/examples/reweight")
 OUT.mkdir(parents=True, exist_ok=True)
 
-editor = Editor(StableDiffusionPipeline.from_pretrained("examples/demo_model"), {"dense_steps": 0.5})
+editor = Editor(StableDiffusionPipeline.from_pretrained("examples/demo_model"))
 
 # %%
 prompt = "a bear wearing a hat on the left and an owl on the right, in the snow"

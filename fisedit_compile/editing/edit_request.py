@@ -197,7 +197,7 @@ def count_controlled_steps(base: Base, *, dense: bool, cross_replace: Any) -> in
     if controlled > base.controlled_steps:
         raise BaseMismatchError(
             f"cross_replace={cross_replace} needs the attention maps of {controlled} steps, and the base keeps those "
-            f"of {base.controlled_steps}: generate it with Editor(pipe, {{'dense_steps': {controlled}, "
-            f"'cross_replace': {cross_replace}, 'stride': {base.config.stride!r}}})"
+            f"of {base.controlled_steps}: generate it with Editor(pipe, {{'cross_replace': {cross_replace}, "
+            f"'stride': {base.config.stride!r}}})"
         )
     return controlled

@@ -255,8 +255,8 @@ class Editor:
                 (:class:`~fisedit_compile.editing.dense_run.DenseRun`). No mask is looked for: without one given the
                 whole picture is free.
             cross_replace: with ``dense``: the share of the steps, in [0, 1], that take the base's attention maps; None
-                is all those whose maps the base keeps. The base keeps them for its dense steps alone: a base for
-                control over all steps is generated with ``{"dense_steps": steps, "cross_replace": 1.0}``.
+                is the config's. The base keeps those of the first steps, as many as the config's ``cross_replace``
+                says.
             callback_on_step_end, callback_on_step_end_tensor_inputs: as the pipeline takes them; it sees the latents
                 before the background is restored.
             arguments: ``guidance_scale``, ``negative_prompt``, for SDXL ``prompt_2`` and ``negative_prompt_2``, and
