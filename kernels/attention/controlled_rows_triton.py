@@ -20,6 +20,9 @@ from fisedit_compile.kernels.launch.triton_launch import check_dtypes, input_pre
 #: Tokens of the base that one product takes to those of the edit: the least that a matrix unit multiplies.
 _BASE_TOKENS = 16
 
+#: Bytes of keys, and of values, that a program has in shared memory at a time.
+_TEXT_BYTES = 2**16
+
 #: Tokens of a text whose scores a program can hold.
 _MOST_TOKENS = 512
 
@@ -45,7 +48,8 @@ def _controlled_rows_kernel(
     v_stride: tl.tensor,
     scale: tl.tensor,  # of the scores, times log2(e), as the exponential is one of base 2
     HD: tl.constexpr,
-    WIDTH: tl.constexpr,  # HD, rounded up to a power of two
+    WIDTH: tl.constexpr,  # HD, rounded up to a multiple of BD
+    BD: tl.constexpr,  # columns of a head at a time: keys and values of all tokens have to fit into shared memory
     BM: tl.constexpr,
     BT: tl.constexpr,  # tokens, rounded up to a power of two
     BL: tl.constexpr,  # tokens of the base at a time
@@ -58,23 +62,24 @@ def _controlled_rows_kernel(
     if sample < 0:
         return
     m = q_begin + tl.arange(0, BM)  # [BM]
-    d = tl.arange(0, WIDTH)
     t = tl.arange(0, BT)
-    inside, real, word = m < q_end, d < HD, t < tokens
-    column = head * HD + d
+    inside, word = m < q_end, t < tokens
     row = m.to(tl.int64)
-    query = tl.load(q + row[:, None] * q_stride + column[None, :], mask=inside[:, None] & real[None, :], other=0.0)
     at = sample.to(tl.int64) * tokens + t
-    key = tl.load(k + at[None, :] * k_stride + column[:, None], mask=word[None, :] & real[:, None], other=0.0)
-    value = tl.load(v + at[:, None] * v_stride + column[None, :], mask=word[:, None] & real[None, :], other=0.0)
-    score = tl.dot(query, key, input_precision=PRECISION) * scale  # [BM, BT]
-    score = tl.where(word[None, :], score, float("-inf"))
+    score = tl.zeros((BM, BT), dtype=tl.float32)
+    for first in tl.static_range(0, WIDTH, BD):
+        d = first + tl.arange(0, BD)
+        real, column = d < HD, head * HD + d
+        query = tl.load(q + row[:, None] * q_stride + column[None, :], mask=inside[:, None] & real[None, :], other=0.0)
+        key = tl.load(k + at[None, :] * k_stride + column[:, None], mask=word[None, :] & real[:, None], other=0.0)
+        score += tl.dot(query, key, input_precision=PRECISION)
+    score = tl.where(word[None, :], score * scale, float("-inf"))
     share = tl.exp2(score - tl.max(score, axis=1)[:, None])
     share /= tl.sum(share, axis=1)[:, None]
 
     count, part_begin = tl.load(span), tl.load(span + 1)
     if (count > 0) & (sample >= part_begin) & (sample < tl.load(span + 2)):
-        dtype = query.dtype
+        dtype = q.dtype.element_ty
         picture = sample - part_begin
         pixel = tl.load(index + row, mask=inside, other=0) - part_begin.to(tl.int64) * pixels
         base = tl.load(maps).to(tl.pointer_type(q.dtype.element_ty)) if ADDRESS else maps
@@ -98,9 +103,14 @@ def _controlled_rows_kernel(
         total = tl.sum(changed, axis=1)
         share = tl.where((total > LEAST)[:, None], changed / tl.maximum(total, LEAST)[:, None], share)
         share *= tl.load(weight + picture * tokens + t, mask=word, other=0.0)[None, :]
-    result = tl.dot(share.to(value.dtype), value, input_precision=PRECISION)
-    at_out = out + (row[:, None] * tl.num_programs(1) + head) * HD + d[None, :]
-    tl.store(at_out, result.to(out.dtype.element_ty), mask=inside[:, None] & real[None, :])
+    share = share.to(v.dtype.element_ty)
+    at_out = out + (row * tl.num_programs(1) + head) * HD  # [BM]
+    for first in tl.static_range(0, WIDTH, BD):
+        d = first + tl.arange(0, BD)
+        real, column = d < HD, head * HD + d
+        value = tl.load(v + at[:, None] * v_stride + column[None, :], mask=word[:, None] & real[None, :], other=0.0)
+        result = tl.dot(share, value, input_precision=PRECISION)
+        tl.store(at_out[:, None] + d[None, :], result.to(out.dtype.element_ty), mask=inside[:, None] & real[None, :])
 
 
 def controlled_rows_triton(
@@ -134,9 +144,9 @@ def controlled_rows_triton(
     if not count:
         return out
     q, k, v = head_last(q), head_last(k), head_last(v)
-    width, words = head_width(head_dim), max(16, triton.next_power_of_2(tokens))
-    half = q.element_size() == 2
-    block = 64 if half and words <= 128 and width <= 128 else 16
+    words, half = max(16, triton.next_power_of_2(tokens)), q.element_size() == 2
+    columns = min(head_width(head_dim), _TEXT_BYTES // (words * q.element_size()))
+    block = 64 if half and words <= 128 and head_dim <= 128 else 16
     launch(_controlled_rows_kernel, (triton.cdiv(count, block) + samples - 1, heads), q)(
         q,
         k,
@@ -157,7 +167,8 @@ def controlled_rows_triton(
         v.stride(0),
         (head_dim**-0.5 if scale is None else scale) * math.log2(math.e),
         HD=head_dim,
-        WIDTH=width,
+        WIDTH=triton.cdiv(head_dim, columns) * columns,
+        BD=columns,
         BM=block,
         BT=words,
         BL=_BASE_TOKENS,

@@ -33,14 +33,15 @@ def alignment(samples: int, tokens: int, own: int, seed: int) -> tuple[torch.Ten
 
 
 def dense_case(
-    samples: int, parts: int, pixels: int, tokens: int, own: int, dtype: torch.dtype, seed: int, part: int = -1
-) -> tuple[torch.Tensor, ...]:
+    samples: int, parts: int, pixels: int, tokens: int, own: int, dtype: torch.dtype, seed: int, part: int = -1,
+    head_dim: int = HEAD_DIM,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """query, key and value of a batch, maps of the base's first ``own`` tokens, mapper and keep."""
     batch = samples * parts
-    query = normal(batch, HEADS, pixels, HEAD_DIM, dtype=dtype, seed=seed)
-    key, value = (normal(batch, HEADS, tokens, HEAD_DIM, dtype=dtype, seed=seed + i) for i in (1, 2))
-    old_query = normal(batch, HEADS, pixels, HEAD_DIM, dtype=dtype, seed=seed + 3)
-    old_key = normal(batch, HEADS, tokens, HEAD_DIM, dtype=dtype, seed=seed + 4)
+    query = normal(batch, HEADS, pixels, head_dim, dtype=dtype, seed=seed)
+    key, value = (normal(batch, HEADS, tokens, head_dim, dtype=dtype, seed=seed + i) for i in (1, 2))
+    old_query = normal(batch, HEADS, pixels, head_dim, dtype=dtype, seed=seed + 3)
+    old_key = normal(batch, HEADS, tokens, head_dim, dtype=dtype, seed=seed + 4)
     maps = attention_probabilities(old_query, old_key, samples=samples, part=part, tokens=own)
     return query, key, value, maps, *alignment(samples, tokens, own, seed)
 
@@ -137,6 +138,20 @@ class TestKernel:
         )
         assert out.dtype == dtype
         assert_close(out, expected)
+
+    @pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
+    @pytest.mark.parametrize("head_dim", [40, 64, 160])
+    def test_heads_of_any_width(self, dtype: torch.dtype, head_dim: int) -> None:
+        kernel = pytest.importorskip("fisedit_compile.kernels.attention.controlled_rows_triton")
+        query, key, value, maps, mapper, keep = dense_case(1, 2, 12, 7, 3, dtype, 0, head_dim=head_dim)
+        index, offsets = torch.arange(24), torch.tensor([0, 12, 24], dtype=torch.int32)
+        rows, span = of_rows(query, key, value, index), span_of(maps, 1, 2, -1)
+        out = kernel.controlled_rows_triton(*rows, offsets, index, maps, span, mapper, keep, keep * 2, 12, None)
+        wide = [each.double() for each in rows]
+        expected = controlled_rows_reference(
+            *wide, offsets, index, maps.double(), span, mapper, keep, keep * 2, 12, None
+        )
+        assert_close(out, expected, dtype)
 
     def test_a_length_of_0_reads_no_maps(self) -> None:
         kernel = pytest.importorskip("fisedit_compile.kernels.attention.controlled_rows_triton")
