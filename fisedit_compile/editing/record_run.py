@@ -81,8 +81,9 @@ class RecordRun(PipelineRun):
         self._prompts = prompts
         states = tuple((each.get_state(), each.device) for each in generators)
         start = time.perf_counter()
-        # What a photo's latents are decoded to is not shown, but read by its edits.
-        output = {"output_type": "pt"} if photos else {}
+        output = {}
+        if photos:  # what their latents are decoded to is not shown, but read by edits
+            output["output_type"] = "pt" if isinstance(self.decoding, RecordDecoding) else "latent"
         images, nsfw = self.draw(prompts, generators, {**self._arguments, **output})
         seconds = time.perf_counter() - start
         state.read_weights()

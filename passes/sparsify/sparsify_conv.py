@@ -66,13 +66,12 @@ def _conv_rows(build: RowBuilder, conv: Node, *, config: SparsityConfig, inside:
     packed = pack_weight(build, weight)
     size, target = source.meta["layout"].size, conv.meta["layout"].size
     in_region = source.target is targets.SCATTER_ROWS
-    whole = config.is_whole(size)
-    options: dict[str, Any] = {**geometry, "dense": not in_region, "inside": in_region and inside and not whole}
+    options: dict[str, Any] = {**geometry, "dense": not in_region, "inside": in_region and inside}
     taps = Taps(size, target, kernel, upsampled=upsampled, **options)
     table = build.inputs(PlanTensor("table", taps))
     if not in_region:
         return build.form(targets.CONV2D_ROWS, build.pixels(source), None, packed, bias, table)
-    if whole or inside:
+    if inside or config.is_whole(size):
         return build.form(targets.CONV2D_ROWS, build.rows(source), None, packed, bias, table)
     base = arguments_of(source)["base"]
     halo = build.call(aten.index_select.default, base, 0, build.inputs(PlanTensor("halo", taps)))

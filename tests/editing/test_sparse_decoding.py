@@ -208,6 +208,15 @@ def test_an_inverted_photo(editor: Editor, base: Base) -> None:
     assert np.array_equal(pixels(edit.images)[:, 40:], pixels([photo])[:, 40:])
 
 
+def test_an_inverted_photo_of_a_pipeline_that_only_decodes_as_a_whole(editor: Editor, base: Base) -> None:
+    own, pipe = fresh()
+    pipe.vae.enable_tiling()
+    made = own.invert(base.image, PROMPT, num_inference_steps=STEPS)
+    assert made.decoded is None
+    edit = own.edit(made, EDIT, corner())
+    assert edit.report.decoder == "dense (the base keeps nothing of its decoder)"
+
+
 def test_a_saved_base_is_decoded_as_sparsely(editor: Editor, base: Base, tmp_path: Path) -> None:
     base.save(tmp_path / "base")
     loaded = editor.load(tmp_path / "base")

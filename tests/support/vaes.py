@@ -77,6 +77,14 @@ class Decodes:
             for made in self.decoder._programs:
                 made.fixed_sizes = True
 
+    def in_full_precision(self, kind: str) -> Decodes:
+        """The same weights and latents in fp32 on the CPU; ``kind`` is that of this one."""
+        exact = Decodes(kind, samples=len(self.latents), size=tuple(self.latents.shape[2:]))  # type: ignore[arg-type]
+        exact.vae.load_state_dict({name: each.float().cpu() for name, each in self.vae.state_dict().items()})
+        exact.latents, exact.other = (each.float().cpu() for each in (self.latents, self.other))
+        exact.picture, exact.base = exact.decoder.record(exact.latents, exact.state)
+        return exact
+
     @property
     def state(self) -> ModelState:
         return self.watch.look()

@@ -115,10 +115,7 @@ def test_half_precision() -> None:
     decodes = Decodes("kl", torch.bfloat16)
     out = decodes.sparse(decodes.changed(squares()), 1)
     assert out.dtype is torch.bfloat16
-    exact = Decodes("kl")
-    exact.vae.load_state_dict(decodes.vae.state_dict())
-    exact.latents, exact.other = decodes.latents.float(), decodes.other.float()
-    exact.picture, exact.base = exact.decoder.record(exact.latents, exact.state)
+    exact = decodes.in_full_precision("kl")
     assert_close(out, exact.sparse(exact.changed(squares()), 1).bfloat16(), dtype=torch.bfloat16)
 
 
