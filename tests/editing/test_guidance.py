@@ -41,7 +41,7 @@ def test_three_parts_with_the_text_first(pix2pix: Editor, pictures: int) -> None
     base = pix2pix.generate(prompts, **arguments(pictures))
     plain = pix2pix.pipe(prompts, output_type="latent", **arguments(pictures)).images
     assert torch.equal(base.latents, plain)
-    maps = next(iter(base.calls[0].cache.values()))
+    maps = next(value for entry, value in base.calls[0].cache.items() if entry.kind == "attention")
     assert len(maps) == pictures * base.latents[0, 0].numel()
     edit = pix2pix.edit(base, [EDIT] * pictures)
     assert edit.report.background_identical
