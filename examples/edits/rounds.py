@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Edit an edit
-# The picture of an edit becomes the base of the next round, as a photo would: its pixels stay wherever the next round
-# does not reach.
+# An edit is edited as a base is: it is recorded along the latents that it went through, and its pixels stay wherever
+# the next round does not reach.
 
 # %%
 from pathlib import Path
@@ -23,13 +23,11 @@ prompts = [
     "a dog on the left and a blue car on the right, on a green background",
 ]
 generator = torch.Generator().manual_seed(4)
-base = editor.generate(prompts[0], num_inference_steps=50, guidance_scale=5, generator=generator)
-base.image.save(OUT / "0.png")
+picture = editor.generate(prompts[0], num_inference_steps=50, guidance_scale=5, generator=generator)
+picture.image.save(OUT / "0.png")
 
 # %%
 for number, prompt in enumerate(prompts[1:], 1):
-    edit = editor.edit(base, prompt)
-    edit.image.save(OUT / f"{number}.png")
-    print(f"round {number}: {edit.report}")
-    if number < len(prompts) - 1:
-        base = editor.invert(edit.image, prompt, num_inference_steps=50, guidance_scale=5)
+    picture = editor.edit(picture, prompt)
+    picture.image.save(OUT / f"{number}.png")
+    print(f"round {number}: {picture.report}")

@@ -120,22 +120,25 @@ def run(args: argparse.Namespace) -> None:
         steps=args.steps,
         guidance=args.guidance,
     )
-    began, runs = time.perf_counter(), []
+    began, runs, failed = time.perf_counter(), [], {}
     for number, case in enumerate(cases, start=1):
         try:
             runs.append(runner.run(case))
-        except FiseditError as error:
-            raise FiseditError(f"case {case.id}: {error}") from error
+        except FiseditError as error:  # no mask was found, for example: the other cases are none the worse for it
+            failed[case.id] = str(error)
         logger.info("%d of %d cases (%s): %.0f s", number, len(cases), case.id, time.perf_counter() - began)
+    if not runs:
+        raise FiseditError("no case could be edited: " + "; ".join(f"{case}: {why}" for case, why in failed.items()))
     scores = score_runs(runs, judge, clip)
     summary = summarise(scores)
-    text = tables(summary)
+    text = "\n\n".join([tables(summary), *(f"left out, {case}: {why}" for case, why in failed.items())])
     print(text)
     write_json(
         args.json,
         {
             "summary": summary,
             "cases": [asdict(each) for each in scores.cases],
+            "failed": failed,
             "judge_accuracy": dict(judge.config.accuracy),
             "variants": {name: asdict(config) for name, config in variants.items()},
             "model": str(args.model),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,12 +147,7 @@ class Base:
 
     def rewound_generators(self) -> list[torch.Generator]:
         """Fresh random generators in the state in which the base drew its first noise."""
-        rewound = []
-        for state, device in self.generators:
-            generator = torch.Generator(device)
-            generator.set_state(state)
-            rewound.append(generator)
-        return rewound
+        return rewound(self.generators)
 
     def check(self, pipeline: PipelineState, schedule: Schedule, config: SparsityConfig) -> None:
         """Hold a base to the editor that is asked to edit it, before its scheduler's timesteps are set.
@@ -183,3 +178,13 @@ class Base:
             raise BaseMismatchError(
                 f"the scheduler {difference} than for the base: restore pipe.scheduler, or generate the base again"
             )
+
+
+def rewound(states: Sequence[tuple[Tensor, torch.device]]) -> list[torch.Generator]:
+    """Fresh random generators in given states, each with its device."""
+    generators = []
+    for state, device in states:
+        generator = torch.Generator(device)
+        generator.set_state(state)
+        generators.append(generator)
+    return generators

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -49,6 +50,7 @@ from fisedit_compile.editing.pipeline_call import in_turn
 from fisedit_compile.editing.pipeline_state import PipelineWatch
 from fisedit_compile.editing.record_run import RecordRun
 from fisedit_compile.editing.result import Edit, EditReport
+from fisedit_compile.editing.rounds import RebaseRun, Trajectory
 from fisedit_compile.editing.saved_base import SavedBase
 from fisedit_compile.editing.schedule import Schedule
 from fisedit_compile.editing.step_callback import StepCallback
@@ -58,6 +60,7 @@ from fisedit_compile.errors import BaseMismatchError, CaptureError
 from fisedit_compile.masks.user_mask import MaskLike, as_mask
 from fisedit_compile.runtime.model_state import ModelState
 from fisedit_compile.sparse_unet import SparseUNet, sparsify
+from fisedit_compile.utils.frozen_mapping import FrozenMapping
 
 
 class Editor:
@@ -92,6 +95,7 @@ class Editor:
         self._turn = threading.RLock()
         self._watch, self._tokenizers, self._decoders = PipelineWatch(), OwnTokenizers(), Decoders()
         self._texts = TextMemo(self._watch.of)
+        self._bases_of_edits: WeakKeyDictionary[Edit, Base] = WeakKeyDictionary()
         self._unet: SparseUNet | None = None
         self._unet = self.unet
 
@@ -219,7 +223,7 @@ class Editor:
 
     def edit(
         self,
-        base: Base,
+        base: Base | Edit,
         prompt: str | Sequence[str],
         mask: MaskLike | None = None,
         *,
@@ -236,7 +240,8 @@ class Editor:
         """Change the words of a base's prompt, and with them the part of the picture they describe.
 
         Args:
-            base: from :meth:`generate` of an editor with this pipeline and config. Read only.
+            base: from :meth:`generate` of an editor with this pipeline and config; or an edit, to change its picture
+                further (:meth:`base_of`). Read only.
             prompt: the new prompt, or one a sample of the base. Samples whose prompts stay are the base's, bit for bit.
             mask: where to edit, instead of finding out: an image, array or tensor of any size, soft in [0, 1] or hard,
                 one for all samples or one each.
@@ -274,6 +279,8 @@ class Editor:
                 the base has; other words with the base's embeddings; an argument that an edit does not take; words in
                 ``weights`` that the prompt has not; or pictures whose background cannot be the base's in pixels.
         """
+        if isinstance(base, Edit):
+            base = self.base_of(base)
         if not isinstance(base, Base):
             raise ValueError(f"base is of type {type(base).__name__}: pass what editor.generate(...) returned")
         prompts = check_prompts(prompt)
@@ -336,7 +343,50 @@ class Editor:
                 background=background,
                 uncomposed=uncomposed,
             )
-        return Edit(images=images, nsfw=nsfw, mask=run.mask, latents=run.latents[-1], report=report)
+            trajectory = Trajectory(
+                prompts=prompts,
+                arguments=FrozenMapping(owned({**base.arguments, **changes})),
+                generators=base.generators,
+                pipeline=state.of_prompts(run.pipe, prompts),
+                schedule=base.schedule,
+                steps=base.num_inference_steps,
+                visits=base.visits,
+                latents=tuple(run.latents),
+                config=self.config,
+                callback=run.callback_changes,
+            )
+        return Edit(images, nsfw, run.mask, run.latents[-1], report, trajectory)
+
+    def base_of(self, edit: Edit) -> Base:
+        """A base of an edit's picture, which :meth:`edit` makes where it is given an edit: a second round, and further.
+
+        The picture is recorded along the latents that the edit went through (:mod:`fisedit_compile.editing.rounds`),
+        by one dense U-Net call for each step that edits visit. The base is kept as long as the edit is, and needs
+        nothing of the base that the edit was made from.
+
+        Raises:
+            BaseMismatchError: another model, tokenizer, scheduler or config than the edit was made with, or a callback
+                that changed its loop.
+            ValueError: an edit without pictures (``output_type="latent"``).
+            BaseMemoryError, PipelineInterruptedError: see :meth:`generate`.
+        """
+        with self._turn:
+            known = self._bases_of_edits.get(edit)
+            if known is None:
+                known = self._bases_of_edits[edit] = self._base_of(edit)
+        return known
+
+    def _base_of(self, edit: Edit) -> Base:
+        made = edit.trajectory
+        if edit.report.decoder == "none":
+            raise ValueError("the edit has latents in the place of pictures: edit with another output_type")
+        with self._in_turn() as (unet, unet_state):
+            run = RebaseRun(unet, self.pipe, self._tokenizers, made)
+            state = self._watch.look(run.pipe, unet_state, made.prompts)
+            made.check(state, Schedule.of(self.pipe.scheduler), self.config)
+            self._texts.serve(run.pipe, state.models, made.arguments)
+            run.decoding = self._decoders.recording(self.pipe, state)
+            return run.rebase(state, owned(edit.images), edit.nsfw)
 
     def load(self, folder: str | Path) -> Base:
         """Read a base that :meth:`Base.save` wrote. Its edits are those of the base that was saved.
@@ -374,6 +424,7 @@ class Editor:
             if self._unet is not None:
                 self._unet.free()
             self._texts = TextMemo(self._watch.of)
+            self._bases_of_edits.clear()
             gc.collect()  # graphs refer to each other in circles
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()

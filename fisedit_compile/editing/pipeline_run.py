@@ -57,6 +57,13 @@ class PipelineRun:
         """The denoising step that is being computed."""
         return len(self.latents)
 
+    @property
+    def callback_changes(self) -> str:
+        """The name of the user's callback and what it changed; empty if nothing."""
+        if self.callback is None or not self.callback.changed:
+            return ""
+        return f"{self.callback.name}, which changed {', '.join(sorted(self.callback.changed))}"
+
     def run(self, **arguments: Any) -> Any:
         """What the pipeline returns for ``arguments``.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,10 @@ class PipelineState:
     kind: str
     models: Mapping[str, ModelState]
     tokens: Mapping[str, tuple[tuple[int, ...], ...]]
+
+    def of_prompts(self, pipe: Any, prompts: Sequence[str]) -> PipelineState:
+        """The same state with the tokens of other prompts."""
+        return replace(self, tokens=FrozenMapping(_tokens(pipe, prompts)))
 
     def read_weights(self) -> None:
         """Read the weights once, so that they can be told from those of other processes and of exchanged models.

@@ -109,28 +109,35 @@ class RecordRun(PipelineRun):
         )
 
     def begin(self, call: Call) -> None:
-        scheduler = self.pipe.scheduler
         # Of the loop itself: Heun's scheduler makes two steps of one, a picture to start from saves some.
         self._steps = getattr(self.pipe, "num_timesteps", None) or len(self.schedule.timesteps)
-        reason = why_not(scheduler, loop_steps=self._steps, arguments=self._arguments)
-        if self.callback and self.callback.official:
-            reason = reason or f"{self.callback.name} may change the loop at a step that an edit would not visit"
-        stride = choose_stride(self._config.stride, self._steps, reason)
-        self.visits = visited_steps(self._steps, stride)
+        self.visits = self.choose_visits()
         self._dense_visits = self._config.count_dense_steps(len(self.visits))
         self._controlled_visits = self._config.count_controlled_steps(len(self.visits))
         if self._controlled_visits:
             length = call.kwargs["encoder_hidden_states"].shape[1]
             check_text_length(self.pipe, length)
             self._tokens = min(length, own_tokens(self.pipe, self._prompts, self._arguments))
-        self._require_room(call, can_stride=not reason)
+        self._require_room(call)
         if self._trajectory is not None and len(self._trajectory) != self._steps:
             raise CaptureError(
                 f"{type(self.pipe).__name__} makes {self._steps} steps, and made {len(self._trajectory)} backwards"
             )
-        if (stride > 1 or self._trajectory is not None) and self._dense_visits:
-            self._solver_steps = watch_steps(scheduler)
-        refuse_noise_of_its_own(scheduler)
+        if (len(self.visits) < self._steps or self._trajectory is not None) and self._dense_visits:
+            self._solver_steps = watch_steps(self.pipe.scheduler)
+        refuse_noise_of_its_own(self.pipe.scheduler)
+
+    def choose_visits(self) -> tuple[int, ...]:
+        """The steps that edits of the base visit, as positions among those of the loop."""
+        reason = self._why_all()
+        return visited_steps(self._steps, choose_stride(self._config.stride, self._steps, reason))
+
+    def _why_all(self) -> str:
+        """Why edits have to visit every step; empty where they need not."""
+        reason = why_not(self.pipe.scheduler, loop_steps=self._steps, arguments=self._arguments)
+        if not reason and self.callback and self.callback.official:
+            reason = f"{self.callback.name} may change the loop at a step that an edit would not visit"
+        return reason
 
     @property
     def _sparse_visits(self) -> int:
@@ -151,9 +158,15 @@ class RecordRun(PipelineRun):
         def record() -> Tensor:
             if visit is None:
                 return self.unet.dense(call)
-            sparse, controlled = visit < self._sparse_visits, visit < self._controlled_visits
+            # Where any step is controlled all keep maps, though the last ones need none: a graph of their own would
+            # take seconds to make, and the maps are a few per cent of a step.
             out, kept = self.unet.record(
-                call, samples=samples, part=part, activations=sparse, attention=controlled, tokens=self._tokens
+                call,
+                samples=samples,
+                part=part,
+                activations=bool(self._sparse_visits),
+                attention=bool(self._controlled_visits),
+                tokens=self._tokens,
             )
             self.calls.append(RecordedCall(self.step, kept))
             return out
@@ -178,27 +191,21 @@ class RecordRun(PipelineRun):
                 f"{type(self.pipe).__name__} made {len(self.latents)} of {self._steps} steps: a base needs all of them"
             )
 
-    @property
-    def callback_changes(self) -> str:
-        """The name of the user's callback and what it changed; empty if nothing."""
-        if self.callback is None or not self.callback.changed:
-            return ""
-        return f"{self.callback.name}, which changed {', '.join(sorted(self.callback.changed))}"
-
-    def _require_room(self, call: Call, *, can_stride: bool) -> None:
+    def _require_room(self, call: Call) -> None:
         """Hold the memory of the base to what is free."""
         lowered, (samples, _) = self.unet.program(call).lowered, self.parts(call)
         activations = lowered.record_nbytes(samples=samples, activations=True, attention=False)
         maps = lowered.record_nbytes(samples=samples, activations=False, attention=True, tokens=self._tokens)
         latents = call.tensors[0].nbytes * samples // call.signature.sample_shape[0]
+        mapped_visits = len(self.visits) if self._controlled_visits else 0
         options = [f"fewer than {self._steps} steps", "a smaller height and width"]
         options += [f"fewer than {samples} pictures at a time"] if samples > 1 else []
         options += ["half precision (torch_dtype)"] if call.tensors[0].dtype.itemsize > 2 else []
         options += ["Editor(pipe, {'attention': 'masked'})"] if self._config.attention == "full" else []
         options += ["a lower cross_replace"] if self._controlled_visits else []
-        options += ["a stride above 1"] if can_stride and len(self.visits) == self._steps else []
+        options += ["a stride above 1"] if len(self.visits) == self._steps and not self._why_all() else []
         require_room(
-            self._sparse_visits * activations + self._controlled_visits * maps + self._steps * latents,
+            self._sparse_visits * activations + mapped_visits * maps + self._steps * latents,
             call.tensors[0].device,
             f"A base of {self._steps} steps",
             options,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fisedit_compile.editing.base import Base
 from fisedit_compile.editing.prompt_alignment import changed_words
+from fisedit_compile.editing.rounds import Trajectory
 from fisedit_compile.editing.step_macs import StepMacs
 
 if TYPE_CHECKING:
@@ -132,6 +133,7 @@ class Edit:
         mask: what was recomputed, bool ``[n, h, w]`` at latent resolution.
         latents: the final latents ``[n, c, h, w]``; outside the mask they are the base's, bit for bit.
         report: how it was made.
+        trajectory: what it went through, from which :meth:`~fisedit_compile.Editor.edit` records it to edit it again.
     """
 
     images: Any
@@ -139,6 +141,7 @@ class Edit:
     mask: Tensor
     latents: Tensor
     report: EditReport
+    trajectory: Trajectory = field(repr=False)
 
     @property
     def image(self) -> Any:

@@ -133,11 +133,12 @@ def _lengthen_ddim(scheduler: Any, timesteps: list[int], visits: Sequence[int]) 
     after = [*(timesteps[visit] for visit in visits[1:]), timesteps[-1] - last]
     # Fractions, since the division by them is exact whatever the gap.
     counts = [Fraction(trained, timesteps[visit] - next_) for visit, next_ in zip(visits, after, strict=True)]
+    kind = type(scheduler)
 
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         self.num_inference_steps = self.inference_steps_by_gap[self.steps_made]
         self.steps_made += 1
-        return super(type(self), self).step(*args, **kwargs)
+        return kind.step(self, *args, **kwargs)
 
     _override_step(scheduler, step)
     scheduler.inference_steps_by_gap, scheduler.steps_made = counts, 0
@@ -153,11 +154,12 @@ def _override_step(scheduler: Any, step: Callable[..., Any]) -> None:
 def watch_steps(scheduler: Any) -> list[SolverStep]:
     """A list to which each step of ``scheduler``, but not of its copies, adds what it was given."""
     seen: list[SolverStep] = []
+    kind = type(scheduler)
 
     def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self is scheduler:
             seen.append(SolverStep(model_output.clone(), timestep, sample.clone()))
-        return super(type(self), self).step(model_output, timestep, sample, *args, **kwargs)
+        return kind.step(self, model_output, timestep, sample, *args, **kwargs)
 
     _override_step(scheduler, step)
     return seen

@@ -17,8 +17,10 @@ from support.demo_pipelines import demo_pipeline
 from support.pipelines import tiny_pipeline
 
 from fisedit_compile.cli import main
-from fisedit_compile.quality.cases import load_cases
+from fisedit_compile.errors import MaskError
+from fisedit_compile.quality.cases import Case, load_cases
 from fisedit_compile.quality.judge import Judge, JudgeConfig
+from fisedit_compile.quality.runs import CaseRun, CaseRunner
 
 VARIANTS = ("dense_below=8", "dense_below=8,attention=masked")
 
@@ -127,11 +129,34 @@ def test_the_page_shows_pictures_that_are_there(measured: tuple[dict[str, Any], 
     assert str(page / "index.html") in stdout
 
 
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_case_that_cannot_be_edited_is_left_out_and_said(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    run, cases = CaseRunner.run, load_cases("quick", 2)
+
+    def first_fails(self: CaseRunner, case: Case) -> CaseRun:
+        if case in cases[:failing]:
+            raise MaskError("there is no region to edit")
+        return run(self, case)
+
+    monkeypatch.setattr(CaseRunner, "run", first_fails)
+    options = ("--cases", "2", "--steps", "4", "--control", "0", "--json", str(tmp_path / "q.json"))
+    status, stdout, stderr = quality(model, *options)
+    if failing == 2:
+        assert status == 2
+        assert f"no case could be edited: {cases[0].id}: there is no region to edit; {cases[1].id}" in stderr
+        return
+    assert status == 0, stderr
+    values = json.loads((tmp_path / "q.json").read_text())
+    assert values["failed"] == {cases[0].id: "there is no region to edit"}
+    assert [each["case"]["id"] for each in values["cases"]] == [cases[1].id]
+    assert f"left out, {cases[0].id}: there is no region to edit" in stdout
+
+
 class TestRefusals:
     @pytest.fixture(autouse=True)
     def nothing_is_drawn(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from fisedit_compile.quality.runs import CaseRunner
-
         def drawn(*_: Any) -> None:
             raise AssertionError("a case was drawn")
 
