@@ -11,7 +11,6 @@ from torch.fx import Node
 
 from fisedit_compile.compiler.lowered import Lowered
 from fisedit_compile.ir.layout import size_text
-from fisedit_compile.ir.requests import CacheEntry
 from fisedit_compile.macs.counter import MacCounter
 from fisedit_compile.macs.report import NO_RESOLUTION, lineage
 from fisedit_compile.masks.sample_masks import square_mask
@@ -61,7 +60,7 @@ class _Explanation:
         self.dense, self.step = counter.dense, counter.step(self.plan)
         self.prompt, self.timestep = counter.prompt, counter.timestep
         self.unit = "GMACs" if self.dense.total >= 1e10 else "MMACs"
-        self.kept = {entry: each for entry, each in counter.shapes.items() if isinstance(entry, CacheEntry)}
+        self.kept = {entry: counter.shapes[entry] for entry in lowered.cache_entries}
         self.on_rows = [change for name in _ROW_PASSES for change in self.reports[name].changes]
 
     def lines(self) -> Iterator[str]:
@@ -156,6 +155,8 @@ class _Explanation:
             f"The base keeps {kinds['map']} maps, {kinds['scale']} group norms and {kinds['value']} values of the "
             f"timestep a call, {_megabytes(self.kept.values())} MB."
         )
+        if maps := len(self.lowered.controlled_entries):
+            yield f"For control it also keeps the maps of {maps} cross-attentions, of the prompt's own words."
 
     def _passes(self) -> Iterator[str]:
         table: list[Sequence[str]] = [("pass", "changed", "skipped", "ms")]
