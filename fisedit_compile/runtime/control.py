@@ -110,6 +110,7 @@ class ControlBuffers:
             self._table = torch.zeros(len(entries), dtype=torch.int64, device=device)
         self.values |= {entry: self._table[i : i + 1] for i, entry in enumerate(entries)}
         self._control: Control | None = None
+        self._written: tuple[int, ...] = ()
         self._span = (0, 0, 0)
         self._tables: WeakKeyDictionary[Recorded, Tensor] = WeakKeyDictionary()
 
@@ -123,12 +124,14 @@ class ControlBuffers:
             self._span = span
         if control is None:
             return
-        if self._control is not control:
+        given = [each for each in control if isinstance(each, Tensor)]
+        written = tuple(0 if tensor.is_inference() else tensor._version for tensor in given)
+        if self._control is not control or written != self._written:
             samples = control.mapper.shape[0]
             self.values[MAPPER][:samples].copy_(control.mapper)
             self.values[KEEP][:samples].copy_(control.keep)
             self.values[WEIGHT][:samples].copy_(control.weights)
-            self._control = control
+            self._control, self._written = control, written
         if self._device.type == "cuda":
             self._table.copy_(self._addresses(cache))
         else:

@@ -119,3 +119,17 @@ def test_in_inference_mode_first_and_without_it_later(unets: UNets) -> None:
     with torch.inference_mode(False), torch.no_grad():
         assert all(map(torch.equal, results(), first))
         assert all(map(torch.equal, results(), first))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changed", [0, 1, 3], ids=["mapper", "keep", "weight"])
+def test_control_that_is_written_to_is_followed(both: Both, changed: int) -> None:
+    (base, edit, _), rows = both.calls, both.rows
+    _, kept = both.record(both.dense, base)
+    length = base.kwargs["encoder_hidden_states"].shape[1]
+    control = Control(torch.eye(length)[None].clone(), torch.ones(1, length), -1, torch.ones(1, length))
+    before = rows.controlled(edit, kept, control)
+    control[changed][..., 2] = 0
+    after = rows.controlled(edit, kept, control)
+    assert_close(after, both.dense.controlled(edit, kept, control))
+    assert not torch.equal(after, before)
