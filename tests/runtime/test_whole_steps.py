@@ -30,7 +30,7 @@ class Both:
         return sparse.record(call, samples=SAMPLES, attention=True, tokens=TOKENS)
 
 
-@pytest.fixture(scope="module", params=["micro", "tiny"])
+@pytest.fixture(scope="module", params=["micro", "tiny-sdxl"])
 def both(unets: UNets, request: pytest.FixtureRequest) -> Both:
     return Both(unets, request.param)
 
