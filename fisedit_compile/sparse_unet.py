@@ -28,6 +28,7 @@ from fisedit_compile.runtime.model_watch import ModelWatch
 from fisedit_compile.runtime.prepared import Prepared
 from fisedit_compile.runtime.program import Program
 from fisedit_compile.runtime.programs import Programs
+from fisedit_compile.runtime.whole_steps import faster_as_rows
 
 
 def sparsify(unet: torch.nn.Module, config: SparsityConfig | dict[str, Any] | None = None) -> SparseUNet:
@@ -148,7 +149,7 @@ class SparseUNet(torch.nn.Module):
         On a GPU in half precision it runs by operations on rows, as recorded and controlled calls do, which is faster;
         elsewhere the U-Net is called as the call was made.
         """
-        if call.tensors[0].is_cuda and call.tensors[0].dtype.itemsize == 2:
+        if faster_as_rows(call.tensors[0]):
             return self._program(call, self._ready(values=True)).dense(call)
         args, kwargs = call.split()
         out: Tensor = self.unet(*args, **kwargs, return_dict=False)[0]

@@ -50,23 +50,9 @@ SPARSE_PASSES: tuple[Pass, ...] = (
 )
 
 #: Dense graph -> the graph of the same meaning in which every pixel is a row; with ``EVERY_RESOLUTION`` as
-#: ``dense_below``. Recording adds a pass of its own behind ``cancel_scatter_gather``.
-WHOLE_PASSES: tuple[Pass, ...] = (
-    annotate_layout,
-    select_region,
-    insert_gather_scatter,
-    sparsify_conv,
-    sparsify_norm,
-    sparsify_attention,
-    sparsify_pointwise,
-    cancel_scatter_gather,
-    unfold_whole_rows,
-    merge_linears,
-    fuse_pointwise,
-    fuse_norms,
-    join_shortcuts,
-    hoist_invariants,
-)
+#: ``dense_below``. It reads nothing of a base: neither values of the timestep, nor maps to scatter into. Recording adds
+#: a pass of its own behind ``cancel_scatter_gather``.
+WHOLE_PASSES: tuple[Pass, ...] = tuple(unfold_whole_rows if each is reuse_timestep else each for each in SPARSE_PASSES)
 
 #: Those of the sparse graph for decoders, whose maps are too large for a base to keep: on a GPU, where rows of a whole
 #: level save kernels, and on the host, where convolutions of whole maps are twice as fast.

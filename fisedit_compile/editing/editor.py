@@ -345,7 +345,7 @@ class Editor:
             )
             trajectory = Trajectory(
                 prompts=prompts,
-                arguments=FrozenMapping(owned({**base.arguments, **changes})),
+                arguments=FrozenMapping({**base.arguments, **owned({**changes, **output})}),
                 generators=base.generators,
                 pipeline=state.of_prompts(run.pipe, prompts),
                 schedule=base.schedule,

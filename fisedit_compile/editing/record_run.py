@@ -68,7 +68,7 @@ class RecordRun(PipelineRun):
         prompts: tuple[str, ...],
         generators: list[torch.Generator],
         state: PipelineState,
-        photos: list[Any] | None = None,
+        photos: Any = None,
     ) -> Base:
         """The base that the run makes.
 
@@ -82,12 +82,12 @@ class RecordRun(PipelineRun):
         states = tuple((each.get_state(), each.device) for each in generators)
         start = time.perf_counter()
         output = {}
-        if photos:  # what their latents are decoded to is not shown, but read by edits
+        if photos is not None:  # what their latents are decoded to is not shown, but read by edits
             output["output_type"] = "pt" if isinstance(self.decoding, RecordDecoding) else "latent"
         images, nsfw = self.draw(prompts, generators, {**self._arguments, **output})
         seconds = time.perf_counter() - start
         state.read_weights()
-        images, nsfw = (photos, None) if photos else (images, nsfw)
+        images, nsfw = (images, nsfw) if photos is None else (photos, None)
         return Base(
             images=images,
             nsfw=nsfw,

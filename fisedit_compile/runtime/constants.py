@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fisedit_compile.runtime.model_state import Live
@@ -27,8 +28,8 @@ class Constants:
     def add(self, stage: Stage) -> None:
         """Take in the stage of one more graph; what other graphs have computed is not kept twice."""
         self._stages.append(stage)
-        if self._weights is not None and not self.values.keys() >= set(stage.outputs):
-            self.values = {**stage.values({}), **self.values}
+        if self._weights is not None:
+            self.values = self._with(stage, self.values)
 
     def follow(self, weights: Live) -> bool:
         """Compute the values anew where the weights are others than before, in the same memory where these lie still.
@@ -45,8 +46,7 @@ class Constants:
         self.version += 1
         values: dict[Any, Tensor] = {}
         for stage in self._stages:
-            if not values.keys() >= set(stage.outputs):
-                values = {**stage.values({}), **values}
+            values = self._with(stage, values)
         if moved:
             self.values.clear()
             self.values.update(values)
@@ -55,3 +55,11 @@ class Constants:
             if old.data_ptr() != values[request].data_ptr():  # else it is the weight itself
                 old.copy_(values[request])
         return False
+
+    @staticmethod
+    def _with(stage: Stage, values: dict[Any, Tensor]) -> dict[Any, Tensor]:
+        """``values`` and those of a stage that are not among them, which can be written to in whatever mode is next."""
+        if values.keys() >= set(stage.outputs):
+            return values
+        with torch.inference_mode(False):
+            return {**stage.values({}), **values}

@@ -23,7 +23,7 @@ from fisedit_compile.runtime.model_state import Live, ModelState
 from fisedit_compile.runtime.prepared import Prepared
 from fisedit_compile.runtime.stage import Stage
 from fisedit_compile.runtime.static_step import Shared, StaticStep
-from fisedit_compile.runtime.whole_steps import WholeSteps
+from fisedit_compile.runtime.whole_steps import WholeSteps, faster_as_rows
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +58,7 @@ class Program:
         }
         dtype = call.tensors[0].dtype
         self.fixed_sizes = self._device.type == "cuda" and dtype is not torch.float64
-        # In single precision cuDNN is faster than kernels of rows, which have no matrix units for it.
-        self.dense_as_rows = self.fixed_sizes and dtype.itemsize == 2
+        self.dense_as_rows = faster_as_rows(call.tensors[0])
         self._weights: Live | None = None  # as they are
         self._constants = Constants()
         self._constants.add(self._stages["constant"])
@@ -108,15 +107,13 @@ class Program:
         entries = (self.lowered.cache_entries if activations else []) + (
             self.lowered.attention_entries if attention else []
         )
-        self._refresh_constants()
-        out, kept = self._dense.record(self._user_values(call), entries, samples, part, tokens)
+        out, kept = self._dense_calls().record(self._user_values(call), entries, samples, part, tokens)
         timesteps = tuple(None if each is None else each.clone() for each in self._known_timesteps(call))
         return out, Recorded(self.signature, timesteps, kept)
 
     def controlled(self, call: Call, cache: StepCache, control: Control) -> Tensor:
         """The U-Net's output with the base's cross-attention maps of unchanged words."""
-        self._refresh_constants()
-        return self._dense.controlled(self._user_values(call), cache, control)
+        return self._dense_calls().controlled(self._user_values(call), cache, control)
 
     def dense(self, call: Call) -> Tensor:
         """The U-Net's output by operations on rows; only where :attr:`dense_as_rows`."""
@@ -200,6 +197,12 @@ class Program:
         if self._constants.follow(self._weights):
             self._static.clear()
             self._dense.forget()
+
+    def _dense_calls(self) -> WholeSteps | DenseGraphs:
+        """What runs recorded and controlled calls; with constants as the weights are, where it reads any."""
+        if self.dense_as_rows:
+            self._refresh_constants()
+        return self._dense
 
     @cached_property
     def _whole(self) -> WholeSteps:

@@ -19,6 +19,14 @@ from fisedit_compile.runtime.prompt_values import PromptValues
 from fisedit_compile.runtime.stage import Stage
 
 
+def faster_as_rows(sample: Tensor) -> bool:
+    """Whether dense calls with these latents are faster by operations on rows: on a GPU in half precision.
+
+    In single precision row kernels have no matrix units, and a CPU convolves whole maps twice as fast.
+    """
+    return sample.is_cuda and sample.dtype.itemsize == 2
+
+
 class WholeSteps:
     """The graphs of a lowered U-Net in which every pixel is a row, each made on first use.
 

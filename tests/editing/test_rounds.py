@@ -141,3 +141,16 @@ def test_a_callback_that_changed_the_loop_cannot_be_recorded_without(tiny_editor
     edit = tiny_editor.edit(tiny_base, EDIT, left_half(), callback_on_step_end=scaled)
     with pytest.raises(BaseMismatchError, match="scaled"):
         tiny_editor.edit(edit, AGAIN, left_half())
+
+
+@pytest.mark.parametrize("kind", ["np", "pt"])
+def test_pictures_of_any_kind_are_edited_again_as_that_kind(kind: str) -> None:
+    editor = Editor(tiny_pipeline(), CONFIG)
+    first = editor.edit(generate(editor, output_type=kind), EDIT, left_half())
+    second = editor.edit(first, AGAIN, right_half())
+    assert type(second.images) is type(first.images)
+    columns = [edit.images[:, :, 0] if kind == "np" else edit.images[..., 0] for edit in (first, second)]
+    assert np.array_equal(*map(np.asarray, columns))
+    of_pil = editor.edit(generate(editor), EDIT, left_half(), output_type=kind, background="latents")
+    assert editor.base_of(of_pil).arguments["output_type"] == kind
+    assert type(editor.edit(of_pil, AGAIN, right_half()).images) is type(of_pil.images)

@@ -133,3 +133,17 @@ def test_control_that_is_written_to_is_followed(both: Both, changed: int) -> Non
     after = rows.controlled(edit, kept, control)
     assert_close(after, both.dense.controlled(edit, kept, control))
     assert not torch.equal(after, before)
+
+
+def test_weights_written_to_after_a_recording_in_inference_mode(unets: UNets) -> None:
+    unet = unets.fresh("micro")
+    sparse = sparsify(unet, {"dense_below": 8})
+    call = unets.call(sparse, "micro", 2, SIZE)
+    sparse.program(call).dense_as_rows = True
+    with torch.inference_mode():
+        sparse.record(call)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.mul_(1.01)
+        after, _ = sparse.record(call)
+        assert_close(after, sparse.dense(call))
