@@ -50,17 +50,17 @@ def controlled_rows_reference(
     length, begin, end = span.tolist()
     if not length:
         return out
-    row = slice(int(offsets[begin]), int(offsets[end]))
-    pixel = index[row] - begin * pixels
-    sample = pixel // pixels
     wide = torch.promote_types(q.dtype, torch.float32)
-    keys, values = (each.unflatten(0, (batch, tokens))[begin + sample] for each in (k, v))  # [rows, T, heads, hd]
-    scores = torch.einsum("mhd,mthd->mht", q[row].to(wide), keys.to(wide))
-    own = (scores * (q.shape[-1] ** -0.5 if scale is None else scale)).softmax(-1).to(q.dtype).to(wide)
-    base = maps[pixel].to(wide)
-    probs = exchange_maps(own, base, mapper[sample].to(wide), keep[sample][:, None].to(wide))
-    probs = probs * weight[sample][:, None].to(wide)
-    out[row] += torch.einsum("mht,mthd->mhd", (probs - own).to(v.dtype), values)
+    starts = offsets.tolist()
+    for picture, sample in enumerate(range(begin, end)):
+        row, text = slice(starts[sample], starts[sample + 1]), slice(sample * tokens, (sample + 1) * tokens)
+        query, key, value = (each.transpose(0, 1) for each in (q[row], k[text], v[text]))  # [heads, rows or tokens, hd]
+        scores = query.to(wide) @ key.to(wide).transpose(1, 2)
+        own = (scores * (q.shape[-1] ** -0.5 if scale is None else scale)).softmax(-1).to(q.dtype).to(wide)
+        base = maps[index[row] - begin * pixels].transpose(0, 1).to(wide)
+        probs = exchange_maps(own, base, mapper[picture].to(wide), keep[picture].to(wide))
+        change = (probs * weight[picture].to(wide) - own).to(v.dtype) @ value
+        out[row] += change.transpose(0, 1)
     return out
 
 
