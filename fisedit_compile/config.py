@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 import sys
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
 
 AttentionMode = Literal["full", "masked"]
 BlockMode = Literal["pixel", "paper", "measured"]
+CacheMode = Literal["auto", "exact", "balanced", "small"]
 
 
 #: A value of ``dense_below`` with which every resolution is computed whole: the dense U-Net, by operations on rows.
@@ -54,6 +58,11 @@ class SparsityConfig:
             divides its time and the base's memory by about as much; 1 visits all. ``"auto"`` takes 3 from 48 steps on
             and 2 from 32 on where the scheduler can make longer steps, else 1. Dense and controlled steps are counted
             among those visited.
+        cache: how a base keeps activations of the U-Net. ``"exact"`` as they are; ``"balanced"`` in four bits a value,
+            ``"small"`` in two, each with the ends of its group's range
+            (:mod:`fisedit_compile.kernels.indexing.packed_rows`), which take 0.28 and 0.16 of the memory in half
+            precision; docs/measurements/cache.md says what that changes in pictures. ``"auto"`` is ``"balanced"`` on a
+            GPU in half precision, where unpacking takes no longer than copying, and ``"exact"`` elsewhere.
         compile: whether the graphs are lowered through ``torch.compile``; otherwise they run eagerly.
     """
 
@@ -64,6 +73,7 @@ class SparsityConfig:
     dense_steps: int | float = 0.1
     cross_replace: float | Literal["auto"] = "auto"
     stride: int | Literal["auto"] = "auto"
+    cache: CacheMode = "auto"
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -71,6 +81,8 @@ class SparsityConfig:
             raise ValueError(f"attention={self.attention!r}: choose 'full' or 'masked'")
         if self.blocks not in ("pixel", "paper", "measured"):
             raise ValueError(f"blocks={self.blocks!r}: choose 'pixel', 'paper' or 'measured'")
+        if self.cache not in ("auto", "exact", "balanced", "small"):
+            raise ValueError(f"cache={self.cache!r}: choose 'auto', 'exact', 'balanced' or 'small'")
         if self.stride != "auto" and (not _is_number(self.stride, int) or self.stride < 1):
             raise ValueError(f"stride={self.stride!r}: 'auto', or a number of steps, at least 1")
         if not isinstance(self.compile, bool):
@@ -126,6 +138,12 @@ class SparsityConfig:
         if self.cross_replace == "auto":
             return round((ADDING if adds else REPLACING) * steps)
         return round(self.cross_replace * steps)
+
+    def cache_bits(self, device: torch.device, dtype: torch.dtype) -> int | None:
+        """In how many bits a value bases of a U-Net on ``device`` keep activations of ``dtype``; None: as they are."""
+        if self.cache == "auto":
+            return 4 if device.type == "cuda" and dtype.itemsize == 2 else None
+        return {"exact": None, "balanced": 4, "small": 2}[self.cache]
 
 
 def _is_number(value: object, kind: Any) -> bool:

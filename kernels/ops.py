@@ -30,6 +30,7 @@ from fisedit_compile.kernels.implicit_gemm.linear_rows import (
 )
 from fisedit_compile.kernels.implicit_gemm.row_product_arguments import EPILOGUE_SCHEMA, SHORTCUT_SCHEMA
 from fisedit_compile.kernels.indexing.gather_scatter import gather_rows_reference, scatter_rows_reference
+from fisedit_compile.kernels.indexing.packed_rows import RowFormat, pack_rows_reference
 from fisedit_compile.kernels.norms.cat_norm_rows import cat_norm_rows_reference
 from fisedit_compile.kernels.norms.group_norm_rows import (
     group_norm_rows_reference,
@@ -129,6 +130,11 @@ def _group_norm_statistics(rows: torch.Tensor, samples: int, *_: Any) -> tuple[t
     return scale, shift
 
 
+def _pack_rows(rows: torch.Tensor, bits: int) -> torch.Tensor:
+    nbytes = RowFormat(tuple(rows.shape[1:]), rows.dtype, bits).nbytes
+    return rows.new_empty(rows.shape[0], nbytes, dtype=torch.uint8)
+
+
 def _like_rows(rows: torch.Tensor, *_: Any) -> torch.Tensor:
     return rows.new_empty(rows.shape)
 
@@ -140,6 +146,13 @@ _register(
     scatter_rows_reference,
     _scatter_rows,
     _launcher("indexing.scatter_rows_triton", "scatter_rows_triton", scatter_rows_reference),
+)
+_register(
+    "pack_rows",
+    "Tensor rows, int bits",
+    pack_rows_reference,
+    _pack_rows,
+    _launcher("indexing.pack_rows_triton", "pack_rows_triton", pack_rows_reference),
 )
 _CONV2D_ROWS = (
     f"Tensor rows, Tensor? halo, Tensor weight, Tensor? bias, Tensor table, {EPILOGUE_SCHEMA}, {SHORTCUT_SCHEMA}"

@@ -40,6 +40,7 @@ ATTENTION = aten.scaled_dot_product_attention.default
 UPSAMPLE = aten.upsample_nearest2d.vec
 
 GATHER_ROWS = torch.ops.fisedit.gather_rows.default
+PACK_ROWS = torch.ops.fisedit.pack_rows.default
 SCATTER_ROWS = torch.ops.fisedit.scatter_rows.default
 CONV2D_ROWS = torch.ops.fisedit.conv2d_rows.default
 CONV2D_ROWS_AND_NORM = torch.ops.fisedit.conv2d_rows_and_norm.default

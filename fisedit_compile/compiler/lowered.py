@@ -27,9 +27,11 @@ from fisedit_compile.ir.layout import Layout, Size
 from fisedit_compile.ir.meta_interpreter import on_meta
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry, ControlTensor, Hoisted, requests_of
+from fisedit_compile.kernels.indexing.packed_rows import RowFormat
 from fisedit_compile.passes import targets
 from fisedit_compile.passes.arguments import arguments_of
 from fisedit_compile.passes.dense.control_cross_attention import control_cross_attention
+from fisedit_compile.passes.dense.pack_recorded import pack_recorded
 from fisedit_compile.passes.dense.record_activations import record_activations
 from fisedit_compile.passes.manager import SPARSE_PASSES, Pass, run_passes
 from fisedit_compile.passes.pass_report import PassReport
@@ -154,11 +156,36 @@ class Lowered:
                 specs[node.meta["request"]] = (node.meta["val"].shape, node.meta["val"].dtype)
         return specs
 
+    @cached_property
+    def formats(self) -> dict[CacheEntry, RowFormat]:
+        """How the maps lie in the base's memory that it keeps in few bits a value; others lie as they are.
+
+        The noise prediction is one of these, since a step returns it outside the mask.
+        """
+        sample = self.dense.graph.find_nodes(op="placeholder")[0].meta["val"]
+        bits = self.config.cache_bits(sample.device, sample.dtype)
+        if bits is None:
+            return {}
+        output = None if self.output is None else self.output[0]
+        return {
+            entry: RowFormat(tuple(shape[1:]), dtype, bits)
+            for entry, (shape, dtype) in self.cache_specs.items()
+            if entry.kind == "map" and entry != output
+        }
+
+    @cached_property
+    def stored_specs(self) -> dict[CacheEntry, TensorSpec]:
+        """The shape and dtype in which a base keeps each of :attr:`cache_entries`."""
+        stored = dict(self.cache_specs)
+        for entry, form in self.formats.items():
+            stored[entry] = (torch.Size([stored[entry][0][0], form.nbytes]), torch.uint8)
+        return stored
+
     def record_nbytes(self, *, samples: int, activations: bool, attention: bool, tokens: int | None = None) -> int:
         """Memory of what a base keeps of one call, in bytes; arguments as of ``Program.record``."""
         kept = 0
         if activations:
-            kept += sum(shape.numel() * dtype.itemsize for shape, dtype in self.cache_specs.values())
+            kept += sum(shape.numel() * dtype.itemsize for shape, dtype in self.stored_specs.values())
         if attention:
             for node in text_attentions(self.dense.graph):
                 query, key = (each.meta["val"] for each in node.args[:2])  # type: ignore[union-attr]
@@ -228,13 +255,14 @@ class Lowered:
     def recording(
         self, entries: Sequence[CacheEntry], samples: int, part: int, tokens: int | None = None
     ) -> StageGraph:
-        """The dense graph that also returns the value of each entry.
+        """The dense graph that also returns each entry as a base keeps it.
 
         The batch consists of parts of ``samples`` each, of which the one at place ``part`` is conditional. Attention
         maps are of the first ``tokens`` of the text; None is all.
         """
         graph_module = copy_graph(self.dense)
         record_activations(graph_module, entries, samples, part, tokens)
+        pack_recorded(graph_module, entries, self.formats)
         return StageGraph(graph_module)
 
     def controlled(self, part: int) -> StageGraph:

@@ -17,6 +17,7 @@ from fisedit_compile.compiler.stage_graph import StageGraph
 from fisedit_compile.config import EVERY_RESOLUTION
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry
+from fisedit_compile.passes.dense.pack_recorded import pack_recorded
 from fisedit_compile.passes.dense.record_rows import keep_values, record_rows
 from fisedit_compile.passes.manager import WHOLE_PASSES, run_passes
 from fisedit_compile.passes.region.cancel_scatter_gather import cancel_scatter_gather
@@ -67,6 +68,8 @@ def lower_whole(
     cross_replace = lowered.config.cross_replace if control else 0.0
     config = replace(lowered.config, dense_below=EVERY_RESOLUTION, cross_replace=cross_replace)
     run_passes(graph_module, config, tuple(passes))
+    if entries is not None:
+        pack_recorded(graph_module, entries, lowered.formats)
     stages = {name: StageGraph(graph) for name, graph in split_stages(graph_module).items() if name != "fetch"}
     requests = [name for stage in stages.values() for name in stage.names]
     planned = [request for request in requests if isinstance(request, PlanTensor)]

@@ -23,6 +23,7 @@ from fisedit_compile.runtime.model_state import Live, ModelState
 from fisedit_compile.runtime.prepared import Prepared
 from fisedit_compile.runtime.stage import Stage
 from fisedit_compile.runtime.static_step import Shared, StaticStep
+from fisedit_compile.runtime.unpacked import unpacked
 from fisedit_compile.runtime.whole_steps import WholeSteps, faster_as_rows
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class Program:
         self.lowered = lowered
         self.config = lowered.config
         self.signature: Signature = lowered.signature
-        self.cache = CacheDescription(lowered.cache_specs)
+        self.cache = CacheDescription(lowered.stored_specs)
         self._device = call.tensors[0].device
         self._plan_on = self._device if plan_on_device else torch.device("cpu")
         self._stages = {
@@ -174,7 +175,10 @@ class Program:
         controls = control_values(control, cache, entries, specs, self.lowered.batch)
         values = {**inputs, **self._constants.values, **prompt, **prepared.values, **cache, **controls}
         few = min(prepared.plan.counts.values()) < _FEWEST
-        values.update(self._stages["fetch"].values(values))
+        if self.lowered.formats:
+            values.update(unpacked(self.lowered, self._stages["step"].names, values))
+        else:
+            values.update(self._stages["fetch"].values(values))
         return self._stages["step"](values, eagerly=few)
 
     def static_step(self, prepared: Prepared) -> StaticStep | None:

@@ -1,8 +1,8 @@
 """The sparse step at fixed shapes and addresses: on a GPU one CUDA graph for each bucket of sizes.
 
 A step has buffers of its own, padded to its bucket, and everything that changes is copied into them: the plan once an
-edit, the prompt's values once an edit, and before each step, by one launch, the base's halo rows, norms and time
-embeddings. Another mask is another plan to copy, never another graph.
+edit, the prompt's values once an edit, and before each step, by a launch or two, the base's halo rows, norms and time
+embeddings, unpacked where the base keeps them in few bits. Another mask is another plan to copy, never another graph.
 """
 
 from __future__ import annotations
@@ -120,6 +120,7 @@ class StaticStep:
                 self._sources[name], self._rows[name] = entry, rows
                 shapes[name] = ((bucket.halo[rows.where], *shape[1:]), dtype)  # type: ignore[index]
         self._fetched = shared.memory(shapes).tensors
+        self._formats = [lowered.formats.get(self._sources[name]) for name in self._fetched]
         self._plan: Packed | None = None
         self._plan_of: Packed | None = None
         self._copies: RowCopies | None = None
@@ -168,7 +169,8 @@ class StaticStep:
             if self._plan is None:
                 self._plan = Packed(plan.shapes, self._shared.device)
                 indices = [self._plan.tensors[self._rows[n]] if n in self._rows else None for n in self._fetched]
-                self._copies = RowCopies(list(self._fetched.values()), indices, self._plan.tensors["counts"])
+                counts = self._plan.tensors["counts"]
+                self._copies = RowCopies(list(self._fetched.values()), indices, counts, self._formats)
             assert self._copies is not None
             if self._plan_of is not plan:
                 if plan.ready is not None:

@@ -32,7 +32,8 @@ class DecoderProgram(Program):
     def __init__(self, decoder: Decoder, call: Call) -> None:
         smaller_side = min(call.signature.sample_shape[2:])
         passes = DECODER_PASSES if call.tensors[0].is_cuda else DECODER_PASSES_ON_HOST
-        lowered = lower(decoder, call, SparsityConfig(dense_below=smaller_side + 1, dense_above=1.0), passes)
+        config = SparsityConfig(dense_below=smaller_side + 1, dense_above=1.0, cache="exact")
+        lowered = lower(decoder, call, config, passes)
         maps = [entry.node for entry in lowered.cache_entries if entry.kind not in ("scale", "shift")]
         if lowered.output is None or maps != [lowered.output[0].node]:
             raise CaptureError(f"not all of the decoder of {type(decoder.vae).__name__} can run on rows ({maps})")

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fisedit_compile.kernels.indexing.packed_rows import RowFormat
 from fisedit_compile.kernels.launch.triton_launch import launch
 
 _ROWS, _WORDS = 16, 128  # that a program copies
@@ -51,10 +52,20 @@ def _copy_rows_kernel(
 
 
 class CopyLaunch:
-    """The tables of a launch, which depend on the targets and are made once; arguments as of ``RowCopies``."""
+    """The tables of a launch, which depend on the targets and are made once; arguments as of ``RowCopies``.
 
-    def __init__(self, targets: Sequence[Tensor], indices: Sequence[Tensor | None], counts: Tensor) -> None:
+    Targets whose sources are packed are left alone, see ``unpack_rows_triton``.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[Tensor],
+        indices: Sequence[Tensor | None],
+        counts: Tensor,
+        formats: Sequence[RowFormat | None],
+    ) -> None:
         self._keep = (targets, indices)
+        self._plain = [i for i, form in enumerate(formats) if form is None]
         self._counts, device = counts, counts.device
         row_bytes = [math.prod(target.shape[1:]) * target.element_size() for target in targets]
         # A target without an index is copied as one run of bytes, cut into rows as wide as a program.
@@ -62,16 +73,17 @@ class CopyLaunch:
             target.numel() * target.element_size() if index is None else size
             for target, index, size in zip(targets, indices, row_bytes, strict=True)
         ]
-        self.bytes = math.gcd(16, *sizes, *(target.data_ptr() for target in targets))
+        plain = [(sizes[i], targets[i].data_ptr()) for i in self._plain]
+        self.bytes = math.gcd(16, *(each for pair in plain for each in pair))
         word = min(self.bytes, 8)
         self._word = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}[word]
         widths = [_WORDS if index is None else size // word for index, size in zip(indices, row_bytes, strict=True)]
         totals = [target.numel() * target.element_size() // word for target in targets]
         programs = [
             (i, row, first)
-            for i, (width, total) in enumerate(zip(widths, totals, strict=True))
-            for row in range(0, -(-total // max(width, 1)), _ROWS)
-            for first in range(0, width, _WORDS)
+            for i in self._plain
+            for row in range(0, -(-totals[i] // max(widths[i], 1)), _ROWS)
+            for first in range(0, widths[i], _WORDS)
         ]
         self._programs = torch.tensor(programs, dtype=torch.int32).reshape(-1, 3).to(device)
         self._widths = torch.tensor(widths, dtype=torch.int32, device=device)
@@ -81,7 +93,7 @@ class CopyLaunch:
 
     def addresses(self, sources: Sequence[Tensor]) -> Tensor:
         """The addresses of the sources, on the device. They come from pinned memory, so that the host need not wait."""
-        if any(source.data_ptr() % self.bytes for source in sources):
+        if any(sources[i].data_ptr() % self.bytes for i in self._plain):
             raise ValueError(
                 f"a source does not start at a multiple of {self.bytes} bytes, as the targets do: clone it"
             )

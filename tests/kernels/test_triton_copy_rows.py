@@ -22,7 +22,7 @@ def loop(targets: list[torch.Tensor], indices: list, counts: torch.Tensor, sourc
 def launch(targets: list[torch.Tensor], indices: list, counts: torch.Tensor, sources: list[torch.Tensor]) -> None:
     from fisedit_compile.kernels.indexing.copy_rows_triton import CopyLaunch
 
-    copies = CopyLaunch(targets, indices, counts)
+    copies = CopyLaunch(targets, indices, counts, [None] * len(targets))
     copies.run(copies.addresses(sources))
 
 

@@ -18,6 +18,7 @@ from fisedit_compile.kernels.implicit_gemm.conv2d_rows import conv2d_rows_and_no
 from fisedit_compile.kernels.implicit_gemm.linear_rows import linear_rows_and_norm_reference, linear_rows_reference
 from fisedit_compile.kernels.implicit_gemm.row_product_tiles import Tile
 from fisedit_compile.kernels.indexing.copy_rows import RowCopies
+from fisedit_compile.kernels.indexing.packed_rows import RowFormat, pack_rows_reference, unpack_rows_reference
 from fisedit_compile.kernels.norms.cat_norm_rows import cat_norm_rows_reference
 from fisedit_compile.kernels.norms.group_norm_rows import (
     group_norm_rows_reference,
@@ -242,6 +243,36 @@ def test_many_copies_in_one_launch() -> None:
     assert (targets[0][200:] == -7).all()
     assert torch.equal(targets[1], sources[1])
     assert torch.equal(targets[2], sources[2][::3])
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_rows(dtype: torch.dtype, bits: int) -> None:
+    rows = [normal(4608, 320, dtype=dtype), normal(999, 8, 40, dtype=dtype), normal(64, 130, dtype=dtype)]
+    formats = [RowFormat(tuple(each.shape[1:]), dtype, bits) for each in rows]
+    indices = [torch.randperm(4608, device="cuda")[:300], None, torch.arange(0, 64, 3, device="cuda")]
+    targets = [
+        each.new_empty(len(each) if index is None else len(index), *each.shape[1:])
+        for each, index in zip(rows, indices, strict=True)
+    ]
+    counts = torch.tensor([200, 0, 22], dtype=torch.int32, device="cuda")
+    with poisoned():
+        packed = [torch.ops.fisedit.pack_rows(each, bits) for each in rows]
+        copies = RowCopies(targets, indices, counts, formats)
+        for target in targets:
+            target.fill_(-7)
+        copies.run(copies.addresses(packed))
+    for each, form, source, index, target in zip(rows, formats, packed, indices, targets, strict=True):
+        whole = unpack_rows_reference(source, form)
+        expected = unpack_rows_reference(pack_rows_reference(each, bits), form)
+        step = (each.float().amax() - each.float().amin()) / (2**bits - 1)
+        off = (whole.float() - expected.float()).abs()
+        assert off.max() <= 1.01 * step  # a quotient's last bit may tip a value to the next code
+        assert (off > 0.01 * step).float().mean() < 1e-3
+        taken = whole if index is None else whole[index]
+        real = len(target) if index is None else int(counts[0] if len(index) == 300 else counts[2])
+        torch.testing.assert_close(target[:real], taken[:real])
+        assert (target[real:] == -7).all()
 
 
 # (side, heads, head dim): self-attention of SD2 at 768, and the head dims of SD1.5

@@ -1,0 +1,107 @@
+"""The launch behind ``RowCopies`` for packed sources: each program unpacks rows of one target; a table says which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fisedit_compile.kernels.indexing.packed_rows import RowFormat
+from fisedit_compile.kernels.launch.triton_launch import launch
+
+_ROWS, _CHANNELS = 16, 128  # that a program unpacks
+
+
+@triton.jit
+def _unpack_rows_kernel(
+    sources: tl.tensor,  # int64 [N]: the address of each source
+    targets: tl.tensor,  # int64 [N]: the address of each target
+    indices: tl.tensor,  # int64 [N]: the address of the rows that a target takes, int64 each; 0 for all, in order
+    counts: tl.tensor,  # int32 [N]: how many rows are real, of a target that has an index
+    forms: tl.tensor,  # int32 [N, 5]: rows, width, channels of a group, bytes ahead of the codes, bytes of a row
+    programs: tl.tensor,  # int32 [programs, 3]: target, first row, first channel
+    VALUE: tl.constexpr,  # the dtype of the values
+    BITS: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+) -> None:
+    each: tl.constexpr = 8 // BITS
+    at = programs + tl.program_id(0) * 3
+    copy = tl.load(at)
+    row = tl.load(at + 1) + tl.arange(0, BR)  # [BR]
+    channel = tl.load(at + 2) + tl.arange(0, BC)  # [BC]
+    form = forms + copy * 5
+    rows, width, group = tl.load(form), tl.load(form + 1), tl.load(form + 2)
+    header, nbytes = tl.load(form + 3), tl.load(form + 4)
+    index = tl.load(indices + copy)
+    real = row < rows
+    taken = row.to(tl.int64)
+    if index != 0:
+        real = row < tl.load(counts + copy)
+        taken = tl.load(index.to(tl.pointer_type(tl.int64)) + row, mask=real, other=0)
+    inside = real[:, None] & (channel < width)[None, :]
+    start = tl.load(sources + copy) + taken * nbytes  # [BR], int64
+    ends = start.to(tl.pointer_type(VALUE))[:, None] + 2 * (channel // group)[None, :]
+    low = tl.load(ends, mask=inside, other=0.0).to(tl.float32)
+    step = tl.load(ends + 1, mask=inside, other=0.0).to(tl.float32)
+    bytes_ = (start + header).to(tl.pointer_type(tl.uint8))[:, None] + (channel // each)[None, :]
+    code = tl.load(bytes_, mask=inside, other=0).to(tl.int32)
+    code = (code >> ((channel % each) * BITS)[None, :]) & (2**BITS - 1)
+    value = low + step * code.to(tl.float32)
+    target = tl.load(targets + copy).to(tl.pointer_type(VALUE)) + row.to(tl.int64)[:, None] * width + channel[None, :]
+    tl.store(target, value.to(VALUE), mask=inside)
+
+
+class UnpackLaunch:
+    """The tables of the launches, which depend on the targets and are made once; arguments as of ``RowCopies``."""
+
+    def __init__(
+        self,
+        targets: Sequence[Tensor],
+        indices: Sequence[Tensor | None],
+        counts: Tensor,
+        formats: Sequence[RowFormat | None],
+    ) -> None:
+        self._keep = (targets, indices)
+        self._counts, device = counts, counts.device
+        forms: list[tuple[int, int, int, int, int]] = []
+        programs: dict[tuple[torch.dtype, int], list[tuple[int, int, int]]] = {}
+        for i, (target, form) in enumerate(zip(targets, formats, strict=True)):
+            if form is None:
+                forms.append((0, 0, 1, 0, 0))
+                continue
+            forms.append((len(target), form.width, form.group, form.header, form.nbytes))
+            programs.setdefault((form.dtype, form.bits), []).extend(
+                (i, row, first) for row in range(0, len(target), _ROWS) for first in range(0, form.width, _CHANNELS)
+            )
+        self._forms = torch.tensor(forms, dtype=torch.int32).reshape(-1, 5).to(device)
+        self._programs = {
+            kind: torch.tensor(rows, dtype=torch.int32).to(device) for kind, rows in programs.items() if rows
+        }
+        self._targets = torch.tensor([target.data_ptr() for target in targets], dtype=torch.int64).to(device)
+        self._indices = torch.tensor(
+            [0 if index is None else index.data_ptr() for index in indices], dtype=torch.int64
+        ).to(device)
+
+    def run(self, addresses: Tensor) -> None:
+        """Launch on the current stream; ``addresses`` is a result of ``CopyLaunch.addresses``, of all sources."""
+        for (dtype, bits), programs in self._programs.items():
+            launch(_unpack_rows_kernel, (len(programs),), self._counts)(
+                addresses,
+                self._targets,
+                self._indices,
+                self._counts,
+                self._forms,
+                programs,
+                VALUE=_TRITON_DTYPES[dtype],
+                BITS=bits,
+                BR=_ROWS,
+                BC=_CHANNELS,
+                num_warps=4,
+            )
+
+
+_TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
