@@ -28,6 +28,21 @@ def is_whole(size: tuple[int, int], dense_below: int) -> bool:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """How a base keeps maps in few bits a value; see :mod:`fisedit_compile.kernels.indexing.packed_rows`.
+
+    Attributes:
+        map_bits: of maps of which a step reads rows around the mask.
+        key_bits: of keys and values, which it reads whole.
+        tiles: keep the mean of two by two keys, and of two by two values.
+    """
+
+    map_bits: int
+    key_bits: int
+    tiles: bool
+
+
+@dataclass(frozen=True)
 class SparsityConfig:
     """Options of :func:`fisedit_compile.sparsify` and :class:`fisedit_compile.Editor`.
 
@@ -59,10 +74,9 @@ class SparsityConfig:
             and 2 from 32 on where the scheduler can make longer steps, else 1. Dense and controlled steps are counted
             among those visited.
         cache: how a base keeps activations of the U-Net. ``"exact"`` as they are; ``"balanced"`` in four bits a value,
-            ``"small"`` in two, each with the ends of its group's range
-            (:mod:`fisedit_compile.kernels.indexing.packed_rows`), which take 0.28 and 0.16 of the memory in half
-            precision; docs/measurements/cache.md says what that changes in pictures. ``"auto"`` is ``"balanced"`` on a
-            GPU in half precision, where unpacking takes no longer than copying, and ``"exact"`` elsewhere.
+            which takes 0.28 of the memory in half precision; ``"small"`` in two bits, keys and values by the mean of
+            two by two pixels in four, which takes 0.12. docs/measurements/cache.md says what that changes in pictures.
+            ``"auto"`` is ``"balanced"`` on a GPU in half precision and ``"exact"`` elsewhere.
         compile: whether the graphs are lowered through ``torch.compile``; otherwise they run eagerly.
     """
 
@@ -139,11 +153,12 @@ class SparsityConfig:
             return round((ADDING if adds else REPLACING) * steps)
         return round(self.cross_replace * steps)
 
-    def cache_bits(self, device: torch.device, dtype: torch.dtype) -> int | None:
-        """In how many bits a value bases of a U-Net on ``device`` keep activations of ``dtype``; None: as they are."""
-        if self.cache == "auto":
-            return 4 if device.type == "cuda" and dtype.itemsize == 2 else None
-        return {"exact": None, "balanced": 4, "small": 2}[self.cache]
+    def packing(self, device: torch.device, dtype: torch.dtype) -> Packing | None:
+        """How bases of a U-Net on ``device`` keep activations of ``dtype``; None: as they are."""
+        mode = self.cache
+        if mode == "auto":
+            mode = "balanced" if device.type == "cuda" and dtype.itemsize == 2 else "exact"
+        return {"exact": None, "balanced": Packing(4, 4, tiles=False), "small": Packing(2, 4, tiles=True)}[mode]
 
 
 def _is_number(value: object, kind: Any) -> bool:

@@ -48,7 +48,7 @@ def unets() -> UNets:
 @pytest.fixture(scope="session")
 def tiny_editor() -> Editor:
     """An editor of one small pipeline, captured once, for all tests that leave it as they found it."""
-    return Editor(tiny_pipeline(), CONFIG)
+    return Editor(tiny_pipeline(sparse_decoder=True), CONFIG)
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,13 @@ class Recorded(StepCache):
         self.model: Any = None
         self._kept = dict(kept)
 
+    def without(self, kind: str) -> Recorded:
+        """The same cache but for the entries of one kind."""
+        kept = {entry: tensor for entry, tensor in self._kept.items() if entry.kind != kind}
+        less = Recorded(self.signature, self.timesteps, kept)
+        less.model = self.model
+        return less
+
     def __getitem__(self, entry: CacheEntry) -> Tensor:
         return self._kept[entry]
 

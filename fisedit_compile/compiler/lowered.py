@@ -163,22 +163,30 @@ class Lowered:
         The noise prediction is one of these, since a step returns it outside the mask.
         """
         sample = self.dense.graph.find_nodes(op="placeholder")[0].meta["val"]
-        bits = self.config.cache_bits(sample.device, sample.dtype)
-        if bits is None:
+        packing = self.config.packing(sample.device, sample.dtype)
+        if packing is None:
             return {}
         output = None if self.output is None else self.output[0]
-        return {
-            entry: RowFormat(tuple(shape[1:]), dtype, bits)
-            for entry, (shape, dtype) in self.cache_specs.items()
-            if entry.kind == "map" and entry != output
-        }
+        by_rows = {entry for entry, _ in self.fetches.values()}
+        nodes = {node.name: node for node in self.dense.graph.nodes}
+        formats = {}
+        for entry, (shape, dtype) in self.cache_specs.items():
+            if entry.kind != "map" or entry == output:
+                continue
+            if entry in by_rows:
+                formats[entry] = RowFormat(tuple(shape[1:]), dtype, packing.map_bits)
+            else:  # keys and values
+                size = nodes[entry.node].meta["layout"].size if packing.tiles else None
+                formats[entry] = RowFormat(tuple(shape[1:]), dtype, packing.key_bits, size)
+        return formats
 
     @cached_property
     def stored_specs(self) -> dict[CacheEntry, TensorSpec]:
         """The shape and dtype in which a base keeps each of :attr:`cache_entries`."""
         stored = dict(self.cache_specs)
         for entry, form in self.formats.items():
-            stored[entry] = (torch.Size([stored[entry][0][0], form.nbytes]), torch.uint8)
+            pixels = stored[entry][0][0]
+            stored[entry] = (torch.Size([form.rows_of(pixels), form.nbytes]), torch.uint8)
         return stored
 
     def record_nbytes(self, *, samples: int, activations: bool, attention: bool, tokens: int | None = None) -> int:

@@ -158,8 +158,8 @@ class RecordRun(PipelineRun):
         def record() -> Tensor:
             if visit is None:
                 return self.unet.dense(call)
-            # Where any step is controlled all keep maps, though the last ones need none: a graph of their own would
-            # take seconds to make, and the maps are a few per cent of a step.
+            # Where any step is controlled all make maps, though those of the last ones are let go of: a graph of their
+            # own would take seconds to make, and maps take a few per cent of a step's time.
             out, kept = self.unet.record(
                 call,
                 samples=samples,
@@ -168,7 +168,8 @@ class RecordRun(PipelineRun):
                 attention=bool(self._controlled_visits),
                 tokens=self._tokens,
             )
-            self.calls.append(RecordedCall(self.step, kept))
+            controlled = visit < self._controlled_visits
+            self.calls.append(RecordedCall(self.step, kept if controlled else kept.without("attention")))
             return out
 
         return self.timer.time("record", call.tensors[0].device, record)
@@ -197,7 +198,6 @@ class RecordRun(PipelineRun):
         activations = lowered.record_nbytes(samples=samples, activations=True, attention=False)
         maps = lowered.record_nbytes(samples=samples, activations=False, attention=True, tokens=self._tokens)
         latents = call.tensors[0].nbytes * samples // call.signature.sample_shape[0]
-        mapped_visits = len(self.visits) if self._controlled_visits else 0
         options = [f"fewer than {self._steps} steps", "a smaller height and width"]
         options += [f"fewer than {samples} pictures at a time"] if samples > 1 else []
         options += ["half precision (torch_dtype)"] if call.tensors[0].dtype.itemsize > 2 else []
@@ -205,7 +205,7 @@ class RecordRun(PipelineRun):
         options += ["a lower cross_replace"] if self._controlled_visits else []
         options += ["a stride above 1"] if len(self.visits) == self._steps and not self._why_all() else []
         require_room(
-            self._sparse_visits * activations + mapped_visits * maps + self._steps * latents,
+            self._sparse_visits * activations + self._controlled_visits * maps + self._steps * latents,
             call.tensors[0].device,
             f"A base of {self._steps} steps",
             options,

@@ -121,6 +121,11 @@ class StaticStep:
                 shapes[name] = ((bucket.halo[rows.where], *shape[1:]), dtype)  # type: ignore[index]
         self._fetched = shared.memory(shapes).tensors
         self._formats = [lowered.formats.get(self._sources[name]) for name in self._fetched]
+        self._tiles = {
+            name: row_of.to(shared.device)
+            for (name, target), form in zip(self._fetched.items(), self._formats, strict=True)
+            if name not in self._rows and form and (row_of := form.row_of_each_pixel(len(target))) is not None
+        }
         self._plan: Packed | None = None
         self._plan_of: Packed | None = None
         self._copies: RowCopies | None = None
@@ -168,7 +173,8 @@ class StaticStep:
         with self._shared.in_turn():
             if self._plan is None:
                 self._plan = Packed(plan.shapes, self._shared.device)
-                indices = [self._plan.tensors[self._rows[n]] if n in self._rows else None for n in self._fetched]
+                rows = {name: self._plan.tensors[request] for name, request in self._rows.items()} | self._tiles
+                indices = [rows.get(name) for name in self._fetched]
                 counts = self._plan.tensors["counts"]
                 self._copies = RowCopies(list(self._fetched.values()), indices, counts, self._formats)
             assert self._copies is not None

@@ -5,7 +5,8 @@ above the lowest, rounded: with 4 bits it is off by at most a thirtieth of the g
 
     lowest and step of each group, in the dtype of the values | codes, low bits first, each row a whole number of words
 
-so that any row can be read alone.
+so that any row can be read alone. Keys and values, which are read whole, may be kept by the tile: one row, their mean,
+stands for two by two pixels.
 """
 
 from __future__ import annotations
@@ -15,12 +16,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 #: At most as many channels form a group. The width of a group changed no picture (docs/measurements/cache.md).
 _WIDEST_GROUP = 128
 
+#: Channels that a thread of a kernel reads at once: no group ends between them.
+EIGHT = 8
+
 #: A row's bytes are a multiple of it, and of the bytes of a value.
 _WORD = 4
+
+#: Pixels along a side of a tile.
+TILE = 2
 
 
 @dataclass(frozen=True)
@@ -31,11 +39,13 @@ class RowFormat:
         channels: the shape of a row.
         dtype: of its values.
         bits: of each code, 2 or 4.
+        size: height and width of the map in pixels, where a row stands for a tile of them; None where for a pixel.
     """
 
     channels: tuple[int, ...]
     dtype: torch.dtype
     bits: int
+    size: tuple[int, int] | None = None
 
     @property
     def width(self) -> int:
@@ -46,7 +56,7 @@ class RowFormat:
     def group(self) -> int:
         """Channels of a group; the last of a row may have fewer. An attention head is one group, where that fits."""
         last = self.channels[-1]
-        return last if last <= _WIDEST_GROUP and last % (8 // self.bits) == 0 else _WIDEST_GROUP
+        return last if last <= _WIDEST_GROUP and last % EIGHT == 0 else _WIDEST_GROUP
 
     @property
     def groups(self) -> int:
@@ -62,6 +72,32 @@ class RowFormat:
         """Bytes of a row."""
         word = max(_WORD, self.dtype.itemsize)
         return -(-(self.header + -(-self.width * self.bits // 8)) // word) * word
+
+    def rows_of(self, pixels: int) -> int:
+        """How many rows are kept of a map of so many pixels, of all samples together."""
+        if self.size is None:
+            return pixels
+        height, width = self.size
+        return pixels // (height * width) * -(-height // TILE) * -(-width // TILE)
+
+    def row_of_each_pixel(self, pixels: int) -> Tensor | None:
+        """The row that stands for each pixel, int64 ``[pixels]``; None where each has its own."""
+        if self.size is None:
+            return None
+        height, width = self.size
+        rows = torch.arange(self.rows_of(pixels)).view(-1, -(-height // TILE), -(-width // TILE))
+        every = rows.repeat_interleave(TILE, 1).repeat_interleave(TILE, 2)
+        return every[:, :height, :width].flatten()
+
+
+def mean_of_tiles(rows: Tensor, size: tuple[int, int]) -> Tensor:
+    """Rows ``[B*H*W, *channels]`` of a map of ``size`` (H, W) -> the mean of each tile, ``[tiles, *channels]``.
+
+    Tiles at the lower and right edge of a map of odd size have fewer pixels.
+    """
+    pixels = rows.reshape(-1, *size, rows[0].numel()).permute(0, 3, 1, 2)
+    means = F.avg_pool2d(pixels, TILE, ceil_mode=True, count_include_pad=False)
+    return means.permute(0, 2, 3, 1).reshape(-1, *rows.shape[1:])
 
 
 def pack_rows_reference(rows: Tensor, bits: int) -> Tensor:

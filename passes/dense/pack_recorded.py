@@ -1,6 +1,8 @@
 """Packing: what a recording graph returns of maps is their rows in few bits a value.
 
-output((%noise, (%rows, ...)))  ->  output((%noise, (pack_rows(%rows, bits), ...)))
+    output((%noise, (%rows, ...)))
+->  output((%noise, (pack_rows(%rows, bits), ...)))
+->  output((%noise, (pack_rows(mean_of_tiles(%rows, size), bits), ...)))     keys and values by the tile
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import cast
 from torch.fx import GraphModule, Node
 
 from fisedit_compile.ir.requests import CacheEntry
-from fisedit_compile.kernels.indexing.packed_rows import RowFormat
+from fisedit_compile.kernels.indexing.packed_rows import RowFormat, mean_of_tiles
 from fisedit_compile.passes import targets
 from fisedit_compile.passes.pass_report import PassReport
 from fisedit_compile.passes.rewriting import make_call, prune
@@ -38,8 +40,11 @@ def pack_recorded(
             continue
         # A copy of the whole rows, which some recordings make for those who keep them, would only be read here.
         rows = value.args[0] if value.target in (targets.aten.contiguous.default, targets.aten.clone.default) else value
+        path = value.meta["module_path"]
         with graph.inserting_before(output):
-            packed.append(make_call(graph, targets.PACK_ROWS, (rows, form.bits), module_path=value.meta["module_path"]))
+            if form.size is not None:
+                rows = make_call(graph, mean_of_tiles, (rows, form.size), module_path=path)
+            packed.append(make_call(graph, targets.PACK_ROWS, (rows, form.bits), module_path=path))
         report.change(value)
     output.args = ((noise, tuple(packed)),)
     prune(graph)

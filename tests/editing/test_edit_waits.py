@@ -67,7 +67,10 @@ def unseen(method: Callable[..., Tensor], reads: Reads) -> Callable[..., Tensor]
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_an_edit_with_a_mask_waits_once_behind_its_picture(stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    editor = Editor(tiny_pipeline(), {"dense_steps": 2, "cross_replace": 0.25, "dense_above": 1.0, "stride": stride})
+    editor = Editor(
+        tiny_pipeline(sparse_decoder=True),
+        {"dense_steps": 2, "cross_replace": 0.25, "dense_above": 1.0, "stride": stride},
+    )
     base = generate(editor, num_inference_steps=8)
     editor.edit(base, EDIT, left_half())
     reads, seen = Reads(), []  # seen: reads before and behind the decoder

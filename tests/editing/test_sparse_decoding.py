@@ -26,7 +26,7 @@ def always_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def editor() -> Editor:
-    return Editor(tiny_pipeline(), CONFIG)
+    return Editor(tiny_pipeline(sparse_decoder=True), CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def pixels(images: Any) -> np.ndarray:
 
 
 def fresh(**parts: Any) -> tuple[Editor, Any]:
-    pipe = tiny_pipeline(**parts)
+    pipe = tiny_pipeline(sparse_decoder=True, **parts)
     return Editor(pipe, CONFIG), pipe
 
 

@@ -10,7 +10,12 @@ from support.interpreter import MARKS
 from support.random_rows import normal
 
 from fisedit_compile.kernels.indexing.copy_rows import RowCopies
-from fisedit_compile.kernels.indexing.packed_rows import RowFormat, pack_rows_reference, unpack_rows_reference
+from fisedit_compile.kernels.indexing.packed_rows import (
+    RowFormat,
+    mean_of_tiles,
+    pack_rows_reference,
+    unpack_rows_reference,
+)
 
 Pack = Callable[[torch.Tensor, int], torch.Tensor]
 CHANNELS = [(320,), (960,), (5, 64), (8, 40), (2, 160), (96,), (8,), (3,), (1,), (129,), (2, 5)]
@@ -83,6 +88,21 @@ def test_a_slice_of_a_wider_product(pack: Pack) -> None:
     wide = normal(11, 3 * 64, dtype=torch.float16, seed=0)
     rows = wide[:, 64:128].unflatten(1, (2, 32))
     assert torch.equal(pack(rows, 4), pack(rows.contiguous(), 4))
+
+
+@pytest.mark.parametrize("size", [(4, 6), (5, 3), (1, 1)])
+def test_tiles(size: tuple[int, int]) -> None:
+    form = RowFormat((2, 8), torch.float32, 4, size)
+    pixels = 3 * size[0] * size[1]
+    rows = normal(pixels, 2, 8, dtype=torch.float32, seed=0)
+    means = mean_of_tiles(rows, size)
+    assert len(means) == form.rows_of(pixels) == 3 * -(-size[0] // 2) * -(-size[1] // 2)
+    row_of = form.row_of_each_pixel(pixels)
+    assert row_of is not None
+    expected = torch.stack([rows[row_of == i].mean(0) for i in range(len(means))])
+    torch.testing.assert_close(means, expected)
+    place = row_of.view(3, *size)
+    assert (place[:, :2, :2] == place[:, :1, :1]).all()  # one tile
 
 
 def test_no_rows(pack: Pack) -> None:

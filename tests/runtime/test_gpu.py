@@ -26,10 +26,10 @@ shapes = pytest.mark.parametrize(("arch", "dtype"), CASES, ids=lambda value: str
 
 @cache
 def recorded(arch: str, dtype: torch.dtype, attention: str = "full") -> tuple[Any, Any, torch.Tensor, Any]:
-    """A sparse U-Net on the GPU, a call of it, its noise prediction and its cache."""
+    """A sparse U-Net on the GPU, a call of it, its noise prediction and its cache, which is exact."""
     unet = build_unet(arch, device="cuda", dtype=dtype).to(memory_format=torch.channels_last)
     args, kwargs = unet_inputs(unet, batch=2, height=SHAPES[arch], width=SHAPES[arch])
-    sparse = sparsify(unet, {"attention": attention})
+    sparse = sparsify(unet, {"attention": attention, "cache": "exact"})
     call = sparse.call(*args, **kwargs)
     return sparse, call, *sparse.record(call)
 
@@ -74,6 +74,24 @@ def test_changed_latents_change_the_mask_alone_and_the_same_way_twice(arch, dtyp
     assert torch.equal(first[outside], out[outside])
     assert torch.equal(first, second)
     assert relative_error(first[~outside], out[~outside]) > TOLERANCES[torch.float32]
+
+
+@pytest.mark.parametrize("mode", ["balanced", "small"])
+@pytest.mark.parametrize(("arch", "dtype"), [("tiny", torch.float32), *CASES[1:4], CASES[5]], ids=str)
+def test_a_packed_base_is_near_an_exact_one(arch, dtype, mode):
+    sparse, call, out, cache = recorded(arch, dtype)
+    packed = sparsify(sparse.unet, {"cache": mode})
+    same, kept = packed.record(call)
+    assert torch.equal(same, out)
+    assert sum(each.nbytes for each in kept.values()) < 0.4 * sum(each.nbytes for each in cache.values())
+    mask = latents_mask(call, 0.15)
+    changed = torch.where(mask[:, None].cuda(), call.tensors[0] + 0.5, call.tensors[0])
+    new = sparse.call(**{**call.kwargs, "sample": changed})
+    exact = sparse.step(new, cache, sparse.prepare(call, mask))
+    step = packed.step(new, kept, packed.prepare(call, mask))
+    assert relative_error(step, exact) < (0.2 if mode == "small" else 0.04)
+    left = ~mask[:, None].cuda().expand_as(out)
+    assert torch.equal(step[left], out[left])
 
 
 def test_masked_attention_agrees_with_the_cpu():

@@ -18,8 +18,13 @@ _SPECIAL = ("<bos>", "<eos>", "<pad>", "<unk>")
 _WORDS = (*_SPECIAL, "a", "an", "cat", "dog", "on", "the", "left", "apple")
 
 
-def tiny_pipeline(**parts: Any) -> Any:
-    """Pictures of 32x32 from latents of 16x16, random weights, a few words; ``parts`` replace its own."""
+def tiny_pipeline(*, sparse_decoder: bool = False, **parts: Any) -> Any:
+    """Pictures of 32x32 from latents of 16x16, random weights, a few words.
+
+    Args:
+        sparse_decoder: let editors capture the decoder, which takes a second with each new pipeline.
+        parts: replace the pipeline's own.
+    """
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -70,6 +75,8 @@ def tiny_pipeline(**parts: Any) -> Any:
         "requires_safety_checker": False,
     }
     pipe = StableDiffusionPipeline(**{**own, **parts})
+    if not sparse_decoder:
+        pipe.vae.enable_slicing()  # of batches; an editor leaves such a decoder alone
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
