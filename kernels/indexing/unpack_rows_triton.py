@@ -56,9 +56,12 @@ def _unpack_rows_kernel(
     channel = eight[:, None] * 8 + among[None, :]  # [BC / 8, 8]
     target = tl.load(targets + copy).to(tl.pointer_type(VALUE)) + row.to(tl.int64)[:, None, None] * width
     target = target + channel[None, :, :]
+    written = inside[:, :, None]
     if ALIGNED:
         target = tl.max_contiguous(tl.multiple_of(target, [1, 1, 16]), [1, 1, 8])
-    tl.store(target, value.to(VALUE), mask=real[:, None, None] & (channel < width)[None, :, :])
+    else:
+        written = written & (channel < width)[None, :, :]
+    tl.store(target, value.to(VALUE), mask=written)
 
 
 class UnpackLaunch:
