@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 AttentionMode = Literal["full", "masked"]
 BlockMode = Literal["pixel", "paper", "measured"]
 CacheMode = Literal["auto", "exact", "balanced", "small"]
+Tier = Literal["auto", "device", "host"]
 
 
 #: A value of ``dense_below`` with which every resolution is computed whole: the dense U-Net, by operations on rows.
@@ -77,6 +78,9 @@ class SparsityConfig:
             which takes 0.28 of the memory in half precision; ``"small"`` in two bits, keys and values by the mean of
             two by two pixels in four, which takes 0.12. docs/measurements/cache.md says what that changes in pictures.
             ``"auto"`` is ``"balanced"`` on a GPU in half precision and ``"exact"`` elsewhere.
+        tier: where bases lie. ``"device"``: where the U-Net runs. ``"host"``: in host memory, from which what a step
+            reads comes back while the step before it runs. ``"auto"``: on the device, or in host memory if there is no
+            room.
         compile: whether the graphs are lowered through ``torch.compile``; otherwise they run eagerly.
     """
 
@@ -88,6 +92,7 @@ class SparsityConfig:
     cross_replace: float | Literal["auto"] = "auto"
     stride: int | Literal["auto"] = "auto"
     cache: CacheMode = "auto"
+    tier: Tier = "auto"
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -97,6 +102,8 @@ class SparsityConfig:
             raise ValueError(f"blocks={self.blocks!r}: choose 'pixel', 'paper' or 'measured'")
         if self.cache not in ("auto", "exact", "balanced", "small"):
             raise ValueError(f"cache={self.cache!r}: choose 'auto', 'exact', 'balanced' or 'small'")
+        if self.tier not in ("auto", "device", "host"):
+            raise ValueError(f"tier={self.tier!r}: choose 'auto', 'device' or 'host'")
         if self.stride != "auto" and (not _is_number(self.stride, int) or self.stride < 1):
             raise ValueError(f"stride={self.stride!r}: 'auto', or a number of steps, at least 1")
         if not isinstance(self.compile, bool):

@@ -36,10 +36,13 @@ class Recorded(StepCache):
 
     def without(self, kind: str) -> Recorded:
         """The same cache but for the entries of one kind."""
-        kept = {entry: tensor for entry, tensor in self._kept.items() if entry.kind != kind}
-        less = Recorded(self.signature, self.timesteps, kept)
-        less.model = self.model
-        return less
+        return self.with_values({entry: tensor for entry, tensor in self._kept.items() if entry.kind != kind})
+
+    def with_values(self, kept: Mapping[CacheEntry, Tensor]) -> Recorded:
+        """The cache of the same call, with other tensors: the same ones elsewhere, or some of them."""
+        other = Recorded(self.signature, self.timesteps, kept)
+        other.model = self.model
+        return other
 
     def __getitem__(self, entry: CacheEntry) -> Tensor:
         return self._kept[entry]

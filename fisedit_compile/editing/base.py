@@ -108,6 +108,12 @@ class Base:
         return self.config.count_controlled_steps(len(self.visits))
 
     @property
+    def tier(self) -> str:
+        """Where what it keeps of the U-Net lies: on the ``"device"`` of its latents, or in ``"host"`` memory."""
+        kept = (tensor.device for call in self.calls for tensor in call.cache.values())
+        return "device" if next(kept, self.latents.device) == self.latents.device else "host"
+
+    @property
     def visits_all(self) -> bool:
         """Whether an edit visits every step."""
         return len(self.visits) == self.num_inference_steps

@@ -52,9 +52,9 @@ class DenseRun(EditRun):
         self._macs = StepMacs(self.unet.program(call).lowered, self.host_mask, dense=True)
 
     def predict(self, call: Call) -> Tensor:
-        recorded, device = self._recorded_call(call), call.tensors[0].device
+        cache, device = self._cache(call), call.tensors[0].device
         control = self._control(call)
-        return self.timer.time("dense", device, lambda: self._dense(call, recorded, control))
+        return self.timer.time("dense", device, lambda: self._dense(call, cache, control))
 
     @property
     def steps(self) -> tuple[int, int]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisedit_compile.cache.host_tier import Staging
+from fisedit_compile.cache.step_cache import Recorded
 from fisedit_compile.editing.base import Base, RecordedCall
 from fisedit_compile.editing.decoding import Decoding
 from fisedit_compile.editing.edit_request import edited_samples
@@ -35,6 +37,9 @@ class EditRun(PipelineRun):
     """Edits a base: k dense steps, the mask, then sparse steps; the first of them under Prompt-to-Prompt control.
 
     With a mask that is given, and not joined with one to be found, all steps are sparse.
+
+    Attributes:
+        staging: what brings the base's calls from host memory; None where they lie on the device.
     """
 
     mask: Tensor  # bool [n, h, w]; one that is to be found is known after the dense steps
@@ -60,6 +65,7 @@ class EditRun(PipelineRun):
         self._prepared: dict[Signature, Prepared] = {}  # a callback may take a part of the batch away in the loop
         self._first_stepped: Prepared | None = None  # of the first step behind the mask
         self.plan_ms = 0.0
+        self.staging: Staging | None = None
         device = base.latents.device
         edited = edited_samples(base, prompts, changes, weights)
         mapper, keep = align_prompts(
@@ -105,17 +111,17 @@ class EditRun(PipelineRun):
         self._base.check_schedule(Schedule.of(self.pipe.scheduler))
 
     def predict(self, call: Call) -> Tensor:
-        recorded = self._recorded_call(call)
+        cache = self._cache(call)
         device = call.tensors[0].device
         control = self._control(call)
         if self.step < self._dense_steps:
-            return self.timer.time("dense", device, lambda: self._dense(call, recorded, control))
+            return self.timer.time("dense", device, lambda: self._dense(call, cache, control))
         prepared = self._prepare(call)
         self._first_stepped = self._first_stepped or prepared
-        return self.timer.time("sparse", device, lambda: self.unet.step(call, recorded.cache, prepared, control))
+        return self.timer.time("sparse", device, lambda: self.unet.step(call, cache, prepared, control))
 
-    def _dense(self, call: Call, recorded: RecordedCall, control: Control | None) -> Tensor:
-        return self.unet.dense(call) if control is None else self.unet.controlled(call, recorded.cache, control)
+    def _dense(self, call: Call, cache: Recorded, control: Control | None) -> Tensor:
+        return self.unet.dense(call) if control is None else self.unet.controlled(call, cache, control)
 
     def _control(self, call: Call) -> Control | None:
         """What the words keep of the base's in this step; None where no sample keeps anything any more."""
@@ -171,6 +177,12 @@ class EditRun(PipelineRun):
         """What counts the multiply-accumulates of this edit's steps."""
         assert self._first_stepped is not None
         return StepMacs(self._first_stepped.lowered, self.host_mask, dense=self.ran_dense)
+
+    def _cache(self, call: Call) -> Recorded:
+        """What the base keeps of the call that this one repeats, where the U-Net runs."""
+        recorded, behind = self._recorded_call(call), self._base.calls[self.calls_made + 1 :]
+        following = behind[0].cache if behind else None
+        return recorded.cache if self.staging is None else self.staging.bring(recorded.cache, following)
 
     def _recorded_call(self, call: Call) -> RecordedCall:
         """The base's call that this one repeats.

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from fisedit_compile.cache.host_tier import Staging
 from fisedit_compile.cache.read_base import open_base
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.editing.arguments import (
@@ -96,6 +97,7 @@ class Editor:
         self._watch, self._tokenizers, self._decoders = PipelineWatch(), OwnTokenizers(), Decoders()
         self._texts = TextMemo(self._watch.of)
         self._bases_of_edits: WeakKeyDictionary[Edit, Base] = WeakKeyDictionary()
+        self._staging: Staging | None = None
         self._unet: SparseUNet | None = None
         self._unet = self.unet
 
@@ -321,6 +323,7 @@ class Editor:
             if background == "pixels":
                 keep = PixelBackground.of(self.pipe, base.pictures, base.latents, base.arguments)
             run.decoding = self._decoders.editing(self.pipe, state, base, keep)
+            run.staging = self._staging_for(base)
             start = time.perf_counter()
             # Where an edit visits all steps, as many as were asked for: Heun's scheduler makes two of each.
             steps = base.arguments["num_inference_steps"] if base.visits_all else len(base.visits)
@@ -425,9 +428,19 @@ class Editor:
                 self._unet.free()
             self._texts = TextMemo(self._watch.of)
             self._bases_of_edits.clear()
+            self._staging = None
             gc.collect()  # graphs refer to each other in circles
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
+
+    def _staging_for(self, base: Base) -> Staging | None:
+        """What brings the calls of a base in host memory to the device; kept, as its memory serves all edits."""
+        if base.tier == "device":
+            return None
+        device = base.latents.device
+        if self._staging is None or self._staging.device != device:
+            self._staging = Staging(device)
+        return self._staging
 
     @property
     def _controls(self) -> bool:

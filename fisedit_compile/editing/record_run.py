@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisedit_compile.cache.memory import require_room
+from fisedit_compile.cache.host_tier import HostMemory
+from fisedit_compile.cache.memory import free_bytes, require_room
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.editing.arguments import owned
 from fisedit_compile.editing.base import Base, RecordedCall
@@ -31,6 +33,8 @@ from fisedit_compile.errors import CaptureError
 from fisedit_compile.ir.call import Call
 from fisedit_compile.sparse_unet import SparseUNet
 from fisedit_compile.utils.frozen_mapping import FrozenMapping
+
+logger = logging.getLogger(__name__)
 
 
 class RecordRun(PipelineRun):
@@ -62,6 +66,7 @@ class RecordRun(PipelineRun):
         self._solver_steps: list[SolverStep] = []
         self._prompts: tuple[str, ...] = ()
         self._tokens: int | None = None  # whose attention maps are kept
+        self._host: HostMemory | None = None  # where the base lies, if not on the device
 
     def record(
         self,
@@ -85,6 +90,8 @@ class RecordRun(PipelineRun):
         if photos is not None:  # what their latents are decoded to is not shown, but read by edits
             output["output_type"] = "pt" if isinstance(self.decoding, RecordDecoding) else "latent"
         images, nsfw = self.draw(prompts, generators, {**self._arguments, **output})
+        if self._host is not None:
+            self._host.finish()
         seconds = time.perf_counter() - start
         state.read_weights()
         images, nsfw = (images, nsfw) if photos is None else (photos, None)
@@ -118,7 +125,7 @@ class RecordRun(PipelineRun):
             length = call.kwargs["encoder_hidden_states"].shape[1]
             check_text_length(self.pipe, length)
             self._tokens = min(length, own_tokens(self.pipe, self._prompts, self._arguments))
-        self._require_room(call)
+        self._host = self._choose_tier(call)
         if self._trajectory is not None and len(self._trajectory) != self._steps:
             raise CaptureError(
                 f"{type(self.pipe).__name__} makes {self._steps} steps, and made {len(self._trajectory)} backwards"
@@ -168,8 +175,9 @@ class RecordRun(PipelineRun):
                 attention=bool(self._controlled_visits),
                 tokens=self._tokens,
             )
-            controlled = visit < self._controlled_visits
-            self.calls.append(RecordedCall(self.step, kept if controlled else kept.without("attention")))
+            if visit >= self._controlled_visits:
+                kept = kept.without("attention")
+            self.calls.append(RecordedCall(self.step, kept if self._host is None else self._host.take(kept)))
             return out
 
         return self.timer.time("record", call.tensors[0].device, record)
@@ -192,21 +200,43 @@ class RecordRun(PipelineRun):
                 f"{type(self.pipe).__name__} made {len(self.latents)} of {self._steps} steps: a base needs all of them"
             )
 
-    def _require_room(self, call: Call) -> None:
-        """Hold the memory of the base to what is free."""
+    def _choose_tier(self, call: Call) -> HostMemory | None:
+        """Where the base will lie: None is the device. Its memory is held to what is free there.
+
+        Raises:
+            BaseMemoryError: it would take more than is free.
+        """
+        device, calls, latents = call.tensors[0].device, self._calls_nbytes(call), self._latents_nbytes(call)
+        if device.type == "cpu" or self._config.tier == "device":
+            self._require_room(calls + latents, device, call)
+            return None
+        if self._config.tier == "auto" and calls + latents <= free_bytes(device):
+            return None
+        self._require_room(latents, device, call)
+        self._require_room(calls, torch.device("cpu"), call)
+        if self._config.tier == "auto":
+            logger.info("a base of %.1f GiB does not fit on %s: it lies in host memory", calls / 2**30, device)
+        return HostMemory(device)
+
+    def _calls_nbytes(self, call: Call) -> int:
+        """Memory of what all calls will keep."""
         lowered, (samples, _) = self.unet.program(call).lowered, self.parts(call)
         activations = lowered.record_nbytes(samples=samples, activations=True, attention=False)
         maps = lowered.record_nbytes(samples=samples, activations=False, attention=True, tokens=self._tokens)
-        latents = call.tensors[0].nbytes * samples // call.signature.sample_shape[0]
+        return self._sparse_visits * activations + self._controlled_visits * maps
+
+    def _latents_nbytes(self, call: Call) -> int:
+        return self._steps * call.tensors[0].nbytes * self.parts(call)[0] // call.signature.sample_shape[0]
+
+    def _require_room(self, nbytes: int, device: torch.device, call: Call) -> None:
+        """Hold memory that the base will take to what is free."""
+        samples = self.parts(call)[0]
         options = [f"fewer than {self._steps} steps", "a smaller height and width"]
         options += [f"fewer than {samples} pictures at a time"] if samples > 1 else []
         options += ["half precision (torch_dtype)"] if call.tensors[0].dtype.itemsize > 2 else []
         options += ["Editor(pipe, {'attention': 'masked'})"] if self._config.attention == "full" else []
+        options += ["Editor(pipe, {'cache': 'small'})"] if self._config.cache != "small" else []
+        options += ["Editor(pipe, {'tier': 'host'})"] if device.type == "cuda" and self._config.tier == "device" else []
         options += ["a lower cross_replace"] if self._controlled_visits else []
         options += ["a stride above 1"] if len(self.visits) == self._steps and not self._why_all() else []
-        require_room(
-            self._sparse_visits * activations + self._controlled_visits * maps + self._steps * latents,
-            call.tensors[0].device,
-            f"A base of {self._steps} steps",
-            options,
-        )
+        require_room(nbytes, device, f"A base of {self._steps} steps", options)

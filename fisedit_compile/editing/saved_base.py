@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisedit_compile.cache.host_tier import HostMemory
 from fisedit_compile.cache.memory import require_room
 from fisedit_compile.cache.packed_base import PackedBase, place, shard_tensors
 from fisedit_compile.cache.plain_form import Fetch, Keep, from_plain, to_plain
@@ -90,6 +92,7 @@ class SavedBase:
         self._content = opened.content()
         self._first = self._shard(_FIRST)
         self.base = self._formed(self._without_calls)
+        self._host, self._host_turn = HostMemory(self.base.latents.device), threading.Lock()
         for _, generator in self.base.generators:
             if not _is_here(generator):
                 raise BaseMismatchError(
@@ -158,9 +161,15 @@ class SavedBase:
 
         def formed() -> RecordedCall:
             step, *rest = from_plain(about, self._fetch({_FIRST: self._first}))
-            return RecordedCall(step, _recorded(rest, entries, self._fetch({name: shard})))
+            cache = _recorded(rest, entries, self._fetch({name: shard}))
+            away = any(tensor.device != self.base.latents.device for tensor in cache.values())
+            return RecordedCall(step, self._in_host_memory(cache) if away else cache)
 
         return self._formed(formed)
+
+    def _in_host_memory(self, cache: Recorded) -> Recorded:
+        with self._host_turn:
+            return self._host.take(cache)
 
     def _decoded(self, form: Any) -> Decoded | None:
         if form is None:

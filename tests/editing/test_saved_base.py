@@ -105,7 +105,8 @@ class TestSameBase:
 
     def test_edits_of_another_base(self, tmp_path: Path) -> None:
         """This one has two pictures, skips steps, and was recorded with masked attention."""
-        editor = Editor(tiny_pipeline(scheduler=EulerDiscreteScheduler(steps_offset=1)), SKIPPING)
+        scheduler = EulerDiscreteScheduler(steps_offset=1)
+        editor = Editor(tiny_pipeline(sparse_decoder=True, scheduler=scheduler), SKIPPING)
         base = generate(editor, num_inference_steps=8, num_images_per_prompt=2)
         assert base.solver_steps
         base.save(tmp_path / "base")
@@ -117,7 +118,7 @@ class TestSameBase:
 
     def test_another_pipeline_of_the_same_models(self, tiny_editor: Editor, tiny_base: Base, folder: Path) -> None:
         """What another process builds; that states of models are the same there is tested in test_model_state.py."""
-        editor = Editor(tiny_pipeline(), CONFIG)
+        editor = Editor(tiny_pipeline(sparse_decoder=True), CONFIG)
         got = editor.edit(editor.load(folder), EDIT, left_half()).latents
         assert torch.equal(got, tiny_editor.edit(tiny_base, EDIT, left_half()).latents)
 

@@ -1,0 +1,203 @@
+"""A base in host memory: how its calls leave the device as they are recorded, and come back ahead of the steps.
+
+What a call keeps goes in few copies: its tensors lie one behind another in pinned memory. While one step of an edit
+runs, the next one's call is on its way to the device, on a stream of its own. So a step waits only where the way takes
+longer than a step.
+
+Bases whose memory is not pinned, such as copies, are brought as well, but the host waits for each of their copies.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from fisedit_compile.cache.step_cache import Recorded
+from fisedit_compile.ir.requests import CacheEntry
+
+_ALIGNMENT = 256  # bytes, as torch's own allocator aligns
+
+#: Bytes of a piece of pinned memory. The allocator rounds pieces up to a power of two, so one of that size wastes none.
+_CHUNK = 64 * 2**20
+
+
+class HostMemory:
+    """Takes the calls of one base to host memory, without waiting for the device that they come from.
+
+    Args:
+        device: that edits of the base run on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._cuda = device, device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if self._cuda else None
+        self._chunk = torch.empty(0, dtype=torch.uint8)
+        self._taken = 0
+
+    def take(self, cache: Recorded) -> Recorded:
+        """The same call in host memory, whose values are there after :meth:`finish`."""
+        kept: dict[CacheEntry, Tensor] = {}
+        for piece, entries in self._pieces(cache):
+            tensors = [cache[entry] for entry in entries]
+            kept |= {entry: _part(piece, place, cache[entry]) for entry, place in entries.items()}
+            whole = torch.empty_like(piece, device=tensors[0].device) if tensors[0].is_cuda else piece
+            parts = [_part(whole, place, tensor) for place, tensor in zip(entries.values(), tensors, strict=True)]
+            torch._foreach_copy_(parts, tensors)
+            if self._stream is None or whole is piece:
+                continue
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(self._stream):
+                piece.copy_(whole, non_blocking=True)
+            whole.record_stream(self._stream)
+        return cache.with_values({entry: kept[entry] for entry in cache})
+
+    def finish(self) -> None:
+        """Wait until all that was taken has arrived."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def _pieces(self, cache: Recorded) -> Iterator[tuple[Tensor, dict[CacheEntry, int]]]:
+        """Stretches of host memory, and where in each of them entries of a call will lie."""
+        entries: dict[CacheEntry, int] = {}
+        start = self._taken
+        for entry, tensor in cache.items():
+            nbytes = _aligned(tensor.nbytes)
+            if self._taken + nbytes > len(self._chunk):
+                if entries:
+                    yield self._chunk[start : self._taken], entries
+                self._chunk = torch.empty(max(_CHUNK, nbytes), dtype=torch.uint8, pin_memory=self._cuda)
+                entries, start, self._taken = {}, 0, 0
+            entries[entry] = self._taken - start
+            self._taken += nbytes
+        if entries:
+            yield self._chunk[start : self._taken], entries
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A stretch of memory that is copied at once: its bytes, and where in them entries of a call lie."""
+
+    memory: Tensor
+    entries: dict[CacheEntry, int]
+
+
+#: How the calls that were brought lie in host memory.
+_runs_of: WeakKeyDictionary[Recorded, list[_Run]] = WeakKeyDictionary()
+
+
+class _Slot:
+    """A place on the device for one call: what lies there or is on its way, and when it may be read and written."""
+
+    def __init__(self) -> None:
+        self.caches: WeakKeyDictionary[Recorded, Recorded] = WeakKeyDictionary()  # each as it lies here
+        self.buffer: Tensor | None = None
+        self.ready: torch.cuda.Event | None = None
+        self.free: torch.cuda.Event | None = None
+        self._holds: weakref.ref[Recorded] | None = None
+
+    def holds(self, cache: Recorded) -> bool:
+        return self._holds is not None and self._holds() is cache
+
+    def fill(self, cache: Recorded, device: torch.device, stream: torch.cuda.Stream | None) -> None:
+        """Copy a call here."""
+        if cache not in _runs_of:
+            _runs_of[cache] = _runs(cache)
+        runs = _runs_of[cache]
+        starts = list(accumulate((_aligned(len(run.memory)) for run in runs), initial=0))
+        if self.buffer is None or len(self.buffer) < starts[-1]:
+            self.buffer = torch.empty(starts[-1], dtype=torch.uint8, device=device)
+            self.caches.clear()
+            if stream is not None:
+                self.buffer.record_stream(stream)
+                self.free = torch.cuda.current_stream(device).record_event()
+        targets = [self.buffer[start : start + len(run.memory)] for start, run in zip(starts, runs, strict=False)]
+        if stream is not None and self.free is not None:
+            stream.wait_event(self.free)
+        with torch.cuda.stream(stream):
+            for target, run in zip(targets, runs, strict=True):
+                target.copy_(run.memory, non_blocking=True)
+            self.ready = None if stream is None else stream.record_event()
+        self._holds = weakref.ref(cache)
+        if cache not in self.caches:
+            moved = {
+                entry: _part(target, place, cache[entry])
+                for target, run in zip(targets, runs, strict=True)
+                for entry, place in run.entries.items()
+            }
+            self.caches[cache] = cache.with_values({entry: moved[entry] for entry in cache})
+
+
+class Staging:
+    """Brings calls of bases in host memory to a device, each ahead of the step that reads it.
+
+    A call lies where it was brought until the call after the next is brought. One thread uses it at a time.
+
+    Args:
+        device: that the steps run on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._current, self._other = _Slot(), _Slot()
+
+    def bring(self, cache: Recorded, following: Recorded | None = None) -> Recorded:
+        """A call on the device, for what is launched on the current stream behind this; and begin with the next one.
+
+        Args:
+            cache: the call; one that lies on the device is returned as it is.
+            following: what will be brought after it.
+        """
+        if not self._is_away(cache):
+            return cache
+        if not self._current.holds(cache):
+            self._current, self._other = self._other, self._current
+            if self._stream is not None:  # the steps that read the other place were all launched before
+                self._other.free = torch.cuda.current_stream(self.device).record_event()
+            if not self._current.holds(cache):
+                self._current.fill(cache, self.device, self._stream)
+        if self._current.ready is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._current.ready)
+        if following is not None and self._is_away(following) and not self._other.holds(following):
+            self._other.fill(following, self.device, self._stream)
+        return self._current.caches[cache]
+
+    def _is_away(self, cache: Recorded) -> bool:
+        return next(iter(cache.values())).device != self.device
+
+
+def _part(piece: Tensor, place: int, like: Tensor) -> Tensor:
+    """The bytes of ``piece`` from ``place`` on as a tensor like another one, contiguous."""
+    return piece[place : place + like.nbytes].view(like.dtype).view(like.shape)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _runs(cache: Recorded) -> list[_Run]:
+    """The memory of a call in as few stretches as it can be copied in."""
+    bounds: list[tuple[int, int]] = []  # first byte and the one behind the last, in the storage
+    storages: list[torch.UntypedStorage] = []
+    entries: list[dict[CacheEntry, int]] = []
+    for entry, tensor in sorted(cache.items(), key=lambda each: each[1].data_ptr()):
+        storage = tensor.untyped_storage()
+        start = tensor.data_ptr() - storage.data_ptr()
+        same = bounds and storage.data_ptr() == storages[-1].data_ptr()
+        if not same or start > _aligned(bounds[-1][1]):
+            bounds.append((start, start))
+            storages.append(storage)
+            entries.append({})
+        first, _ = bounds[-1]
+        bounds[-1] = first, start + tensor.nbytes
+        entries[-1][entry] = start - first
+    return [
+        _Run(torch.empty(0, dtype=torch.uint8).set_(storage, first, (end - first,), (1,)), places)
+        for storage, (first, end), places in zip(storages, bounds, entries, strict=True)
+    ]
