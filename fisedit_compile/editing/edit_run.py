@@ -28,6 +28,7 @@ from fisedit_compile.masks.difference_mask import difference_mask
 from fisedit_compile.runtime.control import Control
 from fisedit_compile.runtime.prepared import Prepared
 from fisedit_compile.sparse_unet import SparseUNet
+from fisedit_compile.utils.weak_method import weakly
 
 #: t1 and t2 of the difference formula: the steps whose latents are compared (paper 3.1: within [1, 10]).
 DIFFERENCE_STEPS = (1, 10)
@@ -96,7 +97,7 @@ class EditRun(PipelineRun):
             self._dense_steps = 0
         self._stride_error: StrideError | None = None
         if not base.visits_all:
-            visit(self.pipe.scheduler, base.num_inference_steps, base.visits, self._check_schedule)
+            visit(self.pipe.scheduler, base.num_inference_steps, base.visits, weakly(self._check_schedule))
 
     def begin(self, call: Call) -> None:
         if self._base.visits_all:

@@ -19,6 +19,7 @@ from fisedit_compile.errors import BaseMismatchError, CaptureError
 from fisedit_compile.ir.call import Call
 from fisedit_compile.runtime.timer import UNetTimer
 from fisedit_compile.sparse_unet import SparseUNet
+from fisedit_compile.utils.weak_method import weakly
 
 
 class PipelineRun:
@@ -40,7 +41,7 @@ class PipelineRun:
 
     def __init__(self, unet: SparseUNet, pipe: Any, tokenizers: OwnTokenizers, callback: StepCallback | None) -> None:
         self.unet, self.callback = unet, callback
-        self.call = PipelineCall(pipe, self._unet_call, self._decode_call, tokenizers)
+        self.call = PipelineCall(pipe, weakly(self._unet_call), weakly(self._decode_call), tokenizers)
         self.decoding = Decoding("the pipeline's own")
         self._parameters = call_parameters(pipe)
         self.timer = UNetTimer()

@@ -98,6 +98,25 @@ def test_a_base_of_a_callback_keeps_neither_it_nor_the_pipeline() -> None:
     assert str(edit.report).startswith("mask 50.0%")
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_its_memory_is_free_as_soon_as_it_is_let_go_of(stride: int) -> None:
+    """Without waiting for the collector of circles, which may come when the memory of a GPU is long full."""
+    editor = Editor(tiny_pipeline(sparse_decoder=True), {**CONFIG, "stride": stride})
+    gc.collect()
+    gc.disable()
+    try:
+        base = generate(editor, num_inference_steps=8)
+        edit = editor.edit(base, EDIT, left_half())
+        dense = editor.edit(base, EDIT, left_half(), dense=True)
+        again = editor.edit(edit, "a cat on the left", left_half())
+        gone = [weakref.ref(each) for each in (base, base.calls[-1].cache, edit, dense, again)]
+        gone.append(weakref.ref(editor.base_of(edit).calls[-1].cache))
+        del base, edit, dense, again
+        assert [each() for each in gone] == [None] * len(gone)
+    finally:
+        gc.enable()
+
+
 def test_a_report_is_small_keeps_no_cache_and_computes_nothing(
     tiny_editor: Editor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
