@@ -53,6 +53,10 @@ class BusyError(FiseditError):
         self.retry_after = retry_after
 
 
+class PainterGoneError(FiseditError):
+    """Whoever computed died, again and again."""
+
+
 @dataclass(frozen=True)
 class FrontOptions:
     """How requests are answered.

@@ -148,8 +148,9 @@ class Library:
         return next(found, None)
 
     def of_pixels(self, pixels: str, pipeline: str) -> Picture | None:
-        """A picture of those pixels that a pipeline can edit."""
-        return next(self._pictures("pixels = ? AND pipeline = ? LIMIT 1", pixels, pipeline), None)
+        """The last picture of those pixels that a pipeline can edit."""
+        found = self._pictures("pixels = ? AND pipeline = ? ORDER BY created DESC LIMIT 1", pixels, pipeline)
+        return next(found, None)
 
     def seconds_of_new(self, key: str) -> float | None:
         """What a new picture of a key takes: the median of the last ones."""
