@@ -41,6 +41,7 @@ def build_app(
     *,
     token: str | None = None,
     ready: Callable[[], Awaitable[bool]] | None = None,
+    metrics: Callable[[], Awaitable[str]] | None = None,
 ) -> FastAPI:
     """The app.
 
@@ -50,6 +51,7 @@ def build_app(
         limits: of requests.
         token: that clients have to bring; None lets everyone in.
         ready: whether pictures can be drawn now; None is always.
+        metrics: what was counted, in Prometheus' format; None counts nothing.
     """
     app = FastAPI(title="fisedit-compile", openapi_url=None)
     service = _Service(front, defaults, limits or Limits())
@@ -67,6 +69,12 @@ def build_app(
     async def is_ready() -> JSONResponse:
         well = ready is None or await ready()
         return JSONResponse({"ready": well, "waiting": front.waiting}, 200 if well else 503)
+
+    if metrics is not None:
+
+        @app.get("/metrics")
+        async def counted() -> Response:
+            return Response(await metrics(), media_type="text/plain; version=0.0.4")
 
     @app.api_route("/v1/{rest:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
     async def unknown(rest: str) -> None:
