@@ -39,11 +39,13 @@ _MOST_TRIES = 5
 #: Serve's own router by which requests of one picture come to one replica, and to the next where that is full or gone.
 _ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
-#: Read by Ray when it is imported. The second has Ray's processes listen on 127.0.0.1, on Linux as on other systems.
+#: Read by Ray when it is imported. The second has Ray's processes listen on 127.0.0.1, on Linux as on other systems;
+#: Ray would give its workers the lowest priority but four, so that whatever else runs would slow them down.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_AUTH_MODE": "token",
+    "RAY_worker_niceness": "0",
     "RAY_SERVE_SESSION_ID_HEADER_KEY": "x-fisedit-picture",
 }
 

@@ -26,7 +26,10 @@ _TITLE = "# Pictures, changed by words\nOnly what changes is computed again."
 #: Pictures while one is drawn, and pictures of the strip.
 _PARTIAL, _MOST_SHOWN = 2, 40
 
-_CSS = ".gradio-container {max-width: 1100px !important; margin: auto} #strip {min-height: 8em}"
+_CSS = """
+.gradio-container {max-width: 1100px !important; margin: auto}
+#strip .grid-container {grid-template-columns: repeat(8, 1fr) !important}
+"""
 
 
 def mount_page(app: FastAPI, front: Front, defaults: Defaults, limits: Limits, token: str | None) -> FastAPI:

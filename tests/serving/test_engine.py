@@ -15,8 +15,8 @@ from PIL import Image
 from support.pipelines import CONFIG, tiny_pipeline
 from support.services import CAT, DOG, SETTINGS, Service, request, service
 
-from fisedit_compile import Editor, MaskError, PipelineInterruptedError
-from fisedit_compile.serving.engine import OtherPipelineError, PictureGoneError, Stop
+from fisedit_compile import BaseMemoryError, Editor, MaskError, PipelineInterruptedError
+from fisedit_compile.serving.engine import OtherPipelineError, PictureGoneError, Stop, WithheldPictureError
 from fisedit_compile.serving.front import BusyError
 from fisedit_compile.serving.picture_files import as_png, of_png
 from fisedit_compile.serving.requests import Answer, EditRequest, GenerationRequest, PhotoRequest, Progress, Request
@@ -187,6 +187,19 @@ class TestEdit:
         with pytest.raises(PictureGoneError, match="not the same to the pixel"):
             ask(tiny, EditRequest(base.id, DOG, left_half()))
 
+    def test_a_base_that_is_damaged_is_drawn_again(self, tiny: Service, tiny_editor: Editor) -> None:
+        base = ask(tiny, request())
+        assert tiny.names() == {base.id}
+        shard = tiny.store.folder / base.id / "base.safetensors"
+        shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+        tiny.bases.drop()
+        answer = ask(tiny, EditRequest(base.id, DOG, left_half()))
+        want = tiny_editor.edit(drawn(tiny_editor, CAT), DOG, of_png(left_half()))
+        assert of_png(answer.png).tobytes() == want.image.tobytes()
+        assert tiny.names() == {base.id}
+        tiny.bases.drop()
+        assert tiny.bases.find(base.id) is not None
+
     def test_refused(self, tiny: Service) -> None:
         with pytest.raises(PictureGoneError, match="there is no picture p"):
             ask(tiny, EditRequest("p" + 22 * "x", DOG))
@@ -212,6 +225,32 @@ class TestEdit:
 
 
 class TestRunning:
+    def test_nothing_is_kept_of_what_the_safety_checker_blackens(
+        self, tiny: Service, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        generate = tiny.engine.editor.generate
+        monkeypatch.setattr(
+            tiny.engine.editor, "generate", lambda *a, **k: dataclasses.replace(generate(*a, **k), nsfw=(True,))
+        )
+        with pytest.raises(WithheldPictureError, match="try other words"):
+            ask(tiny, request())
+        assert tiny.library.count() == 0
+        assert tiny.names() == set()
+
+    def test_memory_that_bases_take_is_given_back_where_it_is_needed(
+        self, tiny: Service, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ask(tiny, request())
+        generate = tiny.engine.editor.generate
+
+        def full(*arguments: Any, **named: Any) -> Any:
+            if tiny.bases.nbytes:
+                raise BaseMemoryError("no room")
+            return generate(*arguments, **named)
+
+        monkeypatch.setattr(tiny.engine.editor, "generate", full)
+        assert ask(tiny, request(DOG, reuse="never")).prompt == DOG
+
     def test_another_pipeline_is_refused(self, tiny: Service) -> None:
         job = dataclasses.replace(tiny.front._plan(request()), pipeline="another")
         with pytest.raises(OtherPipelineError, match="start it again"):
