@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Bases that wait to be written; who draws faster than the disk takes them waits for the first.
+#: Bases that wait to be written, with the one that is. Where pictures are drawn faster than the disk takes their bases,
+#: others stay in memory alone: nobody waits for the disk, and a base that is gone can be drawn again.
 _MOST_WAITING = 4
 
 #: Pictures that are kept, of those without a base.
@@ -40,7 +41,8 @@ class HeldBases:
     """Bases by the names of their pictures.
 
     A base is written behind the answer, by a thread of its own: writing takes as long as drawing on a fast device. What
-    is in the store is noted in the library whenever it changes, and what somebody evicted with it.
+    is in the store is noted in the library whenever it changes, and what somebody evicted with it; so is a base that
+    leaves the memory without having been written.
 
     Args:
         editor: that drew them, or can load them.
@@ -84,19 +86,21 @@ class HeldBases:
         """Hold a base in memory, and write it to the store in the background."""
         self._hold(name, base)
         with self._lock:
-            waiting = [self._waiting.popitem(last=False)[1] for _ in range(len(self._waiting) - _MOST_WAITING + 1)]
+            if len(self._waiting) == _MOST_WAITING:
+                logger.info("base %s stays in memory alone: %d others are being written", name, _MOST_WAITING)
+                return
             future = self._waiting[name] = self._writer.submit(self._write, name, base)
         future.add_done_callback(lambda _: self._written(name))
-        for each in waiting:
-            each.result()
 
     def drop(self, name: str | None = None) -> None:
         """Let go of a base in memory, or of all of them."""
         with self._lock:
-            if name is None:
-                self._held.clear()
-            else:
-                self._held.pop(name, None)
+            gone = [each for each in self._held if name in (None, each)]
+            for each in gone:
+                del self._held[each]
+            gone = [each for each in gone if each not in self._waiting]
+        for each in gone:
+            self._library.note_base_gone(each)
 
     @property
     def nbytes(self) -> int:
@@ -119,10 +123,13 @@ class HeldBases:
         with self._lock:
             self._held[name] = base
             self._held.move_to_end(name)
-            taken = sum(each.nbytes for each in self._held.values())
+            taken, gone = sum(each.nbytes for each in self._held.values()), []
             while taken > self._max_bytes and len(self._held) > 1:
-                _, oldest = self._held.popitem(last=False)
-                taken -= oldest.nbytes
+                oldest, let_go = self._held.popitem(last=False)
+                taken -= let_go.nbytes
+                gone += [] if oldest in self._waiting else [oldest]
+        for each in gone:
+            self._library.note_base_gone(each)
 
     def _write(self, name: str, base: Base) -> None:
         try:

@@ -165,6 +165,13 @@ class Library:
         with self._changing() as connection:
             connection.execute("UPDATE pictures SET base = ? WHERE id = ? AND base != ?", (place, name, place))
 
+    def note_base_gone(self, name: str) -> None:
+        """Write that the base of a picture is in no memory any more; one that is in the store is there."""
+        with self._changing() as connection:
+            connection.execute(
+                f"UPDATE pictures SET base = {BasePlace.NOWHERE:d} WHERE id = ? AND base = {BasePlace.HELD:d}", (name,)
+            )
+
     def note_saved(self, saved: Iterable[str], *, held: bool) -> set[str]:
         """Hold what is written to what lies in the store.
 

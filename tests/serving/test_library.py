@@ -6,6 +6,7 @@ import json
 import sqlite3
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,30 @@ class TestAgainstTheStore:
         bases.wait()
         assert "could not be written" in caplog.text
         assert len(index) == 0
+
+    def test_nobody_waits_for_the_disk(self, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What it does not take in time stays in memory, and is found for as long as it does."""
+        store, disk = open_store(tmp_path, 100 * SIZE), threading.Event()
+        put = store.put
+        monkeypatch.setattr(store, "put", lambda *arguments: (disk.wait(), put(*arguments)))
+        bases: Any = HeldBases(None, store, library, 7)  # type: ignore[arg-type]
+        pictures = [picture() for _ in range(8)]
+        for each in pictures:
+            library.add(each)
+            bases.add(each.id, Small())
+        index = RequestIndex(library, ENCODER)
+        assert len(index) == 8
+        disk.set()
+        bases.wait()
+        assert {base.name for base in store.bases()} == {each.id for each in pictures[:4]}
+        assert [library.get(each.id).base for each in pictures] == [2] * 4 + [1] * 4
+        bases.drop(pictures[4].id)
+        assert library.get(pictures[4].id).base is BasePlace.NOWHERE
+        bases.add(picture().id, Small())
+        bases.add(picture().id, Small())
+        assert len(index) == 7
+        bases.drop()
+        assert len(index) == 4
 
     def test_pictures_are_bounded(self, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(held_bases, "MOST_PICTURES", 2)
