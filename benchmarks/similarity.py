@@ -7,8 +7,9 @@ never drawn.
     python benchmarks/similarity.py --model examples/demo_model
     python benchmarks/similarity.py --model examples/demo_model --draw 40 --steps 50 --device cuda
 
-The second also draws: as many requests, half of them with one thing changed, half the most similar of other cases, and
-prints by cosine how large the masks are that edits find, and what an edit takes of the time of a new picture.
+The second also draws: as many pictures, each then changed once, twice and three times (an object or the background,
+as users of ``serve_load.py`` do), by an edit of the first picture and anew. Printed are, by the number of changes, what
+edits cost and how often edits and new pictures show what was asked for.
 """
 
 from __future__ import annotations
@@ -18,23 +19,31 @@ import random
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tabulate import tabulate
 
+from fisedit_compile import Base, Editor, MaskError
+from fisedit_compile.bench.serving.trace import Asked, World
+from fisedit_compile.editing.plain_pipeline import load_pipeline
 from fisedit_compile.quality.cases import KINDS, load_cases
+from fisedit_compile.quality.judge import Judge
 from fisedit_compile.serving.words import WordEncoder
 
 STORED = 100
 PAIRS = 4000
+CHANGES = 3
+
+_DRAWN = ["", "requests", "cosine", "mask", "too large", "time / new", "edit shows it", "new shows it"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="of a pipeline, or of a text model")
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.92, 0.93, 0.94, 0.95, 0.96, 0.97, 0.98])
-    parser.add_argument("--draw", type=int, default=0, metavar="N", help="requests to draw (default: none)")
+    parser.add_argument("--draw", type=int, default=0, metavar="N", help="pictures to draw (default: none)")
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="denoising steps (default: 50)")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
@@ -55,42 +64,62 @@ def main() -> None:
     formats = ["", *[".3f"] * 5, *[".1%"] * len(args.thresholds)]
     print(tabulate(rows, heads, tablefmt="github", floatfmt=formats))
     if args.draw:
-        changed = chance.sample([(case.prompt, case.edit) for case in cases], args.draw // 2)
-        others = [nearest_pair(words, prompts, chance) for _ in range(args.draw - len(changed))]
-        drawn = draw(args, words, [*changed, *others])
-        print(tabulate(drawn, ["cosine", "requests", "mask", "too large", "time"], tablefmt="github", floatfmt=".2f"))
+        print(tabulate(draw(args, words, chance), _DRAWN, tablefmt="github", floatfmt=".2f"))
 
 
-def draw(args: argparse.Namespace, words: WordEncoder, pairs: list[tuple[str, str]]) -> list[list[object]]:
-    """By ranges of cosines: how many, the mean of the masks' areas, the share of masks over ``dense_above``, and the
-    mean of the times of edits over those of new pictures, the failed ones with what both took."""
-    from fisedit_compile import Editor, LargeMaskError
-    from fisedit_compile.editing.plain_pipeline import load_pipeline
-
+def draw(args: argparse.Namespace, words: WordEncoder, chance: random.Random) -> list[list[object]]:
+    """A row for each number of changes and range of cosines; the columns are :data:`_DRAWN`."""
     dtype = torch.float32 if args.device == "cpu" else torch.float16
     pipe = load_pipeline(args.model, torch.device(args.device), dtype)
     pipe.set_progress_bar_config(disable=True)
-    editor = Editor(pipe)
-    found = []
-    for i, (before, after) in enumerate([pairs[0], *pairs]):  # the first twice: graphs are built on first use
-        arguments = {"num_inference_steps": args.steps, "guidance_scale": 5.0}
-        base = editor.generate(before, generator=torch.Generator().manual_seed(i), **arguments)
-        start = time.perf_counter()
-        try:
-            editor.edit(base, after, largest_mask=editor.config.dense_above)
-            failed = 0.0
-        except LargeMaskError:
-            failed = base.seconds
-        seconds = time.perf_counter() - start + failed
-        area = editor.edit(base, after).report.mask_area
-        found.append((float(words.encode(before) @ words.encode(after)), area, failed > 0, seconds / base.seconds))
-    bounds = [-1.0, *args.thresholds, 1.01]
-    rows: list[list[object]] = []
-    for low, high in pairwise(bounds):
-        of_range = np.array([each for each in found[1:] if low <= each[0] < high])
-        if len(of_range):
-            rows.append([f"{low} to {min(high, 1.0)}", len(of_range), *of_range[:, 1:].mean(axis=0)])
-    return rows
+    editor, judge, world = Editor(pipe), Judge.load(args.model / "judge"), World()
+    found: list[tuple[str, list[float]]] = []
+    for i in range(args.draw + 1):
+        picture = world.draw(chance)
+        before = world.asked(picture, i)
+        base = new_picture(editor, before, args.steps)
+        for changes in range(1, CHANGES + 1):
+            picture = world.change(picture, chance)
+            after = world.asked(picture, i)
+            if after.prompt == before.prompt:
+                continue
+            fresh = new_picture(editor, after, args.steps)
+            start = time.perf_counter()
+            try:
+                image, failed = editor.edit(base, after.prompt, largest_mask=editor.config.dense_above), False
+            except MaskError:
+                image, failed = None, True
+            seconds = time.perf_counter() - start + failed * fresh.seconds
+            shown = (image or fresh).image  # a service draws it anew then
+            cosine = float(words.encode(before.prompt) @ words.encode(after.prompt))
+            area = image.report.mask_area if image else float("nan")
+            seen = shows(judge, shown, after), shows(judge, fresh.image, after)
+            values = [cosine, area, failed, seconds / fresh.seconds, *seen]
+            if i:  # the first builds graphs
+                found += [(f"{changes} changed", values), (band(cosine, args.thresholds), values)]
+    names = sorted({name for name, _ in found})
+    return [[name, *summary([values for other, values in found if other == name])] for name in names]
+
+
+def new_picture(editor: Editor, asked: Asked, steps: int) -> Base:
+    assert asked.seed is not None
+    generator = torch.Generator().manual_seed(asked.seed)
+    return editor.generate(asked.prompt, num_inference_steps=steps, guidance_scale=5.0, generator=generator)
+
+
+def shows(judge: Judge, picture: Any, asked: Asked) -> bool:
+    sight = judge.look(picture, asked.scene)
+    return sight.items == dict(asked.scene.items) and sight.background == asked.scene.background
+
+
+def band(cosine: float, thresholds: list[float]) -> str:
+    """The range of cosines that one lies in."""
+    bounds = [-1.0, *thresholds, 1.0]
+    return next(f"cosine {low:5.2f} to {high:.2f}" for low, high in pairwise(bounds) if cosine <= high)
+
+
+def summary(values: list[list[float]]) -> list[float]:
+    return [len(values), *np.nanmean(np.array(values, float), axis=0)]
 
 
 def cosines(words: WordEncoder, pairs: list[tuple[str, ...]]) -> np.ndarray:

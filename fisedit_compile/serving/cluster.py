@@ -116,7 +116,7 @@ class Replicas:
         from ray.exceptions import RayActorError, RayTaskError
         from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 
-        handle = self._handle.options(stream=True, session_id=job.base or job.id)
+        handle = self._handle.options(stream=True, session_id=job.route)
         for _ in range(_MOST_TRIES):
             response = handle.draw.remote(job, progress, partial_pictures)
             try:

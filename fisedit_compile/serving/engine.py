@@ -190,7 +190,8 @@ class Engine:
             PictureGoneError: its base is in neither memory nor store: drawing it again would take longer.
         """
         assert job.similar is not None
-        record, base = self.library.get(job.similar.base), self.bases.find(job.similar.base)
+        record = self.library.get(job.similar.base)
+        base = None if record is None else self._base_at_hand(record)
         if record is None or base is None:
             self.library.note_base(job.similar.base, BasePlace.NOWHERE)
             raise PictureGoneError("the base of the similar picture is not there any more")
@@ -226,6 +227,7 @@ class Engine:
             prompt=request.prompt,
             key=key,
             pipeline=self.pipeline,
+            route=job.route,
             settings=drawn.settings,
             seed=drawn.seed,
             parent=drawn.reuse.base,
@@ -237,7 +239,7 @@ class Engine:
             seconds=seconds,
             reuse=vars(drawn.reuse) | {"seconds_saved": saved},
             report=drawn.report,
-            base=BasePlace.HELD if drawn.base is not None else BasePlace.NOWHERE,
+            base=_place(drawn),
         )
         self.library.add(picture)
         if drawn.base is not None:
@@ -327,7 +329,8 @@ class Engine:
     def _keep_edit(self, name: str, edit: Edit) -> None:
         self._edits[name] = edit
         if len(self._edits) > _MOST_EDITS:
-            self._edits.popitem(last=False)
+            gone, _ = self._edits.popitem(last=False)
+            self.library.note_base_gone(gone)
 
 
 def answer_of(picture: Picture) -> Answer:
@@ -342,6 +345,14 @@ def answer_of(picture: Picture) -> Answer:
         reuse=Reuse(**picture.reuse),
         report=picture.report,
     )
+
+
+def _place(drawn: _Drawn) -> BasePlace:
+    """Where the base of a picture is; one of an edit that visited every step takes as long as a new picture."""
+    if drawn.edit is None:
+        return BasePlace.HELD
+    visits_all = len(drawn.edit.trajectory.visits) == drawn.edit.trajectory.steps
+    return BasePlace.NOWHERE if visits_all else BasePlace.EDIT
 
 
 def _check_same(record: Picture, image: Any) -> None:

@@ -18,9 +18,10 @@ from fisedit_compile.serving.picture_id import new_picture_id
 from fisedit_compile.serving.request_index import RequestIndex
 from fisedit_compile.serving.requests import (
     Answer,
+    EditRequest,
     Event,
-    GenerationRequest,
     Job,
+    PhotoRequest,
     Request,
     Reuse,
     ReuseMode,
@@ -161,8 +162,12 @@ class Front:
     def _plan(self, request: Request) -> Job | Answer:
         """How a request is answered: by a picture that is there, or by what is to be computed."""
         name = new_picture_id()
-        if not isinstance(request, GenerationRequest):
-            return Job(name, request, self.pipeline)
+        if isinstance(request, PhotoRequest):
+            return Job(name, request, self.pipeline, name)
+        if isinstance(request, EditRequest):
+            if (route := self.library.route_of(request.base)) is None:
+                raise PictureGoneError(f"there is no picture {request.base}")
+            return Job(name, request, self.pipeline, route)
         seed = secrets.randbits(32) if request.seed is None else request.seed
         embedding = self._words.encode(request.prompt)
         similar: Similar | None = None
@@ -176,7 +181,8 @@ class Front:
                 similar, why = nearest, ""
             elif nearest is not None:
                 why = f"the most similar request has {nearest.similarity:.3f}, and {self.options.similar:.3f} is enough"
-        return Job(name, request, self.pipeline, seed, similar, why, embedding, self._words.digest)
+        route = (self.library.route_of(similar.base) if similar else None) or name
+        return Job(name, request, self.pipeline, route, seed, similar, why, embedding, self._words.digest)
 
 
 def _stored(picture: Picture, usual: float | None) -> Answer:

@@ -30,9 +30,9 @@ _VERSION = 1
 _SCHEMA = f"""
 CREATE TABLE pictures (
     id TEXT PRIMARY KEY, kind TEXT NOT NULL, prompt TEXT NOT NULL, key TEXT NOT NULL, pipeline TEXT NOT NULL,
-    settings TEXT NOT NULL, seed INTEGER NOT NULL, parent TEXT, mask BLOB, embedding BLOB, encoder TEXT NOT NULL,
-    png BLOB NOT NULL, pixels TEXT NOT NULL, seconds REAL NOT NULL, reuse TEXT NOT NULL, report TEXT NOT NULL,
-    base INTEGER NOT NULL, created REAL NOT NULL
+    route TEXT NOT NULL, settings TEXT NOT NULL, seed INTEGER NOT NULL, parent TEXT, mask BLOB, embedding BLOB,
+    encoder TEXT NOT NULL, png BLOB NOT NULL, pixels TEXT NOT NULL, seconds REAL NOT NULL, reuse TEXT NOT NULL,
+    report TEXT NOT NULL, base INTEGER NOT NULL, created REAL NOT NULL
 ) STRICT;
 CREATE INDEX exact ON pictures (key, prompt, created);
 CREATE INDEX by_pixels ON pictures (pixels);
@@ -50,6 +50,7 @@ class BasePlace(IntEnum):
     NOWHERE = 0  # it has to be drawn again
     HELD = 1  # in the memory of the process that drew it, which is about to save it
     SAVED = 2  # in the store
+    EDIT = 3  # not there, but recorded in a part of a new picture's time by the process that made the edit
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Picture:
         prompt: its words.
         key: of settings and pipeline, see :meth:`~fisedit_compile.serving.requests.Settings.key`.
         pipeline: digest of what drew it.
+        route: see :class:`~fisedit_compile.serving.requests.Job`: the process that drew it may hold its base.
         settings, seed: see :class:`~fisedit_compile.serving.requests.Answer`.
         parent: the picture that it was edited from.
         mask: that was given for the edit, PNG.
@@ -80,6 +82,7 @@ class Picture:
     prompt: str
     key: str
     pipeline: str
+    route: str
     settings: Settings
     seed: int
     parent: str | None
@@ -138,6 +141,12 @@ class Library:
         """The picture of that name."""
         return next(self._pictures("id = ?", name), None)
 
+    def route_of(self, name: str) -> str | None:
+        """The route of the picture of that name."""
+        with self._lock:
+            row = self._connection.execute("SELECT route FROM pictures WHERE id = ?", (name,)).fetchone()
+        return None if row is None else str(row[0])
+
     def exact(self, key: str, prompt: str, seed: int | None) -> Picture | None:
         """The picture that was drawn last for a key and prompt, by the service's own choice; None takes any seed."""
         found = self._pictures(
@@ -166,10 +175,11 @@ class Library:
             connection.execute("UPDATE pictures SET base = ? WHERE id = ? AND base != ?", (place, name, place))
 
     def note_base_gone(self, name: str) -> None:
-        """Write that the base of a picture is in no memory any more; one that is in the store is there."""
+        """Write that nothing of a picture's base is in memory any more; one that is in the store is there."""
         with self._changing() as connection:
             connection.execute(
-                f"UPDATE pictures SET base = {BasePlace.NOWHERE:d} WHERE id = ? AND base = {BasePlace.HELD:d}", (name,)
+                f"UPDATE pictures SET base = {BasePlace.NOWHERE:d} WHERE id = ? AND base != {BasePlace.SAVED:d}",
+                (name,),
             )
 
     def note_saved(self, saved: Iterable[str], *, held: bool) -> set[str]:
@@ -186,7 +196,7 @@ class Library:
             connection.execute("CREATE TEMP TABLE IF NOT EXISTS saved (id TEXT PRIMARY KEY) STRICT")
             connection.execute("DELETE FROM temp.saved")
             connection.executemany("INSERT INTO temp.saved VALUES (?)", ((name,) for name in saved))
-            gone = f"{BasePlace.SAVED:d}" if held else f"{BasePlace.SAVED:d}, {BasePlace.HELD:d}"
+            gone = f"{BasePlace.SAVED:d}" if held else f"{BasePlace.SAVED:d}, {BasePlace.HELD:d}, {BasePlace.EDIT:d}"
             connection.execute(
                 f"UPDATE pictures SET base = {BasePlace.NOWHERE:d} WHERE base IN ({gone})"
                 " AND id NOT IN (SELECT id FROM temp.saved)"
@@ -215,7 +225,8 @@ class Library:
             for name in names:
                 row = self._connection.execute(
                     "SELECT id, key, encoder, seed, embedding FROM pictures"
-                    f" WHERE id = ? AND kind = 'new' AND base != {BasePlace.NOWHERE:d} AND embedding IS NOT NULL",
+                    f" WHERE id = ? AND kind IN ('new', 'reused') AND base != {BasePlace.NOWHERE:d}"
+                    " AND embedding IS NOT NULL",
                     (name,),
                 ).fetchone()
                 if row is not None:

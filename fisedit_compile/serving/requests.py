@@ -110,6 +110,8 @@ class Job:
         id: name of the new picture.
         request: what was asked for.
         pipeline: digest of the pipeline that has to draw it.
+        route: jobs of one route are drawn by one process, as long as it lives and has room: a new picture has its own
+            name, all that is made from it has that, too.
         seed: of the noise of a new picture.
         similar: what to change instead of drawing a new picture, if it can be.
         why_new: why there is nothing to change, for the answer.
@@ -120,18 +122,12 @@ class Job:
     id: str
     request: Request
     pipeline: str
+    route: str
     seed: int = 0
     similar: Similar | None = None
     why_new: str = ""
     embedding: np.ndarray | None = None
     encoder: str = ""
-
-    @property
-    def base(self) -> str | None:
-        """The picture that it starts from."""
-        if isinstance(self.request, EditRequest):
-            return self.request.base
-        return self.similar.base if self.similar else None
 
 
 @dataclass(frozen=True)

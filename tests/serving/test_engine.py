@@ -19,7 +19,16 @@ from fisedit_compile import BaseMemoryError, Editor, MaskError, PipelineInterrup
 from fisedit_compile.serving.engine import OtherPipelineError, PictureGoneError, Stop, WithheldPictureError
 from fisedit_compile.serving.front import BusyError
 from fisedit_compile.serving.picture_files import as_png, of_png
-from fisedit_compile.serving.requests import Answer, EditRequest, GenerationRequest, PhotoRequest, Progress, Request
+from fisedit_compile.serving.picture_id import new_picture_id
+from fisedit_compile.serving.requests import (
+    Answer,
+    EditRequest,
+    GenerationRequest,
+    PhotoRequest,
+    Progress,
+    Request,
+    Similar,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -128,6 +137,38 @@ class TestGeneration:
         tiny.bases.drop()
         assert ask(tiny, request(DOG)).reuse.why == "the base of the similar picture is not there any more"
         assert ask(tiny, request("an apple on the left")).reuse.base != first.id
+
+    def test_an_edit_is_changed_as_well_where_it_is_recorded_in_less_time(self, tmp_path: Path) -> None:
+        editor = Editor(tiny_pipeline(), {"dense_steps": 1, "dense_above": 1.0, "stride": 2})
+        settings = dataclasses.replace(SETTINGS, steps=8)
+        apple = "a dog on the apple"
+        with service(tmp_path, editor, similar=-1.0) as made:
+            cat = ask(made, request(settings=settings))
+            dog = ask(made, request(DOG, settings=settings))
+            route = made.library.route_of(dog.id)
+            assert route == made.library.route_of(cat.id) == cat.id
+            assert len(made.front._index) == 2
+            job = dataclasses.replace(
+                made.front._plan(request(apple, settings=settings)), similar=Similar(dog.id, 0.9), route=route
+            )
+            answer = made.engine.draw(job)
+            assert answer.reuse.base == dog.id
+            assert made.names() == {cat.id, dog.id}
+            made.engine._edits.clear()
+            made.bases.drop()
+            made.store.evict(0)
+            again = made.engine.draw(dataclasses.replace(job, id=new_picture_id()))
+            assert again.reuse.why == "the base of the similar picture is not there any more"
+        base = editor.generate(
+            CAT,
+            num_inference_steps=8,
+            guidance_scale=5.0,
+            generator=torch.Generator().manual_seed(3),
+            width=32,
+            height=32,
+        )
+        want = editor.edit(editor.edit(base, DOG), apple)
+        assert of_png(answer.png).tobytes() == want.image.tobytes()
 
     def test_a_repeated_job_is_answered_once(self, tiny: Service) -> None:
         job = tiny.front._plan(request())

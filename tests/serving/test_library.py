@@ -153,7 +153,7 @@ class TestIndex:
 
     @pytest.mark.parametrize(
         "change",
-        [{"kind": "edit"}, {"kind": "reused"}, {"embedding": None}, {"encoder": "another"}, {"key": "another"}],
+        [{"kind": "edit"}, {"kind": "photo"}, {"embedding": None}, {"encoder": "another"}, {"key": "another"}],
     )
     def test_leaves_out(self, library: Library, change: dict[str, Any]) -> None:
         library.add(picture(**change))

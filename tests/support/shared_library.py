@@ -59,6 +59,7 @@ def picture(name: str | None = None, **changes: Any) -> Picture:
         "prompt": f"words of {name}",
         "key": KEY,
         "pipeline": "pipeline",
+        "route": name,
         "seed": 3,
         "settings": SETTINGS,
         "parent": None,

@@ -38,7 +38,7 @@ User = tuple[Asked, ...]
 
 def rounds(requests: int, seed: int) -> list[User]:
     """Users who make a picture and change one thing of it, one to five times; ``requests`` in all."""
-    chance, world = random.Random(seed), _World()
+    chance, world = random.Random(seed), World()
     users: list[User] = []
     left = requests
     while left:
@@ -46,9 +46,7 @@ def rounds(requests: int, seed: int) -> list[User]:
         picture, noise = world.draw(chance), chance.getrandbits(32)
         user = [world.asked(picture, noise)]
         for _ in range(count - 1):
-            part = chance.randrange(len(picture))
-            others = [each for each in world.parts[part] if each != picture[part]]
-            picture = (*picture[:part], chance.choice(others), *picture[part + 1 :])
+            picture = world.change(picture, chance)
             user.append(world.asked(picture, noise))
         users.append(tuple(user))
         left -= count
@@ -57,7 +55,7 @@ def rounds(requests: int, seed: int) -> list[User]:
 
 def zipf(requests: int, seed: int) -> list[User]:
     """Single requests for pictures of which some are asked for far more often than others."""
-    chance, world = random.Random(seed), _World()
+    chance, world = random.Random(seed), World()
     pool = [world.asked(world.draw(chance), None) for _ in range(POOL)]
     weights = [1 / rank**EXPONENT for rank in range(1, POOL + 1)]
     return [(asked,) for asked in chance.choices(pool, weights, k=requests)]
@@ -66,7 +64,7 @@ def zipf(requests: int, seed: int) -> list[User]:
 TRACES = {"rounds": rounds, "zipf": zipf}
 
 
-class _World:
+class World:
     """Words for what stands left and right and for the background, and what each of them means.
 
     Attributes:
@@ -86,9 +84,17 @@ class _World:
         self.parts = (sorted(items), sorted(items), sorted(backgrounds))
 
     def draw(self, chance: random.Random) -> tuple[str, ...]:
+        """The words of any picture."""
         return tuple(chance.choice(words) for words in self.parts)
 
+    def change(self, picture: tuple[str, ...], chance: random.Random) -> tuple[str, ...]:
+        """The words with one thing changed: an object or the background."""
+        part = chance.randrange(len(picture))
+        others = [each for each in self.parts[part] if each != picture[part]]
+        return (*picture[:part], chance.choice(others), *picture[part + 1 :])
+
     def asked(self, picture: tuple[str, ...], seed: int | None) -> Asked:
+        """A request for a picture of the words."""
         left, right, background = picture
         scene = Scene({"left": self._items[left], "right": self._items[right]}, self._backgrounds[background])
         return Asked(f"{left} on the left and {right} on the right, {background}", seed, scene)
