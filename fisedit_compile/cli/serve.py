@@ -65,7 +65,10 @@ def add_parser(subparsers: Any) -> None:
         help="holds the token that clients bring as API key; needed where --host is not this machine alone",
     )
     parser.add_argument(
-        "--reuse", choices=("auto", "never"), default="auto", help="never draws each picture anew (default: auto)"
+        "--reuse",
+        choices=("auto", "never"),
+        default="auto",
+        help="never draws each picture anew and writes no bases (default: auto)",
     )
     parser.add_argument(
         "--similar",
@@ -103,6 +106,8 @@ def run(args: argparse.Namespace) -> None:
 
     import torch
 
+    if device.index is not None:
+        raise ValueError(f"--device {device}: each replica gets a GPU of its own, so give cuda (CUDA_VISIBLE_DEVICES)")
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     least, most = args.replicas or (gpus or 1, gpus or 1)
     if gpus and most > gpus:
@@ -120,6 +125,7 @@ def run(args: argparse.Namespace) -> None:
         dtype=str(dtype).removeprefix("torch."),
         threads=args.threads or max(1, (os.cpu_count() or 1) // most),
         replicas=most,
+        write_bases=args.reuse == "auto",
         config={"attention": args.attention},
     )
     similar = SIMILAR if args.similar is None else args.similar

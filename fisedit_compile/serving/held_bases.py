@@ -49,10 +49,14 @@ class HeldBases:
         store: where they lie.
         library: of their pictures.
         max_bytes: that those in memory may take together; the one in use stays.
+        write: whether bases are written at all.
     """
 
-    def __init__(self, editor: Editor, store: BaseStore, library: Library, max_bytes: int) -> None:
+    def __init__(
+        self, editor: Editor, store: BaseStore, library: Library, max_bytes: int, *, write: bool = True
+    ) -> None:
         self._editor, self._store, self._library, self._max_bytes = editor, store, library, max_bytes
+        self._write_at_all = write
         self._held: OrderedDict[str, Base] = OrderedDict()
         self._waiting: OrderedDict[str, Future[None]] = OrderedDict()
         self._lock = threading.Lock()
@@ -85,6 +89,8 @@ class HeldBases:
     def add(self, name: str, base: Base) -> None:
         """Hold a base in memory, and write it to the store in the background."""
         self._hold(name, base)
+        if not self._write_at_all:
+            return
         with self._lock:
             if len(self._waiting) == _MOST_WAITING:
                 logger.info("base %s stays in memory alone: %d others are being written", name, _MOST_WAITING)

@@ -42,6 +42,7 @@ class ReplicaOptions:
         device, dtype: of the pipeline, by torch's names.
         threads: of torch.
         replicas: how many there may be, which share the host's memory.
+        write_bases: whether bases go to the disk: not where no picture is reused.
         config: fields of the editor's config.
     """
 
@@ -53,6 +54,7 @@ class ReplicaOptions:
     dtype: str
     threads: int
     replicas: int
+    write_bases: bool = True
     config: dict[str, Any] = field(default_factory=dict)
 
 
@@ -87,7 +89,8 @@ def build_worker(options: ReplicaOptions) -> Worker:
     if memory is None:
         kind = pipe.device.type
         memory = int(_SHARES[kind] * free_bytes(pipe.device) / (options.replicas if kind == "cpu" else 1))
-    return Worker(Engine(editor, HeldBases(editor, store, library, memory), library))
+    bases = HeldBases(editor, store, library, memory, write=options.write_bases)
+    return Worker(Engine(editor, bases, library))
 
 
 def facts_of(editor: Editor) -> PipelineFacts:

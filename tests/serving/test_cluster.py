@@ -112,9 +112,9 @@ def test_a_replica_is_killed_and_everything_is_answered_right(tmp_path: Path) ->
         bases = [service.generate(CAT, seed) for seed in range(4)]
         before = service.replicas()
         assert len(before) == 2
-        with ThreadPoolExecutor(6) as clients:
-            answers = [clients.submit(service.generate, DOG, seed, steps=60, reuse="never") for seed in range(6)]
-            time.sleep(0.5)
+        with ThreadPoolExecutor(4) as clients:
+            answers = [clients.submit(service.generate, DOG, seed, steps=24, reuse="never") for seed in range(4)]
+            time.sleep(0.3)
             before[0].send_signal(signal.SIGKILL)
             drawn = [answer.result() for answer in answers]
         files = {"mask": as_png(mask)}
@@ -139,7 +139,7 @@ def test_a_replica_is_killed_and_everything_is_answered_right(tmp_path: Path) ->
         want = generate(editor, CAT, seed, 4)
         assert picture(base).tobytes() == want.image.tobytes()
         assert picture(edits[seed]).tobytes() == editor.edit(want, DOG, mask).image.tobytes()
-        assert picture(drawn[seed]).tobytes() == generate(editor, DOG, seed, 60).image.tobytes()
+        assert picture(drawn[seed]).tobytes() == generate(editor, DOG, seed, 24).image.tobytes()
     # No base is lost: those of the replica that ended well are written, the others' pictures can be edited as well.
     library, store = open_library(tmp_path / "store"), open_store(tmp_path / "store", 2**30)
     records = [library.get(each["id"]) for each in bases]

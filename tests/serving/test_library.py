@@ -233,6 +233,15 @@ class TestAgainstTheStore:
         bases.drop()
         assert len(index) == 4
 
+    def test_nothing_is_written_where_nothing_is_reused(self, library: Library, tmp_path: Path) -> None:
+        store, made = open_store(tmp_path, 100 * SIZE), picture()
+        bases: Any = HeldBases(None, store, library, 7, write=False)  # type: ignore[arg-type]
+        library.add(made)
+        bases.add(made.id, Small())
+        bases.wait()
+        assert store.bases() == []
+        assert bases.find(made.id) is not None
+
     def test_pictures_are_bounded(self, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(held_bases, "MOST_PICTURES", 2)
         for _ in range(4):

@@ -11,8 +11,8 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from fisedit_compile.errors import BaseMemoryError, FiseditError
-from fisedit_compile.serving.engine import OtherPipelineError, PictureGoneError, WithheldPictureError
+from fisedit_compile.errors import FiseditError
+from fisedit_compile.serving.engine import PictureGoneError, WithheldPictureError
 from fisedit_compile.serving.front import BusyError, PainterGoneError
 from fisedit_compile.serving.picture_files import PictureError
 
@@ -65,12 +65,13 @@ def api_error(error: BaseException) -> ApiError:
         return ApiError(str(error), status=404, code="picture_not_found")
     if isinstance(error, WithheldPictureError):
         return ApiError(str(error), code="content_policy_violation", kind="image_generation_user_error")
-    if isinstance(error, OtherPipelineError | BaseMemoryError):
-        return ApiError(str(error), status=500, kind="server_error")
     if isinstance(error, PictureError):
         return ApiError(str(error), code="invalid_image")
-    if isinstance(error, FiseditError | ValueError):  # what the editor refuses of a request
+    if isinstance(error, ValueError):  # what the editor refuses of a request, masks among it
         return ApiError(str(error), code="refused")
+    if isinstance(error, FiseditError):
+        logger.error("a request failed: %s", error)
+        return ApiError(str(error), status=500, kind="server_error")
     if isinstance(error, HTTPException):
         return ApiError(str(error.detail), status=error.status_code, headers=dict(error.headers or {}))
     logger.error("a request failed", exc_info=error)
