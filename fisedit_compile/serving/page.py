@@ -96,7 +96,7 @@ def build_page(front: Front, defaults: Defaults, limits: Limits) -> gr.Blocks:
                 picture = gr.Image(label="Picture", type="pil", interactive=False, elem_id="picture")
                 slider = gr.ImageSlider(label="Before and after", type="pil", visible=False, elem_id="slider")
                 said = gr.Markdown(elem_id="said")
-        strip = gr.Gallery(label="So far; choose one to go on from it", columns=8, height="auto", elem_id="strip")
+        strip = gr.Gallery(label="So far; choose one to go on from it", columns=8, height=190, elem_id="strip")
 
         outputs = [picture, slider, said, canvas, words, current, shown, strip]
         making = make.click(work.make, [prompt, seed, steps, guidance, anew, shown], outputs)
