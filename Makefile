@@ -1,4 +1,4 @@
-# `make demo` and `make test` need Linux, Python 3.11 or newer and a way to fetch Python packages; no GPU. Each makes
+# `make demo`, `make serve` and `make test` need Linux, Python 3.11 or newer and a way to fetch Python packages; no GPU. Each makes
 # .venv by itself and uses it again for as long as pyproject.toml, constraints.txt and Python stay the same.
 
 PYTHON ?= python3
@@ -17,13 +17,15 @@ EDIT = $(BIN)/fisedit-compile edit --model $(DEMO_MODEL) --prompt "$(DEMO_PROMPT
 # editable install name it, so that a moved checkout is set up again.
 STATE := $(shell { cat pyproject.toml constraints.txt; $(PYTHON) -V; pwd; } | cksum | cut -d ' ' -f 1)
 READY_TO_RUN := $(VENV)/.ready-to-run-$(STATE)
+READY_TO_SERVE := $(VENV)/.ready-to-serve-$(STATE)
 READY_TO_TEST := $(VENV)/.ready-to-test-$(STATE)
 
-.PHONY: help demo test lint types smoke interpreter pytest format clean
+.PHONY: help demo serve test lint types smoke interpreter pytest format clean
 .NOTPARALLEL:
 
 help:
 	@echo "make demo    edit a picture with the demo model: pictures and report in out/demo"
+	@echo "make serve   serve the demo model at http://127.0.0.1:8000, until Ctrl-C"
 	@echo "make test    lint, types, a small demo and the tests, on the CPU"
 	@echo "make lint | types | smoke | interpreter | pytest    one part of make test"
 	@echo "make format  sort imports, mend what ruff can mend, format"
@@ -31,6 +33,10 @@ help:
 
 demo: $(READY_TO_RUN)
 	$(EDIT) --steps 50 --out out/demo
+
+# On a CPU twelve steps take ten seconds, and show what there is to see.
+serve: $(READY_TO_SERVE)
+	$(BIN)/fisedit-compile serve --model $(DEMO_MODEL) --steps 12 --guidance 5 --store out/service
 
 # pytest stays last: its closing line is then the last one.
 test: lint types smoke interpreter pytest
@@ -67,6 +73,8 @@ clean:
 # Python compiles what it imports, once, instead of pip every file of every package: half the processor time of set-up.
 unexport PYTHONDONTWRITEBYTECODE
 
+comma := ,
+
 # $(1): what pip installs from here, with extras.
 define set_up
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer: make PYTHON=...")'
@@ -80,6 +88,10 @@ $(READY_TO_RUN):
 	$(call set_up,.[quality])
 	@touch $@
 
+$(READY_TO_SERVE):
+	$(call set_up,.[quality$(comma)serve])
+	@touch $@ $(READY_TO_RUN)
+
 $(READY_TO_TEST):
 	$(call set_up,.[dev])
-	@touch $@ $(READY_TO_RUN)
+	@touch $@ $(READY_TO_RUN) $(READY_TO_SERVE)

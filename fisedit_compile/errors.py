@@ -26,6 +26,10 @@ class MaskError(FiseditError, ValueError):
     """A mask that is empty, not finite, of the wrong shape or for another number of samples."""
 
 
+class LargeMaskError(MaskError):
+    """The mask that was found covers more of the picture than the edit was allowed to change."""
+
+
 class BaseMemoryError(FiseditError, MemoryError):
     """A base would take more memory than is free; raised before its first step."""
 

@@ -15,11 +15,11 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from fisedit_compile import __version__
-from fisedit_compile.cli import base, bench, blocks, edit, macs, quality
+from fisedit_compile.cli import base, bench, blocks, edit, macs, quality, serve
 from fisedit_compile.errors import FiseditError
 
 PROGRAM = "fisedit-compile"
-SUBCOMMANDS = (edit, base, quality, bench, macs, blocks)
+SUBCOMMANDS = (edit, base, serve, quality, bench, macs, blocks)
 
 
 def build_parser() -> argparse.ArgumentParser:

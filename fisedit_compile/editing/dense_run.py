@@ -42,7 +42,7 @@ class DenseRun(EditRun):
     ) -> None:
         samples, _, *size = base.latents.shape
         mask = torch.ones(samples, *size, dtype=torch.bool) if given is None else given
-        super().__init__(unet, pipe, tokenizers, callback, base, prompts, changes, weights, mask, "replace")
+        super().__init__(unet, pipe, tokenizers, callback, base, prompts, changes, weights, mask, "replace", 1.0)
         if controlled is not None:
             self._controlled = [controlled] * samples
         self._macs: StepMacs | None = None

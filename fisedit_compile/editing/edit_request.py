@@ -107,6 +107,7 @@ def check_request(
     mask: MaskLike | None,
     *,
     combine: str,
+    largest_mask: float,
     background: str,
     dense: bool,
     controlled: int,
@@ -127,6 +128,9 @@ def check_request(
         raise ValueError(f"combine={combine!r}: choose 'replace', 'and' or 'or'")
     if combine != "replace" and mask is None:
         raise ValueError(f"combine={combine!r} needs a mask to combine with the one that is found")
+    number = isinstance(largest_mask, int | float) and not isinstance(largest_mask, bool)
+    if not number or not 0 < largest_mask <= 1:
+        raise ValueError(f"largest_mask={largest_mask!r}: a share of the picture in (0, 1]")
     if background not in get_args(Background):
         raise ValueError(f"background={background!r}: choose 'pixels' or 'latents'")
     if not isinstance(dense, bool):

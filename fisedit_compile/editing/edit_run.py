@@ -22,7 +22,7 @@ from fisedit_compile.editing.step_callback import StepCallback
 from fisedit_compile.editing.step_macs import StepMacs
 from fisedit_compile.editing.stride import StrideError, visit
 from fisedit_compile.editing.word_weights import Weights, token_weights
-from fisedit_compile.errors import BaseMismatchError, MaskError
+from fisedit_compile.errors import BaseMismatchError, LargeMaskError, MaskError
 from fisedit_compile.ir.call import Call, Signature
 from fisedit_compile.masks.difference_mask import difference_mask
 from fisedit_compile.runtime.control import Control
@@ -58,9 +58,10 @@ class EditRun(PipelineRun):
         weights: Sequence[Weights],
         given: Tensor | None,
         combine: str,
+        largest_mask: float,
     ) -> None:
         super().__init__(unet, pipe, tokenizers, callback)
-        self._base, self._given, self._combine = base, given, combine
+        self._base, self._given, self._combine, self._largest_mask = base, given, combine, largest_mask
         self._mask_is_known = False
         self._dense_steps = base.dense_steps
         self._prepared: dict[Signature, Prepared] = {}  # a callback may take a part of the batch away in the loop
@@ -142,7 +143,13 @@ class EditRun(PipelineRun):
         if step < self._base.dense_steps and self._stride_error is not None:
             latents = (latents + self._stride_error.of(self._base.solver_steps[step], after)).to(latents.dtype)
         if step == dense - 1:
-            self._know_mask(self._find_mask([*self.latents, latents]))
+            mask = self._find_mask([*self.latents, latents])
+            if (area := float(mask.float().mean())) > self._largest_mask:
+                raise LargeMaskError(
+                    f"the mask that was found covers {area:.0%} of the picture, and largest_mask is "
+                    f"{self._largest_mask:.0%}: generate a picture of the new words, give a mask, or allow more"
+                )
+            self._know_mask(mask)
         if step < dense - 1:
             return latents
         # Outside the mask the picture is the base's, bit for bit, whatever the scheduler remembers of other steps.

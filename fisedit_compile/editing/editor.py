@@ -48,6 +48,7 @@ from fisedit_compile.editing.inversion import InvertRun, check_inversion
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.editing.photo import encode, read_photos
 from fisedit_compile.editing.pipeline_call import in_turn
+from fisedit_compile.editing.pipeline_digest import pipeline_digest
 from fisedit_compile.editing.pipeline_state import PipelineWatch
 from fisedit_compile.editing.record_run import RecordRun
 from fisedit_compile.editing.result import Edit, EditReport
@@ -231,6 +232,7 @@ class Editor:
         *,
         weights: Weights | Sequence[Weights | None] | None = None,
         combine: Combine = "replace",
+        largest_mask: float = 1.0,
         background: Background = "pixels",
         output_type: Output | None = None,
         dense: bool = False,
@@ -253,6 +255,9 @@ class Editor:
                 prompt may be the base's own.
             combine: with a mask given: ``"replace"`` uses it alone, ``"and"`` / ``"or"`` cut or join it with the one
                 that is found.
+            largest_mask: share of the picture, in (0, 1], that a mask which is found may cover: the edit ends with a
+                ``LargeMaskError`` behind its dense steps where it covers more. A mask that is given alone is not
+                looked at.
             background: ``"pixels"``: away from the mask the picture is the base's, bit for bit
                 (:class:`~fisedit_compile.editing.background.PixelBackground`); ``"latents"``: the picture as the
                 pipeline decodes it, whose latents outside the mask are the base's.
@@ -276,6 +281,7 @@ class Editor:
                 fewer attention maps than ``cross_replace`` asks for.
             MaskError: a mask of no pixels, not finite, or for another number of samples; or none can be found; or the
                 words of a sample change nothing that its text encoder sees.
+            LargeMaskError: the mask that was found covers more than ``largest_mask``; a ``MaskError``.
             PipelineInterruptedError: ``pipe._interrupt`` was set before the last step had ended.
             ValueError: prompts that are the base's own though nothing else changes, or another number of prompts than
                 the base has; other words with the base's embeddings; an argument that an edit does not take; words in
@@ -296,6 +302,7 @@ class Editor:
             each_weights,
             mask,
             combine=combine,
+            largest_mask=largest_mask,
             background=background,
             dense=dense,
             controlled=base.controlled_steps if controlled is None else controlled,
@@ -316,7 +323,7 @@ class Editor:
             given = as_mask(mask, samples=samples, size=(size[0], size[1]), device="cpu")
         with self._in_turn() as (unet, unet_state):
             start_from = (unet, self.pipe, self._tokenizers, callback, base, prompts, changes, each_weights, given)
-            run = DenseRun(*start_from, controlled) if dense else EditRun(*start_from, combine)
+            run = DenseRun(*start_from, controlled) if dense else EditRun(*start_from, combine, largest_mask)
             state = self._watch.look(run.pipe, unet_state, base.prompts)
             base.check(state, Schedule.of(self.pipe.scheduler), self.config)
             keep = None
@@ -416,6 +423,16 @@ class Editor:
             base = saved.read_calls(state)
             opened.note_use()
             return base
+
+    def digest(self) -> str:
+        """A hexadecimal key of all that decides a picture beside the arguments of a call, the same in every process.
+
+        That is the models with every weight, which are read for it once, the tokenizers' words, the scheduler, the
+        config, the kind of device, and the versions of this package, torch and diffusers.
+        """
+        with self._in_turn() as (_, unet_state):
+            state = self._watch.look(self._tokenizers.within(self.pipe), unet_state, [""])
+            return pipeline_digest(self.pipe, state, Schedule.of(self.pipe.scheduler), self.config)
 
     def free(self) -> None:
         """Let go of all graphs and of their memory on the device.

@@ -16,7 +16,8 @@ from fisedit_compile.utils.frozen_mapping import FrozenMapping
 #: Parts of a pipeline that change no latents: the checker blackens pictures behind the decoder.
 _WITHOUT_EFFECT = ("safety_checker",)
 
-_TOKENIZERS = ("tokenizer", "tokenizer_2")
+#: Parts of a pipeline that make tokens of words.
+TOKENIZERS = ("tokenizer", "tokenizer_2")
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class PipelineWatch:
 def _tokens(pipe: Any, prompts: Sequence[str]) -> dict[str, tuple[tuple[int, ...], ...]]:
     expand = getattr(pipe, "maybe_convert_prompt", lambda prompt, _: prompt)  # textual inversions, to a token a vector
     tokens = {}
-    for name in _TOKENIZERS:
+    for name in TOKENIZERS:
         if (tokenizer := getattr(pipe, name, None)) is not None:
             texts = [expand(prompt, tokenizer) for prompt in prompts]
             tokens[name] = tuple(tuple(ids) for ids in tokenizer(texts)["input_ids"])

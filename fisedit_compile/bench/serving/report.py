@@ -1,0 +1,63 @@
+"""What a load test found."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fisedit_compile.bench.serving.clients import Outcome
+from fisedit_compile.quality.judge import Judge
+from fisedit_compile.serving.picture_files import of_png
+
+
+def summarise(outcomes: Sequence[Outcome], wall_seconds: float, judge: Judge | None) -> dict[str, Any]:
+    """Counts, times and what was reused.
+
+    Args:
+        outcomes: of all requests.
+        wall_seconds: of all of them together.
+        judge: says what pictures show; None where there is none.
+
+    Returns:
+        A dict for JSON; latencies in seconds, of all answers and of each kind of reuse.
+    """
+    answers = [each for each in outcomes if not each.error]
+    kinds = Counter(each.picture["reuse"]["kind"] for each in answers)
+    by_kind = {kind: [each for each in answers if each.picture["reuse"]["kind"] == kind] for kind in sorted(kinds)}
+    areas = [each.picture["reuse"]["mask_area"] for each in by_kind.get("edit", [])]
+    return {
+        "requests": len(outcomes),
+        "answered": len(answers),
+        "errors": [each.error for each in outcomes if each.error],
+        "refused": sum(each.refused for each in outcomes),
+        "wall_seconds": wall_seconds,
+        "requests_per_second": len(answers) / wall_seconds,
+        "latency": {"all": _latencies(answers), **{kind: _latencies(of_kind) for kind, of_kind in by_kind.items()}},
+        "reused": dict(kinds),
+        "mask_area": float(np.mean(areas)) if areas else None,
+        "why_new": Counter(_short(each.picture["reuse"]["why"]) for each in by_kind.get("none", [])),
+        "shows_what_was_asked": _success(answers, judge) if judge else None,
+        "of_edits": _success(by_kind["edit"], judge) if judge and "edit" in by_kind else None,
+    }
+
+
+def _latencies(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    seconds = [each.seconds for each in outcomes]
+    if not seconds:
+        return {}
+    return {"mean": float(np.mean(seconds)), **{f"p{at}": float(np.percentile(seconds, at)) for at in (50, 95, 99)}}
+
+
+def _success(outcomes: Sequence[Outcome], judge: Judge) -> float:
+    """Share of the pictures in which all stands where it should."""
+    seen = [(judge.look(of_png(each.png), each.asked.scene), each.asked.scene) for each in outcomes]
+    right = [sight.items == dict(scene.items) and sight.background == scene.background for sight, scene in seen]
+    return sum(right) / max(len(right), 1)
+
+
+def _short(why: str) -> str:
+    """The reason without its numbers."""
+    return "".join(letter for letter in why if not letter.isdigit())

@@ -1,0 +1,117 @@
+"""One replica: a pipeline, its editor, and the engine and worker over them, from the options of a service."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fisedit_compile.cache.memory import free_bytes
+from fisedit_compile.config import SparsityConfig
+from fisedit_compile.errors import FiseditError
+from fisedit_compile.serving.engine import Engine
+from fisedit_compile.serving.held_bases import HeldBases, open_library, open_store
+from fisedit_compile.serving.worker import Worker
+
+if TYPE_CHECKING:
+    from fisedit_compile.editing.editor import Editor
+
+logger = logging.getLogger(__name__)
+
+#: Share of the free memory that bases may take, where no other limit is given: on a GPU, which a replica has alone, and
+#: on the host.
+_SHARES = {"cuda": 0.5, "cpu": 0.25}
+
+#: Words of the pictures that are drawn before the first request, and the steps of these: a dense and a sparse one.
+_WORDS, _STEPS = ("a cat", "a dog"), 2
+
+
+@dataclass(frozen=True)
+class ReplicaOptions:
+    """What a replica is made of; plain data, as it goes to other processes.
+
+    Attributes:
+        model: folder of a diffusers pipeline.
+        folder: of the service, with pictures and bases.
+        store_bytes: that all bases may take on the disk.
+        memory_bytes: that the bases of one replica may take in memory; None is a share of what is free.
+        device, dtype: of the pipeline, by torch's names.
+        threads: of torch.
+        replicas: how many there may be, which share the host's memory.
+        write_bases: whether bases go to the disk: not where no picture is reused.
+        config: fields of the editor's config.
+    """
+
+    model: str
+    folder: str
+    store_bytes: int
+    memory_bytes: int | None
+    device: str
+    dtype: str
+    threads: int
+    replicas: int
+    write_bases: bool = True
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PipelineFacts:
+    """What a front has to know of the pipeline that draws.
+
+    Attributes:
+        digest: of :meth:`fisedit_compile.Editor.digest`.
+        side: of its pictures, in pixels, where no size is asked for.
+        multiple: that the sides of its pictures are multiples of.
+    """
+
+    digest: str
+    side: int
+    multiple: int
+
+
+def build_worker(options: ReplicaOptions) -> Worker:
+    """The worker of a replica, ready to draw: all that is compiled on first use is compiled."""
+    from fisedit_compile.editing.editor import Editor
+    from fisedit_compile.editing.plain_pipeline import load_pipeline
+
+    torch.set_num_threads(options.threads)
+    pipe = load_pipeline(Path(options.model), torch.device(options.device), getattr(torch, options.dtype))
+    pipe.set_progress_bar_config(disable=True)
+    editor = Editor(pipe, SparsityConfig.of(options.config))
+    folder = Path(options.folder)
+    library, store = open_library(folder), open_store(folder, options.store_bytes)
+    _warm_up(editor, facts_of(editor).side)
+    memory = options.memory_bytes
+    if memory is None:
+        kind = pipe.device.type
+        memory = int(_SHARES[kind] * free_bytes(pipe.device) / (options.replicas if kind == "cpu" else 1))
+    bases = HeldBases(editor, store, library, memory, write=options.write_bases)
+    return Worker(Engine(editor, bases, library))
+
+
+def facts_of(editor: Editor) -> PipelineFacts:
+    """What a front has to know of an editor's pipeline."""
+    pipe = editor.pipe
+    side = pipe.unet.config.sample_size
+    factor = pipe.vae_scale_factor
+    return PipelineFacts(editor.digest(), (side if isinstance(side, int) else max(side)) * factor, math.lcm(8, factor))
+
+
+def _warm_up(editor: Editor, side: int) -> None:
+    """Draw a picture and edit it, within a mask and in a mask that is found, so that graphs and kernels are there."""
+    from PIL import Image
+
+    base = editor.generate(
+        _WORDS[0], num_inference_steps=_STEPS, generator=torch.Generator().manual_seed(0), width=side, height=side
+    )
+    mask = Image.new("L", (8, 8))
+    mask.paste(255, (0, 0, 4, 4))
+    for given in (mask, None):
+        try:
+            editor.edit(base, _WORDS[1], given)
+        except (FiseditError, ValueError) as error:  # a model to which both are one word, or that changes nothing
+            logger.info("an edit before the first request: %s", error)
