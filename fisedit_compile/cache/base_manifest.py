@@ -57,7 +57,7 @@ class Manifest:
 
     summary: Mapping[str, Any]
     files: tuple[BaseFile, ...]
-    versions: Mapping[str, str] = field(default_factory=lambda: {name: _version(name) for name in _PACKAGES})
+    versions: Mapping[str, str] = field(default_factory=lambda: package_versions())
     saved: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     @property
@@ -125,6 +125,11 @@ class Manifest:
 def checksum(data: bytes | memoryview) -> str:
     """The checksum of a file's content."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that a base is held to, by name."""
+    return {name: _version(name) for name in _PACKAGES}
 
 
 def _version(package: str) -> str:

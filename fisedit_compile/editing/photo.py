@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import struct
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,27 @@ from torch import Tensor
 _MODES = ("1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr", "HSV")
 
 _DIFFUSERS_MULTIPLE = 8  # pipelines of Stable Diffusion refuse other sides
+
+
+def open_photo(path: Path) -> Image.Image:
+    """The picture in a file, read to its end.
+
+    Raises:
+        OSError: no picture, or a file that is cut short.
+        ValueError: one whose sides say that it would take more memory than any picture that is edited.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path)
+            image.load()
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"{path}: a picture of too many pixels, give a smaller one ({error})") from None
+    except (SyntaxError, struct.error, OSError) as error:  # Pillow raises all of these for files that are damaged
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise OSError(f"{path}: no picture that can be read ({error})") from None
+    return image
 
 
 def read_photos(pipe: Any, photo: Any) -> list[Image.Image]:
