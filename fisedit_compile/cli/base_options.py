@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 #: Option -> its value where it is not given. A saved base has its own: it has to be known whether an option was given.
 _DEFAULTS: dict[str, Any] = {
     "photo": None,
+    "box": None,
     "negative_prompt": None,
     "scheduler": None,
     "steps": 50,
@@ -42,6 +43,13 @@ def add_base_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="picture to edit instead of generating one; --prompt says what it shows",
+    )
+    parser.add_argument(
+        "--box",
+        type=whole_number(0),
+        nargs=4,
+        metavar=("LEFT", "UPPER", "RIGHT", "LOWER"),
+        help="part of the photo that may change, in pixels, where the model cannot do with all of it",
     )
     parser.add_argument("--negative-prompt", "--negative", metavar="WORDS", help="of base and edits (default: none)")
     add_scheduler_option(parser)
@@ -83,6 +91,8 @@ def settle_base_options(args: argparse.Namespace) -> SparsityConfig:
         if given := _given(args, _OF_NOISE):
             raise ValueError(f"{given}: the photo decides it: leave that out")
         args.prompt = args.prompt or ""
+    elif args.box is not None:
+        raise ValueError("--box is a part of --photo: give that, too, or leave it out")
     elif args.prompt is None:
         raise ValueError("nothing to edit: give --prompt, --photo or --base")
     fields = config_fields(args.set or [])
@@ -93,7 +103,7 @@ def settle_base_options(args: argparse.Namespace) -> SparsityConfig:
         if getattr(args, name) is None:
             setattr(args, name, value)
     config = SparsityConfig.of({"attention": args.attention, "dense_steps": args.dense_steps, **fields})
-    if config.count_dense_steps(args.steps) == args.steps:
+    if config.count_dense_steps(args.steps) == args.steps > 1:  # an edit of a single step brings its mask
         raise ValueError(f"all {args.steps} steps would run dense: lower --dense-steps or raise --steps")
     return config
 
@@ -116,7 +126,7 @@ def make_base(editor: Editor, args: argparse.Namespace) -> Base:
         from fisedit_compile.editing.photo import open_photo
 
         editor.pipe.set_progress_bar_config(desc="photo")
-        return editor.invert(open_photo(args.photo), args.prompt, **shared)
+        return editor.invert(open_photo(args.photo), args.prompt, box=args.box, **shared)
     factor = editor.pipe.vae_scale_factor
     latent_size(args.height or factor, args.width or factor, scale_factor=factor)
     editor.pipe.set_progress_bar_config(desc="base")

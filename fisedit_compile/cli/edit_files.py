@@ -52,6 +52,8 @@ class EditFiles:
         from fisedit_compile.editing.overview import draw_overview, mask_picture, stacked
 
         prompt, words, mask = base.prompts[0], edit.trajectory.prompts[0], edit.mask[0].cpu()
+        if base.frame is not None:
+            mask = base.frame.mask_of_photo(mask)
         text = self._text(base, words, edit.trajectory.arguments, {"Edit of": prompt or None})
         self.write(self.name("edit", number), edit.image, text)
         self.write(self.name("mask", number), mask_picture(mask, edit.image.size))

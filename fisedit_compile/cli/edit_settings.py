@@ -30,6 +30,8 @@ def settle(args: argparse.Namespace) -> SparsityConfig:
     else:
         config = settle_base_options(args)
         prompt, dense = args.prompt, config.count_dense_steps(args.steps)
+        if dense == args.steps and not args.mask:
+            raise ValueError(f"all {args.steps} steps would run dense: raise --steps, or give --mask")
         if args.photo and not prompt and not args.mask:
             raise ValueError("--photo without --prompt has no words that new ones could be held to: give --mask, too")
         if args.save_base:

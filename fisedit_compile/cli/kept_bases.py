@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 #: Arguments of the command that decide a base, beside the model, the photo, the config, the device and the dtype.
-_SETTINGS = ("prompt", "negative_prompt", "scheduler", "steps", "seed", "guidance", "height", "width")
+_SETTINGS = ("box", "prompt", "negative_prompt", "scheduler", "steps", "seed", "guidance", "height", "width")
 
 
 class KeptBases:

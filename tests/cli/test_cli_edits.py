@@ -148,6 +148,22 @@ class TestPhoto:
         assert self.run(model, tmp_path / "out", *words, "--mask", str(mask)) == 0
         assert report(tmp_path / "out")["mask_source"] == "given"
 
+    def test_a_part_of_a_large_one(self, model: Path, tmp_path: Path) -> None:
+        colours = np.random.default_rng(0).integers(0, 256, (90, 150, 3), dtype=np.uint8)
+        Image.fromarray(colours).save(tmp_path / "photo.jpg", quality=95)
+        words = ["--photo", str(tmp_path / "photo.jpg"), "--prompt", PROMPT, "--edit", EDIT]
+        assert self.run(model, tmp_path / "out", *words) == 2
+        box = ["--box", "51", "7", "96", "40", "--set", "dense_above=1.0"]
+        assert self.run(model, tmp_path / "out", *words, *box) == 0
+        pictures = {name: pixels(tmp_path / "out" / f"{name}.png") for name in ("base", "edit", "mask")}
+        assert (pictures["base"] == pixels(tmp_path / "photo.jpg")).all()
+        assert pictures["mask"].shape == pictures["edit"].shape[:2] == (90, 150)
+        outside = np.ones((90, 150), bool)
+        outside[7:40, 51:96] = False
+        assert (pictures["edit"][outside] == pictures["base"][outside]).all()
+        assert not pictures["mask"][outside].any()
+        assert pictures["mask"].any()
+
     def test_saved_as_a_base(self, model: Path, photo: Path, tmp_path: Path) -> None:
         base = tmp_path / "base"
         argv = ["base", "save", str(base), "--model", str(model), "--photo", str(photo), "--prompt", PROMPT]
@@ -162,6 +178,7 @@ class TestPhoto:
         [
             (("--seed", "3"), "--seed: the photo decides it"),
             (("--height", "64", "--width", "64"), "--height, --width: the photo decides it"),
+            (("--box", "0", "0", "40", "32"), "is no part of a picture of 32x32"),
             (("--photo", "no/such.png"), "No such file"),
             (("--photo", __file__), "no picture that can be read"),
             (("--scheduler", "EulerDiscreteScheduler"), "EulerDiscreteScheduler cannot be run backwards"),
@@ -238,6 +255,14 @@ class TestKeptBases:
         monkeypatch.setattr("fisedit_compile.cache.write_base.shutil.disk_usage", lambda _: usage)
         assert self.run(model, tmp_path)["base"] is None
         assert "the base is not kept: " in capsys.readouterr().err
+
+
+def test_a_single_step_needs_a_mask(model: Path, mask: Path, tmp_path: Path, capsys: Any) -> None:
+    words = ["--prompt", PROMPT, "--edit", EDIT, "--steps", "1", "--guidance", "1"]
+    assert edit(model, tmp_path / "out", *words) == 2
+    assert "all 1 steps would run dense: raise --steps, or give --mask" in capsys.readouterr().err
+    assert edit(model, tmp_path / "out", *words, "--mask", str(mask)) == 0
+    assert report(tmp_path / "out")["sparse_steps"] == 1
 
 
 class TestScheduler:

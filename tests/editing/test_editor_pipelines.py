@@ -10,8 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from support.pipelines import CONFIG, EDIT, PROMPT, STEPS, arguments, generate, left_half, tiny_pipeline
-from support.unets import MICRO
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from support.pipelines_sdxl import tiny_sdxl
 
 from fisedit_compile import Editor
 from fisedit_compile.testing import assert_close
@@ -77,32 +76,7 @@ def test_perturbed_attention_guidance_is_refused_unless_it_is_off() -> None:
 @pytest.fixture(scope="module")
 def sdxl() -> Editor:
     """An editor of a small SDXL: two text encoders, size and crop in the time embedding; weights are random."""
-    small = tiny_pipeline()
-    known = small.text_encoder.config
-    text = CLIPTextConfig(**{**known.to_dict(), "projection_dim": known.hidden_size})
-    unet = diffusers.UNet2DConditionModel(
-        **{
-            **MICRO,
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-            "transformer_layers_per_block": (1, 2),
-            "use_linear_projection": True,
-            "cross_attention_dim": 2 * known.hidden_size,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 8,
-            "projection_class_embeddings_input_dim": 6 * 8 + known.hidden_size,
-        }
-    )
-    pipe = diffusers.StableDiffusionXLPipeline(
-        vae=small.vae,
-        text_encoder=CLIPTextModel(text),
-        text_encoder_2=CLIPTextModelWithProjection(text),
-        tokenizer=small.tokenizer,
-        tokenizer_2=small.tokenizer,
-        unet=unet.eval(),
-        scheduler=small.scheduler,
-    )
-    return Editor(quiet(pipe), CONFIG)
+    return Editor(tiny_sdxl(), CONFIG)
 
 
 @pytest.mark.parametrize(
