@@ -50,8 +50,9 @@ Models are as small as they can be and their weights random; two resolutions, of
    of what the words change, by {error_of}.
    Rescaled guidance and FreeU take statistics of the whole prediction, where the reference has other values outside
    the mask.
-5. An edit whose mask is found leaves the background as it is (not of a single step, from which none can be found).
-6. What is refused is refused before the U-Net is called.
+5. An edit of the edit, under what that mask leaves, leaves what was edited first as it is, bit for bit.
+6. An edit whose mask is found leaves the background as it is (not of a single step, from which none can be found).
+7. What is refused is refused before the U-Net is called.
 
 ## Pipelines
 

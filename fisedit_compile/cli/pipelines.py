@@ -44,10 +44,14 @@ def open_pipeline(model: str, scheduler: str | None, device: torch.device, dtype
     kind = None if scheduler is None else scheduler_class(scheduler)
 
     from fisedit_compile.editing.plain_pipeline import load_pipeline
+    from fisedit_compile.editing.schedulers import SCHEDULERS
 
     logger.info("loading %s ...", model)
     pipe = load_pipeline(model, device, dtype)
     if kind is not None and type(pipe.scheduler) is not kind:
+        own = type(pipe.scheduler).__name__
+        if own not in SCHEDULERS:  # one whose config says something else, such as EDM's or flow matching's
+            raise ValueError(f"--scheduler {scheduler}: the model is drawn with {own}, which no other can stand for")
         try:
             pipe.scheduler = kind.from_config(pipe.scheduler.config)
         except ImportError as error:  # one of diffusers' that needs torchsde or scipy

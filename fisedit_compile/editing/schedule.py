@@ -81,21 +81,22 @@ def refuse_noise_of_its_own(scheduler: Any) -> None:
     """Let the first step of ``scheduler`` fail where it draws noise that does not come from the pipeline's generator.
 
     An edit repeats the noise of its base, which it can rewind in the pipeline's generator alone. So the first step is
-    made twice, by a copy of the scheduler with a copy of the generator, and has to give the same latents.
+    made by two copies of the scheduler before, with copies of the generator, which have to give the same latents.
     """
     step = scheduler.step
 
     @functools.wraps(step)  # pipelines read the signature
     def first_step(*args: Any, **kwargs: Any) -> Any:
         del scheduler.step  # the class's own again
-        twin = copy.deepcopy(scheduler)
-        again = twin.step(
-            *args, **{**kwargs, "generator": _copied(kwargs["generator"])} if "generator" in kwargs else kwargs
+        once, again = (
+            copy.deepcopy(scheduler).step(
+                *args, **{**kwargs, "generator": _copied(kwargs["generator"])} if "generator" in kwargs else kwargs
+            )
+            for _ in range(2)
         )
-        out = step(*args, **kwargs)
-        if not torch.allclose(_latents(out), _latents(again), rtol=0, atol=0, equal_nan=True):
+        if not torch.allclose(_latents(once), _latents(again), rtol=0, atol=0, equal_nan=True):
             raise ValueError(_own_noise(scheduler))
-        return out
+        return step(*args, **kwargs)
 
     scheduler.step = first_step
 

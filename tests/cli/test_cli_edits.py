@@ -288,6 +288,13 @@ class TestScheduler:
         assert "--scheduler: the base in" in capsys.readouterr().err
 
 
+def test_a_model_whose_scheduler_no_other_can_stand_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_pipeline(scheduler=diffusers.EDMEulerScheduler()).save_pretrained(tmp_path / "model")
+    words = ["--prompt", PROMPT, "--edit", EDIT, "--scheduler", "DDIMScheduler"]
+    assert edit(tmp_path / "model", tmp_path / "out", *words) == 2
+    assert "the model is drawn with EDMEulerScheduler, which no other can stand for" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

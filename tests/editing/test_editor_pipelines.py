@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.kinds import KINDS
 from support.pipelines import CONFIG, EDIT, PROMPT, STEPS, arguments, generate, left_half, tiny_pipeline
 from support.pipelines_sdxl import tiny_sdxl
 
 from fisedit_compile import Editor
+from fisedit_compile.editing.photo import encode
 from fisedit_compile.testing import assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -62,6 +64,32 @@ def test_a_controlnet() -> None:
     assert edit.report.macs["ratio"] > 1
     inverted = editor.invert(photo(), PROMPT, num_inference_steps=4, guidance_scale=5.0, image=control)
     assert editor.edit(inverted, EDIT, left_half()).report.background_identical
+
+
+@pytest.mark.filterwarnings("ignore:.*decode_latents:FutureWarning")  # the pipeline itself calls it
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
+def test_a_t2i_adapter_whose_pipeline_has_no_callback(scheduler: str) -> None:
+    """Strides, rounds and photos: each sets the scheduler's steps, or what these lead to."""
+    kind = KINDS["SD StableDiffusionAdapterPipeline + T2I-Adapter"]
+    pipe = kind.build()
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    editor, mask = Editor(pipe, {**CONFIG, "stride": 2}), left_half()
+    base = generate(editor, **kind.arguments, num_inference_steps=8)
+    assert len(base.visits) < 8
+    assert_close(base.latents, pipe(PROMPT, output_type="latent", **kind.arguments, **eight_steps()).images)
+    edit = editor.edit(base, EDIT, mask)
+    further = editor.edit(edit, "an apple on the left", ~mask)
+    assert torch.equal(further.latents[..., :8], edit.latents[..., :8])
+    assert editor.edit(base, EDIT).report.background_identical
+    inverted = editor.invert(photo(), PROMPT, num_inference_steps=8, guidance_scale=5.0, **kind.arguments)
+    assert_close(inverted.latents, encode(pipe, [photo()], torch.float32))
+    assert editor.edit(inverted, EDIT, mask).report.background_identical
+    with pytest.raises(ValueError, match=r"takes no callback_on_step_end: leave .* out"):
+        generate(editor, **kind.arguments, callback_on_step_end=print)
+
+
+def eight_steps() -> dict[str, Any]:
+    return arguments(num_inference_steps=8)
 
 
 def test_perturbed_attention_guidance_is_refused_unless_it_is_off() -> None:

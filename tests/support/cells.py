@@ -27,6 +27,8 @@ from fisedit_compile.testing import assert_close, relative_error
 #: the latents or more, whose rounding is a few millionths.
 TOLERANCE = 0.02
 
+FURTHER = "an apple on the left"
+
 CONFIG: dict[str, Any] = {"dense_above": 1.0}
 
 #: Schedulers that each kind of pipeline is run with; plain pipelines with all.
@@ -179,6 +181,8 @@ class Tried:
         assert edit.latents.isfinite().all()
         assert torch.equal(edit.latents[..., ~mask], base.latents[..., ~mask])
         assert not torch.equal(edit.latents[..., mask], base.latents[..., mask])
+        further = self.editor.edit(edit, FURTHER, ~mask)
+        assert torch.equal(further.latents[..., mask], edit.latents[..., mask])
         if len(base.visits) > 1:
             assert self.editor.edit(base, EDIT).report.background_identical
         if self.swap is not None:
