@@ -20,7 +20,14 @@ READY_TO_RUN := $(VENV)/.ready-to-run-$(STATE)
 READY_TO_SERVE := $(VENV)/.ready-to-serve-$(STATE)
 READY_TO_TEST := $(VENV)/.ready-to-test-$(STATE)
 
-.PHONY: help demo serve test lint types smoke interpreter pytest format clean
+# What the other ends of the range of versions are tried with: the editor, the command line, and cells of docs/support.md.
+ENDS := tests/editing tests/cli tests/test_support.py
+OLDEST := $(shell $(PYTHON) -c 'import re, tomllib; \
+	needs = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; \
+	pairs = (re.match(r"(torch|diffusers|transformers)>=([\d.]+)", each) for each in needs); \
+	print(*(f"{pair[1]}=={pair[2]}.*" for pair in pairs if pair))')
+
+.PHONY: help demo serve test lint types smoke interpreter pytest test-oldest test-newest format clean
 .NOTPARALLEL:
 
 help:
@@ -28,8 +35,9 @@ help:
 	@echo "make serve   serve the demo model at http://127.0.0.1:8000, until Ctrl-C"
 	@echo "make test    lint, types, a small demo and the tests, on the CPU"
 	@echo "make lint | types | smoke | interpreter | pytest    one part of make test"
+	@echo "make test-oldest | test-newest    parts of the tests with the oldest and newest versions of what pyproject.toml names"
 	@echo "make format  sort imports, mend what ruff can mend, format"
-	@echo "make clean   remove what was made, except .venv"
+	@echo "make clean   remove what was made, except .venv itself"
 
 demo: $(READY_TO_RUN)
 	$(EDIT) --steps 50 --out out/demo
@@ -62,12 +70,27 @@ interpreter: $(READY_TO_TEST)
 pytest: $(READY_TO_TEST)
 	$(PYTEST)
 
+# Each in an environment of its own, which is made anew; pip downloads what it needs, several gigabytes with CUDA.
+test-oldest:
+	$(call try_versions,.venv-oldest,$(OLDEST))
+
+test-newest:
+	$(call try_versions,.venv-newest,--upgrade --upgrade-strategy eager)
+
+# $(1): the environment; $(2): what pip is given beside this package.
+define try_versions
+	$(PYTHON) -m venv --clear $(1)
+	$(1)/bin/python -m pip install -qq --editable '.[quality,test]' $(2)
+	$(1)/bin/python -m pip list 2>/dev/null | grep -iE '^(torch|diffusers|transformers) '
+	OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 --dist loadfile $(ENDS)
+endef
+
 format: $(READY_TO_TEST)
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
 clean:
-	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf out build dist .venv-oldest .venv-newest .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
 
 # Python compiles what it imports, once, instead of pip every file of every package: half the processor time of set-up.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -136,7 +137,11 @@ class SparsityConfig:
             raise ValueError(f"config is a {type(config).__name__}: give a SparsityConfig or a dict of its fields")
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(config) - known):
-            raise ValueError(f"unknown config field(s) {', '.join(unknown)}: known are {', '.join(sorted(known))}")
+            nearest = difflib.get_close_matches(unknown[0], known, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise ValueError(
+                f"unknown config field(s) {', '.join(unknown)}: known are {', '.join(sorted(known))}{hint}"
+            )
         return cls(**config)
 
     def is_whole(self, size: tuple[int, int]) -> bool:

@@ -42,7 +42,7 @@ class PromptToPrompt(Method):
         self.mapper, self.keep = align_batch(kit.tokenizer, [SOURCE], [TARGET], device=kit.unet_device)
         self.done = 0  # the number of denoising steps done
         self.pipe.unet.set_attn_processor(
-            {name: _Processor(self, cross="attn2" in name) for name in self.pipe.unet.attn_processors}
+            {name: Processor(self, cross="attn2" in name) for name in self.pipe.unet.attn_processors}
         )
 
     def takes_over(self, cross: bool, done: int) -> bool:
@@ -69,7 +69,7 @@ class PromptToPrompt(Method):
         return {}
 
 
-class _Processor:
+class Processor:
     """Attention in which the edit takes over the source's maps for as long as the method says."""
 
     def __init__(self, method: PromptToPrompt, *, cross: bool) -> None:

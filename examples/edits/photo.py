@@ -19,8 +19,8 @@ pipe = StableDiffusionPipeline.from_pretrained("examples/demo_model")
 editor = Editor(pipe)
 
 # %% [markdown]
-# Any RGB picture will do whose sides are multiples of 8. Here it is one that the model has drawn and a file has kept:
-# of the latents and the noise behind it nothing is used.
+# Any picture will do, of any size; `box=(left, upper, right, lower)` is what may change of a large one. Here it is one
+# that the model has drawn and a file has kept: of the latents and the noise behind it nothing is used.
 
 # %%
 prompt = "a pig on the left and a yellow balloon on the right, on a blue background"

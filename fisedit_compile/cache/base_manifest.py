@@ -24,7 +24,7 @@ OWN_FILES = re.compile(r"manifest\.json|base\.json|(base|decoder|call-\d{4,})\.s
 #: How hidden folders end in which a base is being written or removed; before it a dot, the base's name, eight digits.
 PARTIAL, REMOVED = ".partial", ".removed"
 
-FORMAT, FORMAT_VERSION = "fisedit_compile base", 2
+FORMAT, FORMAT_VERSION = "fisedit_compile base", 3
 
 #: More bytes than any manifest or content takes: a U-Net of SDXL has some thousand tensors and ten thousand values.
 MOST_JSON = 64 * 2**20

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 @contextlib.contextmanager
 def _log_on_stderr() -> Iterator[None]:
     """What the library logs, warnings and what takes long, goes to the terminal, apart from results on stdout."""
-    logger, handler = logging.getLogger("fisedit_compile"), logging.StreamHandler(sys.stderr)
+    logger, handler = logging.getLogger("fisedit_compile"), _AboveBars()
     handler.setFormatter(logging.Formatter(f"{PROGRAM}: %(message)s"))
     level = logger.level
     logger.addHandler(handler)
@@ -69,3 +69,12 @@ def _log_on_stderr() -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+class _AboveBars(logging.Handler):
+    """Writes lines to stderr, above the progress bars that pipelines show there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)

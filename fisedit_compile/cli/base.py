@@ -13,7 +13,8 @@ from fisedit_compile.cache.base_manifest import Manifest
 from fisedit_compile.cache.read_base import open_base
 from fisedit_compile.cache.remove_base import remove_base, remove_leftovers
 from fisedit_compile.cache.store import BaseStore, stored_bases
-from fisedit_compile.cli.base_options import add_base_options, generate_base, settle_base_options
+from fisedit_compile.cli.base_options import add_base_options, make_base, settle_base_options
+from fisedit_compile.cli.pipelines import add_model_option, open_pipeline
 from fisedit_compile.cli.runtime import add_runtime_options, finite, start
 from fisedit_compile.errors import BaseFormatError
 
@@ -26,8 +27,8 @@ def add_parser(subparsers: Any) -> None:
     what = base.add_subparsers(metavar="WHAT", required=True)
     save = what.add_parser("save", help="generate a picture and save its base", description=_save.__doc__)
     save.add_argument("folder", type=Path, metavar="DIR", help="where the base will lie: not there yet, or empty")
-    save.add_argument("--model", type=Path, required=True, metavar="DIR", help="folder of a diffusers pipeline")
-    save.add_argument("--prompt", required=True, metavar="WORDS", help="of the picture")
+    add_model_option(save)
+    save.add_argument("--prompt", metavar="WORDS", help="of the picture")
     add_base_options(save)
     add_runtime_options(save)
     save.set_defaults(run=_save)
@@ -58,7 +59,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _save(args: argparse.Namespace) -> None:
-    """Generate a picture and save its base, for `fisedit-compile edit --base` and `Editor.load`."""
+    """Generate a picture, or take a photo, and save its base, for `fisedit-compile edit --base` and `Editor.load`."""
     from fisedit_compile.cache.write_base import check_target
 
     config = settle_base_options(args)
@@ -66,9 +67,9 @@ def _save(args: argparse.Namespace) -> None:
     device, dtype = start(args)
 
     from fisedit_compile.editing.editor import Editor
-    from fisedit_compile.editing.plain_pipeline import load_pipeline
 
-    generate_base(Editor(load_pipeline(args.model, device, dtype), config), args).save(args.folder)
+    pipe = open_pipeline(args.model, args.scheduler, device, dtype)
+    make_base(Editor(pipe, config), args).save(args.folder)
     with open_base(args.folder) as opened:
         print(_described(args.folder, opened.manifest))
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fisedit_compile.cli.config_fields import add_set_option, config_fields
 from fisedit_compile.cli.edit_options import add_edit_options
 from fisedit_compile.cli.json_file import check_json_path, write_json
 from fisedit_compile.cli.runtime import add_runtime_options, describe, start, whole_number
@@ -39,9 +39,7 @@ def add_parser(what: Any) -> None:
     parser.add_argument(
         "--max-masks", type=whole_number(1), default=16, metavar="N", help="of the file, evenly spaced (default: 16)"
     )
-    parser.add_argument(
-        "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="other fields of SparsityConfig, such as stride=3"
-    )
+    add_set_option(parser)
     parser.add_argument(
         "--baseline",
         choices=("compile", "reduce-overhead", "max-autotune-no-cudagraphs", "none"),
@@ -82,24 +80,6 @@ def run_edit(args: argparse.Namespace) -> None:
         f"{conditions['device_name']}, torch {conditions['versions']['torch']}"
     )
     print(_table(result, settings.steps))
-
-
-def config_fields(assignments: list[str]) -> dict[str, Any]:
-    """Fields of a config from ``FIELD=VALUE``; a value is read as JSON where it is, else as text.
-
-    Raises:
-        ValueError: an assignment without ``=``.
-    """
-    fields: dict[str, Any] = {}
-    for each in assignments:
-        name, equals, text = each.partition("=")
-        if not equals:
-            raise ValueError(f"--set {each}: give FIELD=VALUE, for example stride=3")
-        try:
-            fields[name] = json.loads(text)
-        except json.JSONDecodeError:
-            fields[name] = text
-    return fields
 
 
 def _ratio(compiled: float | None, edit: float) -> str:

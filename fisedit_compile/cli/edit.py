@@ -1,41 +1,55 @@
-"""``fisedit-compile edit``: generate a picture or load its base, edit it by new words, and report what was saved."""
+"""``fisedit-compile edit``: generate a picture, or take a photo or a saved base, and edit it by new words."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import time
-from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from fisedit_compile.cli.base_options import (
     add_base_options,
-    generate_base,
-    refuse_base_options,
-    settle_base_options,
+    make_base,
 )
-from fisedit_compile.cli.runtime import DTYPES, add_runtime_options, describe, start
-from fisedit_compile.config import SparsityConfig
+from fisedit_compile.cli.edit_files import EditFiles
+from fisedit_compile.cli.edit_report import Made, report_values
+from fisedit_compile.cli.edit_rounds import Change, add_changes
+from fisedit_compile.cli.edit_settings import read_mask, settle
+from fisedit_compile.cli.pipelines import add_model_option, open_pipeline
+from fisedit_compile.cli.runtime import add_runtime_options, describe, start
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from fisedit_compile.editing.base import Base
+    from fisedit_compile.editing.editor import Editor
+    from fisedit_compile.editing.result import Edit
 
-    from fisedit_compile.editing.result import EditReport
+_EPILOG = """\
+examples:
+  two edits of one picture, and a third that changes the second:
+    fisedit-compile edit --model DIR --prompt "a cat on a chair" --seed 7 \\
+        --edit "a dog on a chair" --edit "a lion on a chair" --then "a lion on a throne"
+  a photo; without --prompt it needs a mask, and is filled in by the words:
+    fisedit-compile edit --model DIR --photo cat.jpg --prompt "a cat on a chair" --edit "a dog on a chair"
+    fisedit-compile edit --model DIR --photo cat.jpg --mask mask.png --edit "a red cushion"
+  a base that is drawn once, whoever asks for it with the same settings:
+    fisedit-compile edit --model DIR --bases ~/bases --prompt "a cat on a chair" --edit "a dog on a chair"
 
-_FILES = """\
-files written to --out:
-  base.png, edit.png  the picture of --prompt, and of --edit
+files written to --out, each whole or not at all:
+  base.png, edit.png  the picture of --prompt (or the photo), and of --edit
   mask.png            what was recomputed, white; --mask takes it
-  overview.png        base, edit, mask over base, difference
+  overview.png        base, edit, mask over base, difference; a row an edit
   dense.png           with --compare-dense: the dense regeneration
   report.json         all figures (and with --json on stdout)
+With several edits their files have numbers, edit-1.png and so on, in the order of the command line. base.png and
+edit.png say prompt, seed and settings in the text chunk that A1111's "PNG Info" reads. ComfyUI keeps other chunks, and
+makes a workflow of this one. Neither draws the same picture from it: their noise is another one.
 
 report.json: wall_seconds.base leaves out the capture of the U-Net's graph, once a process and size, which is
-capture_seconds; with --base it is null, and wall_seconds.load the time to read the base. wall_seconds.edit is one
-edit of the recorded base, all steps, text encoder and VAE included, without the capture. seed is null with --base.
+capture_seconds; it is null where the base was loaded, and wall_seconds.load the time to read it. wall_seconds.edit is
+one edit of the recorded base, all steps, text encoder and VAE included, without the capture; wall_seconds.rebase the
+time before it to record the picture that --then changes. seed is null with --base and --photo. With several edits
+what is of one edit is in the list "edits".
 With --compare-dense the plain pipeline draws the new prompt from the same seed, without Prompt-to-Prompt:
 wall_seconds.edit_dense is its time, unet_ms.dense_step a call of its U-Net, and ssim_vs_dense says how close
 the edit came to it (1: equal). Without, the first two are null and the edit's own dense steps, which carry
@@ -46,23 +60,33 @@ def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "edit",
-        help="generate a picture and edit it by new words",
-        description="Generate a picture, find what new words change in it, and recompute only that.",
-        epilog=_FILES,
+        help="edit a picture by new words",
+        description="Generate a picture or take a photo, find what new words change in it, and recompute only that.",
+        epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="folder of a diffusers pipeline")
-    base = parser.add_mutually_exclusive_group(required=True)
+    add_model_option(parser)
+    base = parser.add_mutually_exclusive_group()
     base.add_argument("--prompt", metavar="WORDS", help="of the base")
     base.add_argument(
         "--base", type=Path, metavar="DIR", help="saved base, which is then not generated; it settles all options of it"
     )
-    parser.add_argument("--edit", required=True, metavar="WORDS", help="the base's prompt with other words")
+    add_changes(parser)
     parser.add_argument(
-        "--mask", type=Path, metavar="FILE", help="picture, white where to edit (default: found from the first steps)"
+        "--mask",
+        type=Path,
+        metavar="FILE",
+        help="picture, white where to edit, for all edits (default: found from the first steps of each)",
     )
     add_base_options(parser)
-    parser.add_argument("--save-base", type=Path, metavar="DIR", help="save the base, for --base of later edits")
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument("--save-base", type=Path, metavar="DIR", help="save the base, for --base of later edits")
+    kept.add_argument(
+        "--bases",
+        type=Path,
+        metavar="DIR",
+        help="folder of bases: one of exactly these settings is taken from there, or made and kept there",
+    )
     parser.add_argument(
         "--background",
         choices=("pixels", "latents"),
@@ -81,133 +105,105 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Make the edit and write all files."""
-    config = _settle(args)
-    mask = _read_mask(args.mask) if args.mask else None
+    """Make the edits and write all files."""
+    config = settle(args)
+    mask = read_mask(args.mask) if args.mask else None
     device, dtype = start(args)
-    args.out.mkdir(parents=True, exist_ok=True)
+    if args.bases:
+        from fisedit_compile.cli.kept_bases import base_name
+
+        args.base_name = base_name(args, config, device, dtype)
 
     from fisedit_compile.editing.editor import Editor
-    from fisedit_compile.editing.overview import draw_overview, mask_picture
-    from fisedit_compile.editing.plain_pipeline import load_pipeline, regenerate
-    from fisedit_compile.quality.ssim import ssim
 
-    pipe = load_pipeline(args.model, device, dtype)
-    editor = Editor(pipe, config)
+    editor = Editor(open_pipeline(args.model, args.scheduler, device, dtype), config)
+    args.out.mkdir(parents=True, exist_ok=True)
+    base, where, seconds = _base(editor, args)
+    seed = None if args.base or args.photo else args.seed
+    files = EditFiles(args.out, args.model, len(args.changes))
+    files.write_base(base)
+    made: list[Made] = []
+    before: Base = base
+    edit: Edit | None = None
+    for number, change in enumerate(args.changes, start=1):
+        rebase_seconds = None
+        if change.further and edit is not None:
+            _announce(editor, args.changes, number, "record")
+            begun = time.perf_counter()
+            before = editor.base_of(edit)
+            rebase_seconds = time.perf_counter() - begun
+        else:
+            before = base
+        captured = editor.unet.build_seconds
+        _announce(editor, args.changes, number, "edit")
+        edit = editor.edit(before, change.words, mask, background=args.background)
+        captured = editor.unet.build_seconds - captured
+        dense = _regenerate(editor, args.changes, number, base) if args.compare_dense else None
+        files.write_edit(before, edit, number)
+        if dense:
+            files.write(files.name("dense", number), dense.image)
+        of = files.name("edit", number - 1) if change.further else "base"
+        made.append(Made.of_edit(edit, of=of, capture_seconds=captured, rebase_seconds=rebase_seconds, dense=dense))
+    shared = {
+        "wall_seconds": seconds,
+        "capture_seconds": editor.unet.build_seconds,
+        "model": str(args.model),
+        "base": None if where is None else str(where),
+        "photo": None if args.photo is None else str(args.photo),
+        "prompt": base.prompts[0],
+        "negative_prompt": base.arguments.get("negative_prompt"),
+        "seed": seed,
+        "steps": base.arguments["num_inference_steps"],
+        "guidance": base.arguments["guidance_scale"],
+        "scheduler": base.schedule.name,
+        "width": base.image.width,
+        "height": base.image.height,
+        "attention": config.attention,
+        "base_bytes": base.nbytes,
+        "command": args.command_line,
+        **describe(device, dtype),
+    }
+    text = json.dumps(report_values(made, shared), indent=2)
+    files.write_report(text)
+    print(text if args.json else _summary(made, files))
+
+
+def _base(editor: Editor, args: argparse.Namespace) -> tuple[Base, Path | None, dict[str, float | None]]:
+    """The base, where it is saved, and the seconds that making or loading it took."""
+    from fisedit_compile.cli.kept_bases import KeptBases
+
     begun = time.perf_counter()
-    base = editor.load(args.base) if args.base else generate_base(editor, args)
-    load_seconds = time.perf_counter() - begun if args.base else None
+    kept = KeptBases(args.bases) if args.bases else None
+    where = args.base or (kept.folder_of(args.base_name) if kept else args.save_base)
+    loaded = editor.load(args.base) if args.base else kept.find(editor, args.base_name) if kept else None
+    if loaded is not None:
+        return loaded, where, {"base": None, "load": time.perf_counter() - begun}
+    begun = time.perf_counter()
+    base = make_base(editor, args)
+    seconds = {"base": time.perf_counter() - begun - editor.unet.build_seconds, "load": None}
     if args.save_base:
         base.save(args.save_base)
-    pipe.set_progress_bar_config(desc="edit")
-    edit = editor.edit(base, args.edit, mask, background=args.background)
-    pictures = {"base": base.image, "edit": edit.image, "mask": mask_picture(edit.mask[0].cpu(), base.image.size)}
-    pictures["overview"] = draw_overview(
-        base.image, edit.image, edit.mask[0].cpu(), prompt=base.prompts[0], edit_prompt=args.edit
-    )
-
-    report, dense, capture_seconds = edit.report, None, editor.unet.build_seconds
-    if args.base:  # the edit's calls are the first of the process, and wait for the capture
-        report = replace(report, seconds=report.seconds - capture_seconds)
-    if args.compare_dense:
-        pipe.set_progress_bar_config(desc="edit, all dense")
-        dense = regenerate(pipe, args.edit, generator=base.rewound_generators()[0], **base.arguments)
-        pictures["dense"] = dense.image
-        report = replace(report, unet_ms=_against(median(dense.unet_ms), report.unet_ms["sparse_step"]))
-    values = report.to_dict()
-    values["unet_ms"]["dense_of"] = "plain" if dense else "edit"
-    values["wall_seconds"] = {
-        "base": None if args.base else base.seconds - capture_seconds,
-        "load": load_seconds,
-        "edit": values.pop("seconds"),
-        "edit_dense": dense.seconds if dense else None,
-    }
-    values["capture_seconds"] = capture_seconds
-    if dense:
-        values["ssim_vs_dense"] = ssim(edit.image, dense.image)
-    values.update(
-        model=str(args.model),
-        base=str(args.base or args.save_base) if args.base or args.save_base else None,
-        prompt=base.prompts[0],
-        edit=args.edit,
-        negative_prompt=base.arguments.get("negative_prompt"),
-        seed=args.seed,
-        steps=base.arguments["num_inference_steps"],
-        guidance=base.arguments["guidance_scale"],
-        width=base.image.width,
-        height=base.image.height,
-        attention=config.attention,
-        base_bytes=base.nbytes,
-        command=args.command_line,
-        **describe(device, dtype),
-    )
-    text = json.dumps(values, indent=2)
-    for name, picture in pictures.items():
-        picture.save(args.out / f"{name}.png")
-    (args.out / "report.json").write_text(text + "\n")
-    print(text if args.json else _summary(report, values, args.out))
+    if kept:
+        where = kept.keep(base, args.base_name)
+    return base, where, seconds
 
 
-def _settle(args: argparse.Namespace) -> SparsityConfig:
-    """The options of the base, its own if it was saved; what would fail after it was generated has to fail before."""
-    if args.compare_dense and find_spec("torchmetrics") is None:
-        raise ValueError("--compare-dense needs torchmetrics: install it, or this package's optional group 'quality'")
-    if args.base:
-        config, prompt, dense = _settled_by_base(args)
-    else:
-        config, prompt = settle_base_options(args), args.prompt
-        dense = config.count_dense_steps(args.steps)
-        if args.save_base:
-            from fisedit_compile.cache.write_base import check_target
+def _regenerate(editor: Editor, changes: list[Change], number: int, base: Base) -> Any:
+    from fisedit_compile.editing.plain_pipeline import regenerate
 
-            check_target(args.save_base)
-    if prompt == args.edit:
-        raise ValueError(f"--edit is the same as --prompt ({prompt!r}): change at least one word")
-    if dense == 0 and not args.mask:
-        raise ValueError("--dense-steps 0 leaves no step to find a mask from: give --mask, or run some dense steps")
-    return config
+    _announce(editor, changes, number, "edit, all dense")
+    generator = base.rewound_generators()[0]
+    return regenerate(editor.pipe, changes[number - 1].words, generator=generator, **base.arguments)
 
 
-def _settled_by_base(args: argparse.Namespace) -> tuple[SparsityConfig, str, int]:
-    """Config, prompt and dense steps of a saved base, and its device and dtype where no others were asked for."""
-    from fisedit_compile.cache.read_base import open_base
-
-    refuse_base_options(args, args.base)
-    if args.save_base:
-        raise ValueError(f"--save-base: the base in {args.base} is saved already: leave one of the two out")
-    with open_base(args.base) as opened:
-        summary = opened.manifest.summary
-    if summary["latents"][0] != 1 or not summary["pil"]:
-        raise ValueError(f"{args.base} is no base of one picture: edit it from Python, by editor.load(...)")
-    if args.dtype == "auto":
-        args.dtype = next((name for name, dtype in DTYPES.items() if dtype == summary["dtype"]), "auto")
-    if args.device == "auto" and summary["device"] == "cpu":
-        args.device = "cpu"
-    config = SparsityConfig(**summary["config"])
-    return config, summary["prompts"][0], config.count_dense_steps(summary["visited_steps"])
+def _announce(editor: Editor, changes: list[Change], number: int, what: str) -> None:
+    """Say beside the pipeline's progress bar what it does."""
+    count = len(changes)
+    editor.pipe.set_progress_bar_config(desc=what if count == 1 else f"{what} {number} of {count}")
 
 
-def _read_mask(path: Path) -> Image.Image:
-    from PIL import Image
-
-    from fisedit_compile.masks.user_mask import as_mask
-
-    picture = Image.open(path)
-    as_mask(picture, samples=1, size=(1, 1))  # raises where there is nothing to edit
-    return picture
-
-
-def _against(dense_ms: float, sparse_ms: float | None) -> dict[str, float | None]:
-    return {"dense_step": dense_ms, "sparse_step": sparse_ms, "speedup": dense_ms / sparse_ms if sparse_ms else None}
-
-
-def _summary(report: EditReport, values: dict[str, Any], out: Path) -> str:
-    lines = [str(report)]
-    dense = values["wall_seconds"]["edit_dense"]
-    if dense:
-        edit = values["wall_seconds"]["edit"]
-        lines.append(
-            f"dense regeneration {dense:.1f} s: the edit is {dense / edit:.1f} times as fast; "
-            f"SSIM of the two {values['ssim_vs_dense']:.3f}"
-        )
-    return "\n".join([*lines, f"pictures and report.json are in {out}"])
+def _summary(made: list[Made], files: EditFiles) -> str:
+    lines = []
+    for number, each in enumerate(made, start=1):
+        lines.append(str(each) if len(made) == 1 else f"{files.name('edit', number)}, {each.words!r}: {each}")
+    return "\n".join([*lines, f"pictures and report.json are in {files.out}"])

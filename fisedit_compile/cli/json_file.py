@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fisedit_compile.cli.whole_file import write_whole
+
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--json``."""
@@ -28,4 +30,5 @@ def check_json_path(path: Path | None) -> None:
 def write_json(path: Path | None, values: dict[str, Any]) -> None:
     """Write ``values`` to ``path``; without a path do nothing."""
     if path:
-        path.write_text(json.dumps(values, indent=2) + "\n")
+        text = json.dumps(values, indent=2) + "\n"
+        write_whole(path, lambda partial: partial.write_text(text))

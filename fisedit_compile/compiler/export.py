@@ -7,6 +7,7 @@ copied. Operations that only check something or do nothing at inference (metadat
 from __future__ import annotations
 
 import inspect
+import logging
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from fisedit_compile.compiler.functionalize import functionalize
 from fisedit_compile.errors import CaptureError
 from fisedit_compile.ir.call import Call
 
+logger = logging.getLogger(__name__)
+
 aten = torch.ops.aten
 
 
@@ -32,6 +35,8 @@ def export(unet: torch.nn.Module, call: Call) -> GraphModule:
     Raises:
         CaptureError: the model does not trace as one graph; the message says where, and what can be done.
     """
+    shape = "x".join(map(str, call.signature.sample_shape))
+    logger.info("capturing %s for inputs of %s, once a process ...", type(unet).__name__, shape)
     args, kwargs = call.split()
     if "return_dict" in inspect.signature(unet.forward).parameters:
         kwargs["return_dict"] = False

@@ -14,6 +14,7 @@ from fisedit_compile.cache.packed_base import PackedBase
 from fisedit_compile.cache.step_cache import Recorded
 from fisedit_compile.cache.write_base import write_base
 from fisedit_compile.config import SparsityConfig
+from fisedit_compile.editing.photo_frame import PhotoFrame
 from fisedit_compile.editing.pipeline_state import PipelineState
 from fisedit_compile.editing.schedule import Schedule
 from fisedit_compile.editing.stride import SolverStep
@@ -56,7 +57,10 @@ class Base:
         config: the editor's; it decides what was kept.
         seconds: wall time of the generation.
         unet_ms: wall time of each U-Net call, recording included.
-        pictures: a copy of ``images``, for edits to take their background from whatever is drawn into ``images``.
+        pictures: a copy of ``images``, for edits to take their background from whatever is drawn into ``images``; with
+            a frame, what the model sees of them.
+        frame: where the model's pictures lie in ``images``, photos of a size that it does not take; None where they are
+            the same.
         decoded: what edits read of the VAE's decoder; None where they decode their whole pictures.
     """
 
@@ -76,6 +80,7 @@ class Base:
     seconds: float
     unet_ms: tuple[float, ...] = field(repr=False)
     pictures: Any = field(repr=False)
+    frame: PhotoFrame | None = field(repr=False)
     decoded: Decoded | None = field(repr=False)
 
     @property

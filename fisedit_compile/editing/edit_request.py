@@ -151,7 +151,10 @@ def check_request(
         return
     if base.dense_steps == 0 and (mask is None or combine != "replace"):
         raise ValueError("with dense_steps=0 no mask can be found: give a mask, or run some dense steps")
-    if base.dense_steps == len(base.visits):
+    given = mask is not None and combine == "replace"
+    if base.dense_steps == len(base.visits) and not (given and len(base.visits) == 1):
+        if len(base.visits) == 1:
+            raise ValueError("from a single step no mask can be found: give a mask, or pass dense=True")
         raise ValueError(
             f"all {len(base.visits)} steps would run dense: lower dense_steps or take more steps (or pass dense=True, "
             "if that is what you want)"

@@ -47,6 +47,7 @@ from fisedit_compile.editing.embeddings import check_as_many_tokens, check_embed
 from fisedit_compile.editing.inversion import InvertRun, check_inversion
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.editing.photo import encode, read_photos
+from fisedit_compile.editing.photo_frame import Box, PhotoFrame
 from fisedit_compile.editing.pipeline_call import in_turn
 from fisedit_compile.editing.pipeline_digest import pipeline_digest
 from fisedit_compile.editing.pipeline_state import PipelineWatch
@@ -54,8 +55,9 @@ from fisedit_compile.editing.record_run import RecordRun
 from fisedit_compile.editing.result import Edit, EditReport
 from fisedit_compile.editing.rounds import RebaseRun, Trajectory
 from fisedit_compile.editing.saved_base import SavedBase
-from fisedit_compile.editing.schedule import Schedule
+from fisedit_compile.editing.schedule import Schedule, refuse_unseeded
 from fisedit_compile.editing.step_callback import StepCallback
+from fisedit_compile.editing.step_ends import WITHOUT_CALLBACK
 from fisedit_compile.editing.text_memo import TextMemo
 from fisedit_compile.editing.word_weights import Weights, weights_of_samples
 from fisedit_compile.errors import BaseMismatchError, CaptureError
@@ -85,7 +87,10 @@ class Editor:
     def __init__(self, pipe: Any, config: SparsityConfig | dict[str, Any] | None = None) -> None:
         if not hasattr(pipe, "unet") or not callable(pipe):
             raise CaptureError(f"Editor takes a diffusers pipeline with a U-Net, not a {type(pipe).__name__}")
-        if missing := {"prompt", "callback_on_step_end", "num_inference_steps"} - set(call_parameters(pipe)):
+        needed = {"prompt", "num_inference_steps"}
+        if type(pipe).__name__ not in WITHOUT_CALLBACK:
+            needed.add("callback_on_step_end")
+        if missing := needed - set(call_parameters(pipe)):
             raise CaptureError(
                 f"{type(pipe).__name__} takes no {', '.join(sorted(missing))}: use a StableDiffusionPipeline or a "
                 "pipeline of its family"
@@ -161,6 +166,7 @@ class Editor:
         kept = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         kept.update(without_return_dict(arguments))
         check_arguments(self.pipe, kept)
+        refuse_unseeded(self.pipe.scheduler)
         check_embeddings(self.pipe, prompts, kept, controlled=self._controls)
         callback = self._callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         kept = owned(one_for_each(prompts, kept))
@@ -176,6 +182,7 @@ class Editor:
         photo: Any,
         prompt: str | Sequence[str] = "",
         *,
+        box: Box | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
         **arguments: Any,
@@ -187,10 +194,12 @@ class Editor:
         picture's, and the pixels its own.
 
         Args:
-            photo: a PIL image, or a list of them, one a prompt; see
-                :func:`~fisedit_compile.editing.photo.read_photos` for what is taken.
+            photo: a PIL image, or a list of them, one a prompt, of any size; see
+                :func:`~fisedit_compile.editing.photo.read_photos` for what is taken. Edits are as large as it.
             prompt: what the picture shows, or one a picture. Words that it does not show cannot be edited; with none,
                 an edit needs a mask, and fills it by its own words.
+            box: left, upper, right and lower edge of the part that the model is shown, in pixels, where the picture is
+                larger than it can do with: edits change that part alone.
             num_inference_steps, guidance_scale: of the edits.
             arguments: anything else the pipeline's call takes, but for what the picture decides: its size, latents,
                 generators, how many pictures. ControlNet's ``image`` is one.
@@ -203,17 +212,18 @@ class Editor:
                 pipeline that starts from pictures itself; a scheduler that cannot be run backwards.
             BaseMemoryError, PipelineInterruptedError, CaptureError: see :meth:`generate`.
         """
-        prompts, photos = check_prompts(prompt), read_photos(self.pipe, photo)
+        prompts, photos = check_prompts(prompt), read_photos(photo)
         kept = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         kept.update(without_return_dict(arguments))
         check_arguments(self.pipe, kept)
         check_embeddings(self.pipe, prompts, kept, controlled=self._controls)
         check_inversion(self.pipe, kept, prompts, photos)
-        width, height = photos[0].size
+        frame = PhotoFrame.of(self.pipe, photos, box)
+        width, height = frame.size
         kept = owned(one_for_each(prompts, {**kept, "height": height, "width": width}))
         generators = check_generators(torch.Generator().manual_seed(0))  # nothing is drawn
         with self._in_turn() as (unet, unet_state):
-            latents = encode(self.pipe, photos, unet.dtype)
+            latents = encode(self.pipe, frame.pictures(), unet.dtype)
             backwards = InvertRun(unet, self.pipe, self._tokenizers, latents)
             plain = {**kept, "latents": latents, "guidance_scale": 1.0, "output_type": "latent"}
             backwards.draw(prompts, generators, plain)
@@ -222,7 +232,7 @@ class Editor:
             state = self._watch.look(run.pipe, unet_state, prompts)
             self._texts.serve(run.pipe, state.models, kept)
             run.decoding = self._decoders.recording(self.pipe, state)
-            return run.record(prompts, generators, state, photos)
+            return run.record(prompts, generators, state, photos, None if frame.is_whole else frame)
 
     def edit(
         self,
@@ -320,6 +330,8 @@ class Editor:
         samples, _, *size = base.latents.shape
         given = None
         if mask is not None:
+            if base.frame is not None:
+                mask = base.frame.mask_of_model(mask)
             given = as_mask(mask, samples=samples, size=(size[0], size[1]), device="cpu")
         with self._in_turn() as (unet, unet_state):
             start_from = (unet, self.pipe, self._tokenizers, callback, base, prompts, changes, each_weights, given)
@@ -342,6 +354,8 @@ class Editor:
             if keep is not None:
                 flags = {"base_flags": base.nsfw, "edit_flags": nsfw}
                 images, uncomposed = keep.compose(base.pictures, images, run.host_mask, **flags)
+            if base.frame is not None and output_type != "latent":
+                images = base.frame.restored(images)
             seconds = time.perf_counter() - start
             source = "found" if given is None else "given" if combine == "replace" else f"found {combine} given"
             report = EditReport.of(
@@ -364,6 +378,7 @@ class Editor:
                 latents=tuple(run.latents),
                 config=self.config,
                 callback=run.callback_changes,
+                frame=base.frame,
             )
         return Edit(images, nsfw, run.mask, run.latents[-1], report, trajectory)
 
@@ -390,6 +405,8 @@ class Editor:
         made = edit.trajectory
         if edit.report.decoder == "none":
             raise ValueError("the edit has latents in the place of pictures: edit with another output_type")
+        if made.frame is not None and not isinstance(edit.images, list):
+            raise ValueError("an edit of a part of a photo is edited again as PIL images: leave output_type out")
         with self._in_turn() as (unet, unet_state):
             run = RebaseRun(unet, self.pipe, self._tokenizers, made)
             state = self._watch.look(run.pipe, unet_state, made.prompts)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from fisedit_compile.editing.arguments import call_parameters
@@ -100,7 +101,7 @@ class InverseScheduler(SchedulerMixin, ConfigMixin):
         """The sample."""
         return sample
 
-    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True) -> Any:
         """The latents at ``timestep``, by the noise that the model sees in ``sample`` there.
 
         Args:
@@ -125,7 +126,8 @@ class InverseScheduler(SchedulerMixin, ConfigMixin):
         self._made += 1
         if self._made % EVALUATIONS == 0:
             self._share = share
-        return (found.to(sample.dtype),)
+        latents = found.to(sample.dtype)
+        return SchedulerOutput(prev_sample=latents) if return_dict else (latents,)
 
 
 class InvertRun(PipelineRun):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,18 @@ def draw_overview(base: Image.Image, edit: Image.Image, mask: Any, *, prompt: st
         (difference, f"Difference, {DIFFERENCE_GAIN} times as bright"),
     ]
     return _side_by_side(panels)
+
+
+def stacked(sheets: Sequence[Image.Image]) -> Image.Image:
+    """Sheets of :func:`draw_overview` one below the other; a single one is returned as it is."""
+    if len(sheets) == 1:
+        return sheets[0]
+    stack = Image.new("RGB", (max(each.width for each in sheets), sum(each.height for each in sheets)), "white")
+    top = 0
+    for each in sheets:
+        stack.paste(each, (0, top))
+        top += each.height
+    return stack
 
 
 def tinted(base: Image.Image, mask: Image.Image) -> Image.Image:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import struct
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,41 +16,58 @@ from torch import Tensor
 #: Modes of PIL that hold 8 bits a channel, or fewer, and whose colours are known.
 _MODES = ("1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr", "HSV")
 
-_DIFFUSERS_MULTIPLE = 8  # pipelines of Stable Diffusion refuse other sides
+#: What Pillow raises for files that are damaged.
+_DAMAGED = (OSError, SyntaxError, ValueError, IndexError, struct.error)
 
 
-def read_photos(pipe: Any, photo: Any) -> list[Image.Image]:
-    """The pictures as upright RGB, all of a size that the pipeline takes.
+def open_photo(path: Path) -> Image.Image:
+    """The picture in a file, read to its end.
+
+    Raises:
+        OSError: no picture, or a file that is cut short.
+        ValueError: one whose sides say that it would take more memory than any picture that is edited.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path)
+            image.load()
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"{path}: a picture of too many pixels, give a smaller one ({error})") from None
+    except _DAMAGED as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise OSError(f"{path}: no picture that can be read ({error})") from None
+    return image
+
+
+def read_photos(photo: Any) -> list[Image.Image]:
+    """The pictures as upright RGB, all of one size.
 
     Args:
-        pipe: the pipeline.
         photo: a PIL image, or a sequence of them. A rotation that its EXIF data ask for is done.
 
     Raises:
         ValueError: something else; several frames, transparency, or more than 8 bits a channel; pictures of several
-            sizes, or of sides that the pipeline does not take.
+            sizes, or one that cannot be read to its end.
     """
     several = list(photo) if isinstance(photo, Sequence) and not isinstance(photo, str) else [photo]
     if not several or not all(isinstance(each, Image.Image) for each in several):
         kind = type(photo).__name__ if len(several) == 1 else f"list of {len(several)}, not all of them pictures"
         raise ValueError(f"photo is a {kind}: give a PIL image, or a list of them (PIL.Image.open(path) reads a file)")
     photos = [_upright(each) for each in several]
-    width, height = photos[0].size
-    if any(each.size != (width, height) for each in photos):
+    if any(each.size != photos[0].size for each in photos):
         sizes = ", ".join(f"{each.width}x{each.height}" for each in photos)
         raise ValueError(f"pictures of {sizes}: give pictures of one size")
-    multiple = math.lcm(_DIFFUSERS_MULTIPLE, pipe.vae_scale_factor)
-    if width % multiple or height % multiple:
-        fitting = tuple(max(multiple, round(side / multiple) * multiple) for side in (width, height))
-        raise ValueError(
-            f"a picture of {width}x{height}: {type(pipe).__name__} takes sides that are multiples of {multiple}; give "
-            f"PIL.ImageOps.fit(image, {fitting}), or a part of it"
-        )
     return photos
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    frames = getattr(image, "n_frames", 1)
+    try:
+        frames = getattr(image, "n_frames", 1)
+        image.load()
+    except _DAMAGED as error:
+        raise ValueError(f"the picture cannot be read to its end ({error}): give an undamaged one") from None
     if frames > 1:
         raise ValueError(f"a picture of {frames} frames: give one of them (image.seek(i); image.copy())")
     if image.mode not in _MODES:
@@ -72,7 +91,7 @@ def encode(pipe: Any, photos: Sequence[Image.Image], dtype: torch.dtype) -> Tens
 
     Args:
         pipe: the pipeline, whose VAE is cast to fp32 and back where its config says that it needs that.
-        photos: of :func:`read_photos`.
+        photos: RGB, of a size that the pipeline takes.
         dtype: of the result.
     """
     vae = pipe.vae

@@ -15,6 +15,7 @@ from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.editing.pipeline_call import PipelineCall
 from fisedit_compile.editing.schedule import Schedule
 from fisedit_compile.editing.step_callback import StepCallback
+from fisedit_compile.editing.step_ends import end_steps
 from fisedit_compile.errors import BaseMismatchError, CaptureError
 from fisedit_compile.ir.call import Call
 from fisedit_compile.runtime.timer import UNetTimer
@@ -47,6 +48,7 @@ class PipelineRun:
         self.timer = UNetTimer()
         self.latents: list[Tensor] = []
         self.calls_made = 0
+        self._guided = False
 
     @property
     def pipe(self) -> Any:
@@ -71,12 +73,14 @@ class PipelineRun:
         Raises:
             PipelineInterruptedError: ``_interrupt`` was set before the last step had ended.
         """
-        names = ["latents", *(self.callback.tensor_inputs if self.callback else ())]
-        output = self.call(
-            **arguments,
-            callback_on_step_end=self._step_end,
-            callback_on_step_end_tensor_inputs=list(dict.fromkeys(names)),
-        )
+        self._guided = self._is_guided(arguments)
+        if "callback_on_step_end" in self._parameters:
+            names = ["latents", *(self.callback.tensor_inputs if self.callback else ())]
+            arguments["callback_on_step_end"] = self._step_end
+            arguments["callback_on_step_end_tensor_inputs"] = list(dict.fromkeys(names))
+        else:
+            end_steps(self.pipe.scheduler, self._scheduler_step_end)
+        output = self.call(**arguments)
         self.finish()
         return output
 
@@ -124,7 +128,7 @@ class PipelineRun:
             CaptureError: the batch does not consist of as many parts.
         """
         batch = call.signature.sample_shape[0]
-        if not getattr(self.pipe, "do_classifier_free_guidance", False):
+        if not getattr(self.pipe, "do_classifier_free_guidance", self._guided):
             parts, conditional = 1, -1
         elif "image_guidance_scale" in self._parameters:  # InstructPix2Pix: text and image, image alone, neither
             parts, conditional = 3, 0
@@ -136,6 +140,12 @@ class PipelineRun:
                 "of its guidance: an editor knows no other guidance"
             )
         return batch // parts, conditional
+
+    def _is_guided(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether a pipeline that does not say it makes several parts of its batch, by the arguments of its call."""
+        scales = ("guidance_scale", "image_guidance_scale")
+        text, image = (arguments.get(name, getattr(self._parameters.get(name), "default", 1)) for name in scales)
+        return bool(text > 1 and image >= 1)
 
     def _unet_call(self, sample: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the U-Net's ``forward``."""
@@ -170,3 +180,7 @@ class PipelineRun:
         latents = self.finish_step(changed.get("latents", values["latents"]))
         self.latents.append(latents.clone())
         return {**changed, "latents": latents}
+
+    def _scheduler_step_end(self, index: int, timestep: Any, latents: Tensor) -> Tensor:
+        ended: Tensor = self._step_end(self.pipe, index, timestep, {"latents": latents})["latents"]
+        return ended

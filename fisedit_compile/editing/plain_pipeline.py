@@ -1,7 +1,8 @@
-"""A pipeline from a folder, and a picture generated with it the dense way."""
+"""A pipeline from a folder or the Hugging Face Hub, and a picture generated with it the dense way."""
 
 from __future__ import annotations
 
+import re
 import time
 import warnings
 from collections.abc import Iterator
@@ -14,18 +15,27 @@ import torch
 
 from fisedit_compile.runtime.timer import UNetTimer
 
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
-def load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    """The diffusers pipeline in ``folder``, in eval mode; nothing is downloaded.
+
+def load_pipeline(model: str | Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """The diffusers pipeline in a folder or of the Hugging Face Hub, in eval mode.
+
+    Args:
+        model: a folder that ``pipe.save_pretrained`` wrote, of which nothing is downloaded; or, where nothing of this
+            name is there, ``owner/name`` on the Hub, as diffusers downloads and keeps it.
+        device, dtype: where and as what the models are.
 
     Raises:
-        ValueError: no such folder, or none of a pipeline.
-        OSError: a file of the pipeline is missing.
+        ValueError: neither.
+        OSError: a file of the pipeline is missing, or cannot be downloaded.
     """
-    if not (folder / "model_index.json").is_file():
+    folder = Path(model)
+    from_hub = not folder.exists() and _HUB_ID.fullmatch(str(model)) is not None
+    if not from_hub and not (folder / "model_index.json").is_file():
         raise ValueError(
-            f"{folder} is no folder of a diffusers pipeline (no model_index.json in it): "
-            "give one that pipe.save_pretrained(...) wrote"
+            f"{model} is no folder of a diffusers pipeline (no model_index.json in it): "
+            "give one that pipe.save_pretrained(...) wrote, or owner/name of the Hugging Face Hub"
         )
     import transformers  # before diffusers' pipelines, which make it warn of packages for other models
 
@@ -38,7 +48,10 @@ def load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype) -> Any
         # Its new name, dtype, is unknown to the oldest diffusers that we take.
         warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
         pipe = DiffusionPipeline.from_pretrained(
-            str(folder), torch_dtype=dtype, local_files_only=True, low_cpu_mem_usage=is_accelerate_available()
+            str(model),
+            torch_dtype=dtype,
+            local_files_only=not from_hub,
+            low_cpu_mem_usage=is_accelerate_available(),
         )
     return pipe.to(device)
 

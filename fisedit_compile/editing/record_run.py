@@ -17,6 +17,7 @@ from fisedit_compile.editing.arguments import owned
 from fisedit_compile.editing.base import Base, RecordedCall
 from fisedit_compile.editing.decoding import RecordDecoding
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
+from fisedit_compile.editing.photo_frame import PhotoFrame
 from fisedit_compile.editing.pipeline_run import PipelineRun
 from fisedit_compile.editing.pipeline_state import PipelineState
 from fisedit_compile.editing.prompt_tokens import check_text_length, own_tokens
@@ -74,6 +75,7 @@ class RecordRun(PipelineRun):
         generators: list[torch.Generator],
         state: PipelineState,
         photos: Any = None,
+        frame: PhotoFrame | None = None,
     ) -> Base:
         """The base that the run makes.
 
@@ -82,6 +84,7 @@ class RecordRun(PipelineRun):
             generators: of the noise.
             state: of the pipeline's models; their weights are read after the run.
             photos: the base's pictures where they are not what the pipeline decodes.
+            frame: what of them the pipeline draws, where that is not all of them.
         """
         self._prompts = prompts
         states = tuple((each.get_state(), each.device) for each in generators)
@@ -94,7 +97,7 @@ class RecordRun(PipelineRun):
             self._host.finish()
         seconds = time.perf_counter() - start
         state.read_weights()
-        images, nsfw = (images, nsfw) if photos is None else (photos, None)
+        images, nsfw = (images, nsfw) if photos is None else (owned(photos), None)
         return Base(
             images=images,
             nsfw=nsfw,
@@ -111,7 +114,8 @@ class RecordRun(PipelineRun):
             config=self._config,
             seconds=seconds,
             unet_ms=tuple(self.timer.milliseconds()["record"]),
-            pictures=owned(images),
+            pictures=owned(images) if frame is None else frame.pictures(),
+            frame=frame,
             decoded=self.decoding.decoded if isinstance(self.decoding, RecordDecoding) else None,
         )
 
@@ -148,8 +152,11 @@ class RecordRun(PipelineRun):
 
     @property
     def _sparse_visits(self) -> int:
-        """How many steps may be sparse: all of them with a mask that is given, unless the config makes all dense."""
-        return len(self.visits) if self._dense_visits < len(self.visits) else 0
+        """How many steps may be sparse: all of them with a mask that is given, unless the config makes all dense.
+
+        A single step is no step to find a mask from, whatever the config says: an edit of it brings one.
+        """
+        return len(self.visits) if self._dense_visits < len(self.visits) or len(self.visits) == 1 else 0
 
     @property
     def solver_steps(self) -> tuple[SolverStep, ...]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.editing.base import Base, RecordedCall, rewound
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
+from fisedit_compile.editing.photo_frame import PhotoFrame
 from fisedit_compile.editing.pipeline_state import PipelineState
 from fisedit_compile.editing.record_run import RecordRun
 from fisedit_compile.editing.schedule import Schedule
@@ -40,6 +41,7 @@ class Trajectory:
         latents: behind each visited step, ``[n, c, h, w]`` each.
         config: the editor's.
         callback: a user's callback that changed the edit's loop, by name; empty without one.
+        frame: where the model's pictures lie in the edit's, of a photo of another size; None where they are these.
     """
 
     prompts: tuple[str, ...]
@@ -52,6 +54,7 @@ class Trajectory:
     latents: tuple[Tensor, ...]
     config: SparsityConfig
     callback: str
+    frame: PhotoFrame | None
 
     def check(self, pipeline: PipelineState, schedule: Schedule, config: SparsityConfig) -> None:
         """Hold an edit to the editor that is asked to edit it again.
@@ -103,7 +106,8 @@ class RebaseRun(RecordRun):
             images, nsfw: of the edit: the pictures of its base are its own, and not decoded again.
         """
         made = self._made
-        recorded = self.record(made.prompts, rewound(made.generators), state, images)
+        frame = None if made.frame is None else replace(made.frame, photos=tuple(images))
+        recorded = self.record(made.prompts, rewound(made.generators), state, images, frame)
         calls = tuple(RecordedCall(made.visits[call.step], call.cache) for call in recorded.calls)
         return replace(
             recorded,

@@ -20,6 +20,7 @@ from fisedit_compile.cache.step_cache import Recorded
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.editing.arguments import owned
 from fisedit_compile.editing.base import Base, RecordedCall
+from fisedit_compile.editing.photo_frame import PhotoFrame
 from fisedit_compile.editing.pipeline_state import PipelineState
 from fisedit_compile.editing.schedule import Schedule
 from fisedit_compile.editing.stride import SolverStep
@@ -55,6 +56,7 @@ def pack(base: Base) -> PackedBase:
         **{name: getattr(base, name) for name in _PLAIN},
         "solver_steps": tuple(tuple(step) for step in base.solver_steps),
         "config": asdict(base.config),
+        "frame": base.frame and (list(base.frame.photos), base.frame.box, base.frame.size),
         "schedule": (base.schedule.name, dict(base.schedule.config), dict(base.schedule.tables)),
         "pipeline": (base.pipeline.kind, dict(base.pipeline.tokens)),
         "models": {name: _state_values(state) for name, state in base.pipeline.models.items()},
@@ -129,8 +131,10 @@ class SavedBase:
         name, options, tables = values["schedule"]
         kind, tokens = values["pipeline"]
         models = {part: _state(state) for part, state in values["models"].items()}
+        frame = values["frame"] and _frame(*values["frame"])
         return Base(
-            images=owned(values["pictures"]),
+            images=owned(list(frame.photos) if frame else values["pictures"]),
+            frame=frame,
             arguments=FrozenMapping(values["arguments"]),
             calls=(),
             decoded=None,
@@ -254,6 +258,10 @@ def _recorded(about: Sequence[Any], entries: Any, fetch: Fetch) -> Recorded:
     tree, leaves, timesteps = about
     kept = {CacheEntry(node, kind): fetch(reference) for kind, node, reference in entries}
     return Recorded(Signature(tree, leaves), timesteps, kept)
+
+
+def _frame(photos: Any, box: Any, size: Any) -> PhotoFrame:
+    return PhotoFrame(tuple(photos), tuple(box), tuple(size))
 
 
 def _state_values(state: ModelState) -> tuple[Any, ...]:

@@ -14,6 +14,12 @@ from torch import Tensor
 
 from fisedit_compile.utils.frozen_mapping import FrozenMapping
 
+#: Numbers that steps leave behind, and that setting the timesteps does not take away.
+_LEFT_OVER = ("dt",)
+
+#: The option of schedulers with noise of their own that makes it the same each time.
+_SEED = "noise_sampler_seed"
+
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
@@ -34,7 +40,9 @@ class Schedule:
     def of(cls, scheduler: Any) -> Schedule:
         config = {name: value for name, value in dict(scheduler.config).items() if not name.startswith("_")}
         tables = {
-            name: torch.as_tensor(value).cpu().clone() for name, value in vars(scheduler).items() if _is_table(value)
+            name: torch.as_tensor(value).cpu().clone()
+            for name, value in vars(scheduler).items()
+            if _is_table(value) and name not in _LEFT_OVER
         }
         return cls(type(scheduler).__name__, FrozenMapping(config), FrozenMapping(tables))
 
@@ -59,32 +67,46 @@ class Schedule:
         return ""
 
 
+def refuse_unseeded(scheduler: Any) -> None:
+    """Refuse a scheduler that says itself that its noise does not come from the pipeline's generator.
+
+    Raises:
+        ValueError: it has a seed of its own, which is not set.
+    """
+    if dict(scheduler.config).get(_SEED, 0) is None:
+        raise ValueError(_own_noise(scheduler))
+
+
 def refuse_noise_of_its_own(scheduler: Any) -> None:
     """Let the first step of ``scheduler`` fail where it draws noise that does not come from the pipeline's generator.
 
     An edit repeats the noise of its base, which it can rewind in the pipeline's generator alone. So the first step is
-    made twice, by a copy of the scheduler with a copy of the generator, and has to give the same latents.
+    made by two copies of the scheduler before, with copies of the generator, which have to give the same latents.
     """
     step = scheduler.step
 
     @functools.wraps(step)  # pipelines read the signature
     def first_step(*args: Any, **kwargs: Any) -> Any:
         del scheduler.step  # the class's own again
-        twin = copy.deepcopy(scheduler)
-        again = twin.step(
-            *args, **{**kwargs, "generator": _copied(kwargs["generator"])} if "generator" in kwargs else kwargs
-        )
-        out = step(*args, **kwargs)
-        if not torch.allclose(_latents(out), _latents(again), rtol=0, atol=0, equal_nan=True):
-            option = "noise_sampler_seed"
-            what_to_do = f"set its {option}" if option in scheduler.config else "take another scheduler"
-            raise ValueError(
-                f"{type(scheduler).__name__} draws noise that does not come from the pipeline's generator, so that no "
-                f"edit could repeat it: {what_to_do}"
+        once, again = (
+            copy.deepcopy(scheduler).step(
+                *args, **{**kwargs, "generator": _copied(kwargs["generator"])} if "generator" in kwargs else kwargs
             )
-        return out
+            for _ in range(2)
+        )
+        if not torch.allclose(_latents(once), _latents(again), rtol=0, atol=0, equal_nan=True):
+            raise ValueError(_own_noise(scheduler))
+        return step(*args, **kwargs)
 
     scheduler.step = first_step
+
+
+def _own_noise(scheduler: Any) -> str:
+    what_to_do = f"set its {_SEED}" if _SEED in scheduler.config else "take another scheduler"
+    return (
+        f"{type(scheduler).__name__} draws noise that does not come from the pipeline's generator, so that no edit "
+        f"could repeat it: {what_to_do}"
+    )
 
 
 def _copied(generator: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisedit_compile.editing.arguments import call_parameters
 from fisedit_compile.editing.pipeline_call import PipelineCall
 
 
@@ -34,6 +35,8 @@ class StepCallback:
         from diffusers.callbacks import IPAdapterScaleCutoffCallback, MultiPipelineCallbacks, PipelineCallback
 
         self.name = _name(callback)
+        if "callback_on_step_end" not in call_parameters(pipe):
+            raise ValueError(f"{type(pipe).__name__} takes no callback_on_step_end: leave {self.name} out")
         if not callable(callback):
             raise ValueError(
                 f"callback_on_step_end is a {type(callback).__name__}: give a function or a callback object"

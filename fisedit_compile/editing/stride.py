@@ -140,11 +140,11 @@ def _lengthen_ddim(scheduler: Any, timesteps: list[int], visits: Sequence[int]) 
         self.steps_made += 1
         return kind.step(self, *args, **kwargs)
 
-    _override_step(scheduler, step)
+    override_step(scheduler, step)
     scheduler.inference_steps_by_gap, scheduler.steps_made = counts, 0
 
 
-def _override_step(scheduler: Any, step: Callable[..., Any]) -> None:
+def override_step(scheduler: Any, step: Callable[..., Any]) -> None:
     """Give one scheduler another ``step``: by a class of its own, so that copies of it work by themselves."""
     kind = type(scheduler)
     own = {"step": functools.wraps(kind.step)(step), "__module__": kind.__module__}  # pipelines read the signature
@@ -161,7 +161,7 @@ def watch_steps(scheduler: Any) -> list[SolverStep]:
             seen.append(SolverStep(model_output.clone(), timestep, sample.clone()))
         return kind.step(self, model_output, timestep, sample, *args, **kwargs)
 
-    _override_step(scheduler, step)
+    override_step(scheduler, step)
     return seen
 
 

@@ -107,10 +107,13 @@ class TestEditOfASavedBase:
         assert main([*argv, "--out", str(tmp_path / "out")]) == 2
         assert "array is no base of one picture: edit it from Python" in capsys.readouterr().err
 
-    def test_neither_a_prompt_nor_a_base(self, model: Path) -> None:
-        for options in ([], ["--prompt", PROMPT, "--base", "there"]):
-            with pytest.raises(SystemExit):
-                main(["edit", "--model", str(model), "--edit", EDIT, *options])
+    def test_neither_a_prompt_nor_a_base(self, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["edit", "--model", str(model), "--edit", EDIT]) == 2
+        assert "give --prompt, --photo or --base" in capsys.readouterr().err
+
+    def test_a_prompt_and_a_base(self, model: Path) -> None:
+        with pytest.raises(SystemExit):
+            main(["edit", "--model", str(model), "--edit", EDIT, "--prompt", PROMPT, "--base", "there"])
 
     def test_where_the_base_would_be_saved_is_asked_before_it_is_generated(
         self, bases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -168,7 +171,7 @@ class TestBase:
         lines = capsys.readouterr().out.splitlines()
         assert [line.split()[0] for line in lines[1:]] == ["cat", "owl"]
         assert PROMPT in lines[1]
-        assert "owl is of format 1, this version reads format 2" in lines[2]
+        assert "owl is of format 1, this version reads format 3" in lines[2]
 
         assert main(["base", "remove", str(bases / "owl"), str(bases / "notes")]) == 2
         captured = capsys.readouterr()

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.kinds import KINDS
 from support.pipelines import CONFIG, EDIT, PROMPT, STEPS, arguments, generate, left_half, tiny_pipeline
-from support.unets import MICRO
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from support.pipelines_sdxl import tiny_sdxl
 
 from fisedit_compile import Editor
+from fisedit_compile.editing.photo import encode
 from fisedit_compile.testing import assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -65,6 +66,32 @@ def test_a_controlnet() -> None:
     assert editor.edit(inverted, EDIT, left_half()).report.background_identical
 
 
+@pytest.mark.filterwarnings("ignore:.*decode_latents:FutureWarning")  # the pipeline itself calls it
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
+def test_a_t2i_adapter_whose_pipeline_has_no_callback(scheduler: str) -> None:
+    """Strides, rounds and photos: each sets the scheduler's steps, or what these lead to."""
+    kind = KINDS["SD StableDiffusionAdapterPipeline + T2I-Adapter"]
+    pipe = kind.build()
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    editor, mask = Editor(pipe, {**CONFIG, "stride": 2}), left_half()
+    base = generate(editor, **kind.arguments, num_inference_steps=8)
+    assert len(base.visits) < 8
+    assert_close(base.latents, pipe(PROMPT, output_type="latent", **kind.arguments, **eight_steps()).images)
+    edit = editor.edit(base, EDIT, mask)
+    further = editor.edit(edit, "an apple on the left", ~mask)
+    assert torch.equal(further.latents[..., :8], edit.latents[..., :8])
+    assert editor.edit(base, EDIT).report.background_identical
+    inverted = editor.invert(photo(), PROMPT, num_inference_steps=8, guidance_scale=5.0, **kind.arguments)
+    assert_close(inverted.latents, encode(pipe, [photo()], torch.float32))
+    assert editor.edit(inverted, EDIT, mask).report.background_identical
+    with pytest.raises(ValueError, match=r"takes no callback_on_step_end: leave .* out"):
+        generate(editor, **kind.arguments, callback_on_step_end=print)
+
+
+def eight_steps() -> dict[str, Any]:
+    return arguments(num_inference_steps=8)
+
+
 def test_perturbed_attention_guidance_is_refused_unless_it_is_off() -> None:
     editor = Editor(quiet(diffusers.StableDiffusionPAGPipeline(**tiny_pipeline().components)), CONFIG)
     for scale in ({}, {"pag_scale": 3.0}):
@@ -77,32 +104,7 @@ def test_perturbed_attention_guidance_is_refused_unless_it_is_off() -> None:
 @pytest.fixture(scope="module")
 def sdxl() -> Editor:
     """An editor of a small SDXL: two text encoders, size and crop in the time embedding; weights are random."""
-    small = tiny_pipeline()
-    known = small.text_encoder.config
-    text = CLIPTextConfig(**{**known.to_dict(), "projection_dim": known.hidden_size})
-    unet = diffusers.UNet2DConditionModel(
-        **{
-            **MICRO,
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-            "transformer_layers_per_block": (1, 2),
-            "use_linear_projection": True,
-            "cross_attention_dim": 2 * known.hidden_size,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 8,
-            "projection_class_embeddings_input_dim": 6 * 8 + known.hidden_size,
-        }
-    )
-    pipe = diffusers.StableDiffusionXLPipeline(
-        vae=small.vae,
-        text_encoder=CLIPTextModel(text),
-        text_encoder_2=CLIPTextModelWithProjection(text),
-        tokenizer=small.tokenizer,
-        tokenizer_2=small.tokenizer,
-        unet=unet.eval(),
-        scheduler=small.scheduler,
-    )
-    return Editor(quiet(pipe), CONFIG)
+    return Editor(tiny_sdxl(), CONFIG)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import diffusers
@@ -139,11 +140,15 @@ def test_pictures_are_read_as_they_are_meant(tiny_editor: Editor, base: Base) ->
 
 
 def animated() -> Image.Image:
-    import io
-
     file = io.BytesIO()
     photo().save(file, "GIF", save_all=True, append_images=[photo(seed=1)])
     return Image.open(file)
+
+
+def truncated() -> Image.Image:
+    file = io.BytesIO()
+    photo(64, 64).save(file, "JPEG")
+    return Image.open(io.BytesIO(file.getvalue()[:-200]))
 
 
 def transparent() -> Image.Image:
@@ -158,7 +163,12 @@ def transparent() -> Image.Image:
         ("photo.png", {}, "photo is a str: give a PIL image"),
         (np.zeros((32, 32, 3)), {}, "photo is a ndarray: give a PIL image"),
         ([], {}, "photo is a list of 0, .*: give a PIL image"),
-        (photo(30, 32), {}, r"a picture of 30x32: .* multiples of 8; give PIL.ImageOps.fit\(image, \(32, 32\)\)"),
+        (photo(66, 66), {}, r"a picture of 66x66: .* draws 32x32, and is shown at most 4 times as much; give box="),
+        (photo(20000, 32), {}, "a picture of 20000x32: .* give box="),
+        (photo(), {"box": (0, 0, 33, 32)}, r"box=\(0, 0, 33, 32\) is no part of a picture of 32x32"),
+        (photo(), {"box": (8, 8, 8, 32)}, "left < right, upper < lower"),
+        (photo(), {"box": "all"}, "box='all': give left, upper, right and lower edge in pixels"),
+        (truncated(), {}, "the picture cannot be read to its end"),
         ([photo(), photo(64, 32)], {}, "pictures of 32x32, 64x32: give pictures of one size"),
         (animated(), {}, "a picture of 2 frames"),
         (transparent(), {}, "transparent in parts"),
