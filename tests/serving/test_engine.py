@@ -299,12 +299,12 @@ class TestRunning:
 
     def test_the_digest_is_of_everything(self, tiny_editor: Editor) -> None:
         before = tiny_editor.digest()
-        assert Editor(tiny_pipeline(), CONFIG).digest() == before
-        assert Editor(tiny_pipeline(), {**CONFIG, "attention": "masked"}).digest() != before
-        pipe = tiny_pipeline()
+        assert Editor(tiny_pipeline(sparse_decoder=True), CONFIG).digest() == before
+        assert Editor(tiny_pipeline(sparse_decoder=True), {**CONFIG, "attention": "masked"}).digest() != before
+        pipe = tiny_pipeline(sparse_decoder=True)
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, beta_end=0.5)
         assert Editor(pipe, CONFIG).digest() != before
-        pipe = tiny_pipeline()
+        pipe = tiny_pipeline(sparse_decoder=True)
         with torch.no_grad():
             next(pipe.vae.parameters())[0] += 1
         assert Editor(pipe, CONFIG).digest() != before
