@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fisedit_compile.serving.front import PainterGoneError
+from fisedit_compile.serving.errors import PainterGoneError
 from fisedit_compile.serving.replica import PipelineFacts, ReplicaOptions, build_worker, facts_of
 from fisedit_compile.serving.requests import Answer, Event, Job
 

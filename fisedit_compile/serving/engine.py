@@ -5,20 +5,20 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from fisedit_compile.errors import BaseMemoryError, FiseditError, MaskError, PipelineInterruptedError
+from fisedit_compile.errors import BaseMemoryError, MaskError, PipelineInterruptedError
+from fisedit_compile.serving.artist import Artist, step_callback
+from fisedit_compile.serving.errors import OtherPipelineError, PictureGoneError, WithheldPictureError
 from fisedit_compile.serving.held_bases import HeldBases
-from fisedit_compile.serving.library import BasePlace, Library, Picture
+from fisedit_compile.serving.library import Library
 from fisedit_compile.serving.partial_pictures import StepWatch
+from fisedit_compile.serving.picture import BasePlace, Picture
 from fisedit_compile.serving.picture_files import as_png, of_png, pixels_digest
+from fisedit_compile.serving.recall import Recall
 from fisedit_compile.serving.requests import (
     Answer,
     EditRequest,
@@ -36,24 +36,6 @@ if TYPE_CHECKING:
     from fisedit_compile.editing.result import Edit
 
 logger = logging.getLogger(__name__)
-
-#: Edits that are kept in memory, without their bases, to be recorded if somebody edits them again.
-_MOST_EDITS = 64
-
-#: Edits in a row that are made again where all their bases are gone.
-_MOST_ROUNDS = 64
-
-
-class PictureGoneError(FiseditError):
-    """A picture that is to be changed is not there, or cannot be drawn again as it was."""
-
-
-class WithheldPictureError(FiseditError):
-    """The safety checker blackened the picture: nothing of it is kept."""
-
-
-class OtherPipelineError(FiseditError):
-    """This process has another pipeline than the one that was asked for."""
 
 
 @dataclass
@@ -89,7 +71,8 @@ class Engine:
     def __init__(self, editor: Editor, bases: HeldBases, library: Library) -> None:
         self.editor, self.bases, self.library = editor, bases, library
         self.pipeline = editor.digest()
-        self._edits: OrderedDict[str, Edit] = OrderedDict()
+        self.artist = Artist(editor)
+        self.recall = Recall(editor, self.artist, bases, library, self.pipeline)
         self._turn, self._running_lock = threading.Lock(), threading.Lock()
         self._running: Stop | None = None
 
@@ -122,7 +105,7 @@ class Engine:
             raise OtherPipelineError("the model or its options have changed since the service started: start it again")
         with self._turn:
             if (known := self.library.get(job.id)) is not None:  # by a process that was killed behind this
-                return answer_of(known)
+                return known.answer()
             start = time.perf_counter()
             with self._stoppable(stop):
                 steps = StepWatch(watch, partial_pictures) if watch else None
@@ -173,13 +156,13 @@ class Engine:
         return self._generate(job, request, steps, why)
 
     def _generate(self, job: Job, request: GenerationRequest, steps: StepWatch | None, why: str) -> _Drawn:
-        base = self._new_base(request.prompt, request.settings, job.seed, steps)
+        base = self.artist.new_picture(request.prompt, request.settings, job.seed, steps)
         return _Drawn("new", base.image, request.settings, job.seed, Reuse("none", why=why), base=base)
 
     def _invert(self, request: PhotoRequest) -> _Drawn:
         photo = of_png(request.photo)
         settings = Settings(photo.width, photo.height, request.steps, request.guidance)
-        base = self._inverted(request.photo, request.prompt, settings)
+        base = self.artist.invert(request.photo, request.prompt, settings)
         return _Drawn("photo", base.image, settings, 0, Reuse("none"), base=base)
 
     def _change_similar(self, job: Job, request: GenerationRequest, steps: StepWatch | None) -> _Drawn:
@@ -191,25 +174,25 @@ class Engine:
         """
         assert job.similar is not None
         record = self.library.get(job.similar.base)
-        base = None if record is None else self._base_at_hand(record)
+        base = None if record is None else self.recall.at_hand(record)
         if record is None or base is None:
             self.library.note_base(job.similar.base, BasePlace.NOWHERE)
             raise PictureGoneError("the base of the similar picture is not there any more")
         edit = self.editor.edit(
-            base, request.prompt, largest_mask=self.editor.config.dense_above, **_callback(steps, len(base.visits))
+            base, request.prompt, largest_mask=self.editor.config.dense_above, **step_callback(steps, len(base.visits))
         )
         reuse = Reuse("edit", record.id, job.similar.similarity, edit.report.mask_area)
         return _Drawn("reused", edit.image, record.settings, record.seed, reuse, edit=edit, report=_report(edit, steps))
 
     def _edit(self, job: Job, request: EditRequest, steps: StepWatch | None) -> _Drawn:
-        record = self._record(request.base)
-        base = self._base_of(record)
+        record = self.recall.record(request.base)
+        base = self.recall.base_of(record)
         settings = record.settings
         if request.guidance is not None:
             settings = replace(settings, guidance=request.guidance)
         if request.negative_prompt is not None:
             settings = replace(settings, negative_prompt=request.negative_prompt)
-        edit = self._edited(base, request.prompt, request.mask, record.settings, settings, steps)
+        edit = self.artist.edit(base, request.prompt, request.mask, record.settings, settings, steps)
         reuse = Reuse("edit", record.id, None, edit.report.mask_area)
         return _Drawn("edit", edit.image, settings, record.seed, reuse, edit=edit, report=_report(edit, steps))
 
@@ -245,106 +228,8 @@ class Engine:
         if drawn.base is not None:
             self.bases.add(job.id, drawn.base)
         elif drawn.edit is not None:
-            self._keep_edit(job.id, drawn.edit)
-        return answer_of(picture)
-
-    def _record(self, name: str) -> Picture:
-        record = self.library.get(name)
-        if record is None:
-            raise PictureGoneError(f"there is no picture {name}")
-        if record.pipeline != self.pipeline:
-            raise PictureGoneError(f"picture {name} was drawn with another model or other options: generate it again")
-        return record
-
-    def _base_of(self, record: Picture) -> Base:
-        """The base of a picture: from memory or store, or else drawn again, from what it was drawn from."""
-        line = [record]
-        while (base := self._base_at_hand(line[-1])) is None:
-            parent = line[-1].parent
-            if parent is None:
-                base = self._drawn_again(line[-1])
-                break
-            if len(line) == _MOST_ROUNDS:
-                raise PictureGoneError(f"picture {record.id} is an edit of too many edits whose bases are gone")
-            line.append(self._record(parent))
-        for parent_record, each in pairwise(reversed(line)):
-            edit = self._edited(base, each.prompt, each.mask, parent_record.settings, each.settings, None)
-            _check_same(each, edit.image)
-            base = self._recorded(each.id, edit)
-        return base
-
-    def _base_at_hand(self, record: Picture) -> Base | None:
-        if (base := self.bases.find(record.id)) is not None:
-            return base
-        if (edit := self._edits.get(record.id)) is not None:
-            return self._recorded(record.id, edit)
-        return None
-
-    def _recorded(self, name: str, edit: Edit) -> Base:
-        """The base of an edit, kept like any other."""
-        base = self.editor.base_of(edit)
-        self._edits.pop(name, None)  # the editor keeps its base for as long as the edit is kept
-        self.library.note_base(name, BasePlace.HELD)
-        self.bases.add(name, base)
-        return base
-
-    def _drawn_again(self, record: Picture) -> Base:
-        if record.kind == "photo":
-            base = self._inverted(record.png, record.prompt, record.settings)
-        else:
-            base = self._new_base(record.prompt, record.settings, record.seed, None)
-        _check_same(record, base.image)
-        self.library.note_base(record.id, BasePlace.HELD)
-        self.bases.add(record.id, base)
-        return base
-
-    def _new_base(self, prompt: str, settings: Settings, seed: int, steps: StepWatch | None) -> Base:
-        return self.editor.generate(
-            prompt,
-            num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance,
-            generator=torch.Generator().manual_seed(seed),  # on the CPU: the same noise for every device
-            negative_prompt=settings.negative_prompt or None,
-            width=settings.width,
-            height=settings.height,
-            **_callback(steps, settings.steps),
-        )
-
-    def _inverted(self, photo: bytes, prompt: str, settings: Settings) -> Base:
-        return self.editor.invert(
-            of_png(photo), prompt, num_inference_steps=settings.steps, guidance_scale=settings.guidance
-        )
-
-    def _edited(
-        self, base: Base, prompt: str, mask: bytes | None, before: Settings, after: Settings, steps: StepWatch | None
-    ) -> Edit:
-        changes: dict[str, Any] = {}
-        if after.guidance != before.guidance:
-            changes["guidance_scale"] = after.guidance
-        if after.negative_prompt != before.negative_prompt:
-            changes["negative_prompt"] = after.negative_prompt or None
-        given = None if mask is None else of_png(mask)
-        return self.editor.edit(base, prompt, given, **changes, **_callback(steps, len(base.visits)))
-
-    def _keep_edit(self, name: str, edit: Edit) -> None:
-        self._edits[name] = edit
-        if len(self._edits) > _MOST_EDITS:
-            gone, _ = self._edits.popitem(last=False)
-            self.library.note_base_gone(gone)
-
-
-def answer_of(picture: Picture) -> Answer:
-    """The answer that a picture was given with."""
-    return Answer(
-        id=picture.id,
-        prompt=picture.prompt,
-        settings=picture.settings,
-        seed=picture.seed,
-        png=picture.png,
-        seconds=picture.seconds,
-        reuse=Reuse(**picture.reuse),
-        report=picture.report,
-    )
+            self.recall.keep_edit(job.id, drawn.edit)
+        return picture.answer()
 
 
 def _place(drawn: _Drawn) -> BasePlace:
@@ -353,23 +238,6 @@ def _place(drawn: _Drawn) -> BasePlace:
         return BasePlace.HELD
     visits_all = len(drawn.edit.trajectory.visits) == drawn.edit.trajectory.steps
     return BasePlace.NOWHERE if visits_all else BasePlace.EDIT
-
-
-def _check_same(record: Picture, image: Any) -> None:
-    """Hold a picture that was drawn again to what it was.
-
-    Raises:
-        PictureGoneError: it is another one.
-    """
-    if pixels_digest(image) != record.pixels:
-        raise PictureGoneError(
-            f"the base of picture {record.id} is gone, and what is drawn again from its seed is not the same to the "
-            "pixel: generate a new one"
-        )
-
-
-def _callback(steps: StepWatch | None, count: int) -> dict[str, Any]:
-    return {} if steps is None else {"callback_on_step_end": steps.of(count)}
 
 
 def _report(edit: Edit, steps: StepWatch | None) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fisedit_compile.cache.store import BaseStore
-from fisedit_compile.errors import FiseditError, SavedBaseError
-from fisedit_compile.serving.engine import PictureGoneError, answer_of
-from fisedit_compile.serving.library import Library, Picture
+from fisedit_compile.errors import SavedBaseError
+from fisedit_compile.serving.errors import BusyError, PictureGoneError
+from fisedit_compile.serving.library import Library
+from fisedit_compile.serving.picture import Picture
 from fisedit_compile.serving.picture_id import new_picture_id
 from fisedit_compile.serving.request_index import RequestIndex
 from fisedit_compile.serving.requests import (
@@ -40,22 +41,6 @@ class Painter(Protocol):
     """Computes jobs: a :class:`~fisedit_compile.serving.worker.Worker`, or many of them elsewhere."""
 
     def draw(self, job: Job, *, progress: bool = False, partial_pictures: int = 0) -> AsyncIterator[Event]: ...
-
-
-class BusyError(FiseditError):
-    """As many requests wait as may.
-
-    Attributes:
-        retry_after: whole seconds behind which there is room, as a rule.
-    """
-
-    def __init__(self, waiting: int, retry_after: int) -> None:
-        super().__init__(f"{waiting} requests are being worked on or wait, which is as many as may: try again later")
-        self.retry_after = retry_after
-
-
-class PainterGoneError(FiseditError):
-    """Whoever computed died, again and again."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +171,6 @@ class Front:
 
 
 def _stored(picture: Picture, usual: float | None) -> Answer:
-    answer = answer_of(picture)
+    answer = picture.answer()
     reuse = Reuse("stored", picture.id, similarity=1.0, mask_area=0.0, seconds_saved=usual)
     return Answer(**{**vars(answer), "seconds": 0.0, "reuse": reuse})

@@ -20,7 +20,8 @@ from fisedit_compile.errors import (
     FiseditError,
     SavedBaseError,
 )
-from fisedit_compile.serving.library import BasePlace, Library
+from fisedit_compile.serving.library import Library
+from fisedit_compile.serving.picture import BasePlace
 from fisedit_compile.serving.picture_id import is_picture_id
 
 if TYPE_CHECKING:

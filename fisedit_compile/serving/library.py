@@ -14,13 +14,13 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from enum import IntEnum
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fisedit_compile.serving.picture import BasePlace, Picture
 from fisedit_compile.serving.requests import Settings
 
 logger = logging.getLogger(__name__)
@@ -42,60 +42,6 @@ CREATE TRIGGER changed AFTER UPDATE OF base ON pictures BEGIN INSERT INTO change
 CREATE TRIGGER removed AFTER DELETE ON pictures BEGIN INSERT INTO changes (id) VALUES (old.id); END;
 PRAGMA user_version = {_VERSION};
 """
-
-
-class BasePlace(IntEnum):
-    """Where the base of a picture is, as far as the file knows."""
-
-    NOWHERE = 0  # it has to be drawn again
-    HELD = 1  # in the memory of the process that drew it, which is about to save it
-    SAVED = 2  # in the store
-    EDIT = 3  # not there, but recorded in a part of a new picture's time by the process that made the edit
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture that was drawn.
-
-    Attributes:
-        id: its name, and that of its base in the store.
-        kind: ``"new"``; ``"reused"``: an edit of a similar picture, which the service chose; ``"edit"``: one that
-            somebody asked for; ``"photo"``: not drawn at all.
-        prompt: its words.
-        key: of settings and pipeline, see :meth:`~fisedit_compile.serving.requests.Settings.key`.
-        pipeline: digest of what drew it.
-        route: see :class:`~fisedit_compile.serving.requests.Job`: the process that drew it may hold its base.
-        settings, seed: see :class:`~fisedit_compile.serving.requests.Answer`.
-        parent: the picture that it was edited from.
-        mask: that was given for the edit, PNG.
-        embedding, encoder: see :class:`~fisedit_compile.serving.requests.Job`.
-        png: the file.
-        pixels: a hexadecimal digest of the picture's pixels.
-        seconds: that it took.
-        reuse, report: see :class:`~fisedit_compile.serving.requests.Answer`.
-        base: where its base is.
-        created: seconds since 1970.
-    """
-
-    id: str
-    kind: str
-    prompt: str
-    key: str
-    pipeline: str
-    route: str
-    settings: Settings
-    seed: int
-    parent: str | None
-    mask: bytes | None
-    embedding: np.ndarray | None
-    encoder: str
-    png: bytes = field(repr=False)
-    pixels: str
-    seconds: float
-    reuse: dict[str, Any]
-    report: dict[str, Any]
-    base: BasePlace = BasePlace.HELD
-    created: float = field(default_factory=time.time)
 
 
 class Library:

@@ -26,7 +26,7 @@ from support.services import CAT, DOG
 from fisedit_compile import Editor, FiseditError
 from fisedit_compile.cli import main
 from fisedit_compile.serving.held_bases import open_library, open_store
-from fisedit_compile.serving.library import BasePlace
+from fisedit_compile.serving.picture import BasePlace
 from fisedit_compile.serving.picture_files import as_png, of_png
 from fisedit_compile.serving.replica import ReplicaOptions
 from fisedit_compile.serving.server import ServerOptions, serve

@@ -16,8 +16,8 @@ from support.pipelines import CONFIG, tiny_pipeline
 from support.services import CAT, DOG, SETTINGS, Service, request, service
 
 from fisedit_compile import BaseMemoryError, Editor, MaskError, PipelineInterruptedError
-from fisedit_compile.serving.engine import OtherPipelineError, PictureGoneError, Stop, WithheldPictureError
-from fisedit_compile.serving.front import BusyError
+from fisedit_compile.serving.engine import Stop
+from fisedit_compile.serving.errors import BusyError, OtherPipelineError, PictureGoneError, WithheldPictureError
 from fisedit_compile.serving.picture_files import as_png, of_png
 from fisedit_compile.serving.picture_id import new_picture_id
 from fisedit_compile.serving.requests import (
@@ -154,7 +154,7 @@ class TestGeneration:
             answer = made.engine.draw(job)
             assert answer.reuse.base == dog.id
             assert made.names() == {cat.id, dog.id}
-            made.engine._edits.clear()
+            made.engine.recall._edits.clear()
             made.bases.drop()
             made.store.evict(0)
             again = made.engine.draw(dataclasses.replace(job, id=new_picture_id()))
@@ -201,7 +201,7 @@ class TestEdit:
             second = ask(made, EditRequest(first.id, "a dog on the apple", left_half()))
             made.names()
             if lost != "nothing":
-                made.engine._edits.clear()
+                made.engine.recall._edits.clear()
             if lost in ("bases", "process"):
                 made.store.evict(0)
                 made.bases.drop()
@@ -224,7 +224,7 @@ class TestEdit:
         tiny.store.evict(0)
         tiny.bases.drop()
         other = drawn(tiny_editor, CAT, seed=5)  # as by a device that rounds otherwise
-        monkeypatch.setattr(tiny.engine, "_new_base", lambda *_: other)
+        monkeypatch.setattr(tiny.engine.artist, "new_picture", lambda *_: other)
         with pytest.raises(PictureGoneError, match="not the same to the pixel"):
             ask(tiny, EditRequest(base.id, DOG, left_half()))
 

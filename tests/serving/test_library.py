@@ -18,7 +18,8 @@ from support.shared_library import ENCODER, KEY, SIZE, Small, embedding, picture
 
 from fisedit_compile.serving import held_bases
 from fisedit_compile.serving.held_bases import HeldBases, note_saved_bases, open_library, open_store
-from fisedit_compile.serving.library import BasePlace, Library
+from fisedit_compile.serving.library import Library
+from fisedit_compile.serving.picture import BasePlace
 from fisedit_compile.serving.picture_id import is_picture_id, new_picture_id
 from fisedit_compile.serving.request_index import RequestIndex
 from fisedit_compile.serving.search import Embeddings

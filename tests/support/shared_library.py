@@ -24,7 +24,7 @@ from support.packed import packed_base
 
 from fisedit_compile.cache.packed_base import PackedBase
 from fisedit_compile.serving.held_bases import HeldBases, note_saved_bases, open_library, open_store
-from fisedit_compile.serving.library import BasePlace, Picture
+from fisedit_compile.serving.picture import BasePlace, Picture
 from fisedit_compile.serving.picture_id import new_picture_id
 from fisedit_compile.serving.request_index import RequestIndex
 from fisedit_compile.serving.requests import Settings

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.datastructures import UploadFile
 
 from fisedit_compile.serving.front import Front
-from fisedit_compile.serving.library import Picture
+from fisedit_compile.serving.picture import Picture
 from fisedit_compile.serving.picture_files import mask_png, of_png, photo_png, pixels_digest, read_picture
 from fisedit_compile.serving.picture_id import is_picture_id
 from fisedit_compile.serving.protocol.body_limit import BodyLimit, TokenNeeded

@@ -12,8 +12,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from fisedit_compile.errors import FiseditError
-from fisedit_compile.serving.engine import PictureGoneError, WithheldPictureError
-from fisedit_compile.serving.front import BusyError, PainterGoneError
+from fisedit_compile.serving.errors import BusyError, PainterGoneError, PictureGoneError, WithheldPictureError
 from fisedit_compile.serving.picture_files import PictureError
 
 logger = logging.getLogger(__name__)
