@@ -40,6 +40,8 @@ class HostMemory:
         self._chunk = torch.empty(0, dtype=torch.uint8)
         self._taken = 0
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def take(self, cache: Recorded) -> Recorded:
         """The same call in host memory, whose values are there after :meth:`finish`."""
         kept: dict[CacheEntry, Tensor] = {}
@@ -147,6 +149,8 @@ class Staging:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._current, self._other = _Slot(), _Slot()
 
+    @torch.inference_mode(False)  # what is made here is written to in later edits
+    @torch.no_grad()
     def bring(self, cache: Recorded, following: Recorded | None = None) -> Recorded:
         """A call on the device, for what is launched on the current stream behind this; and begin with the next one.
 

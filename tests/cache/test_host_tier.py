@@ -108,6 +108,18 @@ def test_a_call_lies_where_it_was_brought_until_the_one_behind_the_next() -> Non
     assert staging.bring(calls[1]) is second  # known again, so that addresses need not be found again
 
 
+@pytest.mark.usefixtures("everything_is_away")
+def test_edits_within_inference_mode_and_without() -> None:
+    staging = Staging(CPU)
+    with torch.inference_mode():
+        made = call(0)
+        taken = HostMemory(CPU).take(made)
+        assert_same(staging.bring(taken, taken), made)
+    other = call(1)
+    assert_same(staging.bring(other), other)
+    assert_same(staging.bring(taken), made)
+
+
 def test_what_lies_on_the_device_is_left_there() -> None:
     recorded = call(0)
     assert Staging(CPU).bring(recorded) is recorded
