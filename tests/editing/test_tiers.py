@@ -1,0 +1,64 @@
+"""Where a base lies changes no bit of its edits."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.pipelines import CONFIG, EDIT, generate, left_half, tiny_pipeline
+
+import fisedit_compile.editing.record_run as record_run
+from fisedit_compile import Base, Editor, SparsityConfig
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def made(tier: str, **options: Any) -> tuple[Editor, Base]:
+    editor = Editor(tiny_pipeline().to("cuda", torch.float16), {**CONFIG, "tier": tier, **options})
+    return editor, generate(editor, num_inference_steps=8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache", ["exact", "balanced", "small"])
+def test_edits_from_host_memory_are_those_from_the_device(tmp_path: Path, cache: str) -> None:
+    editor, base = made("device", cache=cache)
+    other, away = made("host", cache=cache)
+    assert (base.tier, away.tier) == ("device", "host")
+    assert all(tensor.is_pinned() for call in away.calls for tensor in call.cache.values())
+    away.save(tmp_path / "base")
+    loaded = other.load(tmp_path / "base")
+    assert loaded.tier == "host"
+    assert all(tensor.is_pinned() for call in loaded.calls for tensor in call.cache.values())
+    for mask, dense in ((left_half(), False), (None, False), (left_half(), True)):
+        want = editor.edit(base, EDIT, mask, dense=dense)
+        for each in (away, away, loaded, copy.deepcopy(away)):
+            got = other.edit(each, EDIT, mask, dense=dense)
+            assert torch.equal(got.latents, want.latents)
+    again = [made_by.edit(made_by.edit(each, EDIT, left_half()), "a cat on the left", left_half())
+             for made_by, each in ((editor, base), (other, away))]  # fmt: skip
+    assert torch.equal(*(each.latents for each in again))
+
+
+@pytest.mark.gpu
+def test_a_base_that_does_not_fit_on_the_device_lies_in_host_memory(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "fisedit_compile")
+    monkeypatch.setattr(record_run, "free_bytes", lambda device: 1000 if device.type == "cuda" else 2**40)
+    _, base = made("auto")
+    assert base.tier == "host"
+    assert "does not fit on cuda:0: it lies in host memory" in caplog.text
+
+
+def test_on_a_cpu_there_is_one_place(tiny_base: Base) -> None:
+    assert tiny_base.tier == "device"
+
+
+@pytest.mark.parametrize(("field", "value"), [("tier", "disk"), ("cache", "tiny"), ("cache", 4)])
+def test_unknown_values_are_refused(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{field}={value!r}: choose 'auto', "):
+        SparsityConfig(**{field: value})
