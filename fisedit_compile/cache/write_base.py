@@ -14,13 +14,14 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from fisedit_compile.cache.base_manifest import CONTENT, MANIFEST, MOST_JSON, PARTIAL, BaseFile, Manifest
 from fisedit_compile.cache.folder_lock import folder_lock
 from fisedit_compile.cache.packed_base import PackedBase, shard_chunks
-from fisedit_compile.cache.read_base import note_use
+from fisedit_compile.cache.read_base import WORKERS, note_use
 from fisedit_compile.errors import BaseFormatError, BaseInUseError, BaseStorageError, SavedBaseError
 
 
@@ -57,7 +58,8 @@ def write_base(packed: PackedBase, folder: Path) -> Manifest:
 
 def _write_files(packed: PackedBase, content: bytes, partial: Path) -> Manifest:
     """Write all files of a base into a folder, and to the disk."""
-    files = [_write(partial / name, shard_chunks(tensors)) for name, tensors in packed.shards.items()]
+    with ThreadPoolExecutor(WORKERS) as workers:
+        files = list(workers.map(lambda name: _write(partial / name, shard_chunks(packed.shards[name])), packed.shards))
     files.append(_write(partial / CONTENT, [content]))
     manifest = Manifest(packed.summary, tuple(files))
     _write(partial / MANIFEST, [manifest.to_json()])
