@@ -27,8 +27,12 @@ logger = logging.getLogger(__name__)
 
 _APP = "fisedit"
 
-#: Requests that are sent to one replica: the one that it draws, and the next. Others wait for any that has room.
-_AT_ONCE = 2
+#: Requests that are sent to one replica: the one that it draws, and some that wait there for the bases that it holds.
+#: Others go to the next replica that has room, which has to read these bases, or wait for any.
+_AT_ONCE = 4
+
+#: Seconds behind which a request that waits asks again at the latest: a picture may take less than Serve's own 0.5.
+_ASK_AGAIN = 0.05
 
 #: What is told of all that Ray counts: lines, their help and their types.
 _OURS = re.compile(r"(# (HELP|TYPE) )?ray_(fisedit|serve)_")
@@ -46,6 +50,7 @@ _ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_AUTH_MODE": "token",
     "RAY_worker_niceness": "0",
+    "RAY_metrics_report_interval_ms": "2000",
     "RAY_SERVE_SESSION_ID_HEADER_KEY": "x-fisedit-picture",
 }
 
@@ -193,7 +198,11 @@ def running_replicas(options: ReplicaOptions, least: int) -> Iterator[Replicas]:
             **scale,
             max_ongoing_requests=_AT_ONCE,
             ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
-            request_router_config={"request_router_class": _ROUTER},
+            request_router_config={
+                "request_router_class": _ROUTER,
+                "request_router_kwargs": {"num_fallback_replicas": options.replicas},
+                "max_backoff_s": _ASK_AGAIN,
+            },
             logging_config=quiet,
             graceful_shutdown_timeout_s=60,
         )

@@ -120,7 +120,10 @@ def test_a_replica_is_killed_and_everything_is_answered_right(tmp_path: Path) ->
         files = {"mask": as_png(mask)}
         edits = [service.post("edits", data={"prompt": DOG, "base": base["id"]}, files=files) for base in bases]
         stored = [service.generate(CAT, seed) for seed in range(4)]
-        metrics = httpx.get(f"{service.url}/metrics", headers=HEADERS).text
+        for _ in range(60):  # Ray collects what replicas counted every few seconds
+            if "ray_fisedit_pictures" in (metrics := httpx.get(f"{service.url}/metrics", headers=HEADERS).text):
+                break
+            time.sleep(0.5)
         listening = {
             connection.laddr.ip
             for child in psutil.Process(service.process.pid).children(recursive=True)
