@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -193,7 +194,8 @@ def _regenerate(editor: Editor, changes: list[Change], number: int, base: Base) 
 
     _announce(editor, changes, number, "edit, all dense")
     generator = base.rewound_generators()[0]
-    return regenerate(editor.pipe, changes[number - 1].words, generator=generator, **base.arguments)
+    dense = regenerate(editor.pipe, changes[number - 1].words, generator=generator, **base.arguments)
+    return dense if base.frame is None else replace(dense, image=base.frame.restored([dense.image])[0])
 
 
 def _announce(editor: Editor, changes: list[Change], number: int, what: str) -> None:

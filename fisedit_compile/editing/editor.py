@@ -258,7 +258,8 @@ class Editor:
                 further (:meth:`base_of`). Read only.
             prompt: the new prompt, or one a sample of the base. Samples whose prompts stay are the base's, bit for bit.
             mask: where to edit, instead of finding out: an image, array or tensor of any size, soft in [0, 1] or hard,
-                one for all samples or one each.
+                one for all samples or one each. Of a photo it is drawn on all of it, but for a tensor or array of the
+                latents' size, such as the ``mask`` of another edit.
             weights: how much words of the new prompt count, ``{"fluffy": 1.8}`` for example, or such a mapping for each
                 sample: what the attention maps of the word (or words in a row) are multiplied by in steps under
                 Prompt-to-Prompt control, as a rule in [-2, 2] (:mod:`fisedit_compile.editing.word_weights`). The
@@ -331,7 +332,7 @@ class Editor:
         given = None
         if mask is not None:
             if base.frame is not None:
-                mask = base.frame.mask_of_model(mask)
+                mask = base.frame.mask_of_model(mask, (size[0], size[1]))
             given = as_mask(mask, samples=samples, size=(size[0], size[1]), device="cpu")
         with self._in_turn() as (unet, unet_state):
             start_from = (unet, self.pipe, self._tokenizers, callback, base, prompts, changes, each_weights, given)

@@ -99,12 +99,19 @@ class PhotoFrame:
             whole.append(out)
         return like(pictures, whole)
 
-    def mask_of_model(self, mask: MaskLike) -> Tensor:
+    def mask_of_model(self, mask: MaskLike, latents: tuple[int, int]) -> MaskLike:
         """A mask of the photos, of any size, on the pictures of the model: bool ``[n, H, W]``.
+
+        Args:
+            mask: of the photos. A tensor or array of the size of the latents, as an edit's ``mask`` is, is one of the
+                model's pictures already, and returned as it is.
+            latents: height and width in cells.
 
         Raises:
             MaskError: nothing of it lies in the box, and what :func:`~fisedit_compile.masks.user_mask.as_mask` refuses.
         """
+        if isinstance(mask, Tensor | np.ndarray) and tuple(mask.shape[-2:]) == latents:
+            return mask
         width, height = self.photos[0].size
         left, upper, right, lower = self.box
         whole = as_mask(mask, samples=len(self.photos), size=(height, width), device="cpu")

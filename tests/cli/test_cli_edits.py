@@ -153,14 +153,15 @@ class TestPhoto:
         Image.fromarray(colours).save(tmp_path / "photo.jpg", quality=95)
         words = ["--photo", str(tmp_path / "photo.jpg"), "--prompt", PROMPT, "--edit", EDIT]
         assert self.run(model, tmp_path / "out", *words) == 2
-        box = ["--box", "51", "7", "96", "40", "--set", "dense_above=1.0"]
+        box = ["--box", "51", "7", "96", "40", "--set", "dense_above=1.0", "--compare-dense"]
         assert self.run(model, tmp_path / "out", *words, *box) == 0
-        pictures = {name: pixels(tmp_path / "out" / f"{name}.png") for name in ("base", "edit", "mask")}
+        pictures = {name: pixels(tmp_path / "out" / f"{name}.png") for name in ("base", "edit", "mask", "dense")}
         assert (pictures["base"] == pixels(tmp_path / "photo.jpg")).all()
         assert pictures["mask"].shape == pictures["edit"].shape[:2] == (90, 150)
         outside = np.ones((90, 150), bool)
         outside[7:40, 51:96] = False
-        assert (pictures["edit"][outside] == pictures["base"][outside]).all()
+        for name in ("edit", "dense"):
+            assert (pictures[name][outside] == pictures["base"][outside]).all()
         assert not pictures["mask"][outside].any()
         assert pictures["mask"].any()
 

@@ -119,6 +119,13 @@ class TestPart:
         with pytest.raises(MaskError, match=r"nothing of the mask lies in the part .* box=\(100, 50, 163, 85\)"):
             editor.edit(base, EDIT, drawn_mask(self.SIZE, (0, 0, 50, 50)))
 
+    def test_the_mask_of_an_edit_is_the_same_for_another(self, editor: Editor, base: Base) -> None:
+        first = editor.edit(base, EDIT, drawn_mask(self.SIZE, (98, 48, 130, 70)))
+        assert torch.equal(editor.edit(base, "an apple on the left", first.mask).mask, first.mask)
+        assert base.frame is not None
+        drawn = base.frame.mask_of_photo(first.mask[0])
+        assert torch.equal(editor.edit(base, "an apple on the left", drawn).mask, first.mask)
+
     def test_several_photos(self, editor: Editor) -> None:
         photos = [photo(*self.SIZE, seed) for seed in (0, 1)]
         base = editor.invert(photos, [PROMPT, "an apple"], box=self.BOX, **SETTINGS)
@@ -143,7 +150,7 @@ def test_what_the_model_sees_goes_back_to_where_it_was(width: int, height: int, 
     assert np.array_equal(frame.restored([inverted])[0], expected)
     mask = torch.zeros(height, width, dtype=torch.bool)
     mask[upper:lower, left:right] = True
-    cells = frame.mask_of_model(mask)
+    cells: Any = frame.mask_of_model(mask, (0, 0))
     assert int(cells.sum()) == (right - left) * (lower - upper)
     every_cell = torch.ones(size[1] // 8, size[0] // 8, dtype=torch.bool)
     assert torch.equal(frame.mask_of_photo(every_cell), mask)
