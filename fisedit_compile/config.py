@@ -31,7 +31,7 @@ def is_whole(size: tuple[int, int], dense_below: int) -> bool:
 
 @dataclass(frozen=True)
 class Packing:
-    """How a base keeps maps in few bits a value; see :mod:`fisedit_compile.kernels.indexing.packed_rows`.
+    """How a base keeps maps in few bits a value; see :mod:`fisedit_compile.kernels.indexing.row_format`.
 
     Attributes:
         map_bits: of maps of which a step reads rows around the mask.

@@ -30,7 +30,8 @@ from fisedit_compile.kernels.implicit_gemm.linear_rows import (
 )
 from fisedit_compile.kernels.implicit_gemm.row_product_arguments import EPILOGUE_SCHEMA, SHORTCUT_SCHEMA
 from fisedit_compile.kernels.indexing.gather_scatter import gather_rows_reference, scatter_rows_reference
-from fisedit_compile.kernels.indexing.packed_rows import RowFormat, pack_rows_reference
+from fisedit_compile.kernels.indexing.packed_rows import pack_rows_reference
+from fisedit_compile.kernels.indexing.row_format import RowFormat
 from fisedit_compile.kernels.norms.cat_norm_rows import cat_norm_rows_reference
 from fisedit_compile.kernels.norms.group_norm_rows import (
     group_norm_rows_reference,

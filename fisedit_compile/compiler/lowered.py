@@ -27,7 +27,7 @@ from fisedit_compile.ir.layout import Layout, Size
 from fisedit_compile.ir.meta_interpreter import on_meta
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry, ControlTensor, Hoisted, requests_of
-from fisedit_compile.kernels.indexing.packed_rows import RowFormat
+from fisedit_compile.kernels.indexing.row_format import RowFormat
 from fisedit_compile.passes import targets
 from fisedit_compile.passes.arguments import arguments_of
 from fisedit_compile.passes.dense.control_cross_attention import control_cross_attention

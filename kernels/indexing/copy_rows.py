@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fisedit_compile.kernels.indexing.packed_rows import RowFormat, unpack_rows_reference
+from fisedit_compile.kernels.indexing.packed_rows import unpack_rows_reference
+from fisedit_compile.kernels.indexing.row_format import RowFormat
 
 
 class RowCopies:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fisedit_compile.kernels.indexing.packed_rows import RowFormat
+from fisedit_compile.kernels.indexing.row_format import RowFormat
 from fisedit_compile.kernels.launch.triton_launch import launch
 
 _ROWS, _WORDS = 16, 128  # that a program copies

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fisedit_compile.kernels.indexing.packed_rows import RowFormat
+from fisedit_compile.kernels.indexing.row_format import RowFormat
 from fisedit_compile.kernels.launch.triton_launch import POINTWISE_VALUES, check_dtypes, launch
 
 

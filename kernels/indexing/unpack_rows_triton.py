@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fisedit_compile.kernels.indexing.packed_rows import EIGHT, RowFormat
+from fisedit_compile.kernels.indexing.row_format import EIGHT, RowFormat
 from fisedit_compile.kernels.launch.triton_launch import launch
 
 _ROWS, _CHANNELS = 32, 128  # that a program unpacks

@@ -13,7 +13,8 @@ from typing import cast
 from torch.fx import GraphModule, Node
 
 from fisedit_compile.ir.requests import CacheEntry
-from fisedit_compile.kernels.indexing.packed_rows import RowFormat, mean_of_tiles
+from fisedit_compile.kernels.indexing.packed_rows import mean_of_tiles
+from fisedit_compile.kernels.indexing.row_format import RowFormat
 from fisedit_compile.passes import targets
 from fisedit_compile.passes.pass_report import PassReport
 from fisedit_compile.passes.rewriting import make_call, prune

@@ -10,12 +10,8 @@ from support.interpreter import MARKS
 from support.random_rows import normal
 
 from fisedit_compile.kernels.indexing.copy_rows import RowCopies
-from fisedit_compile.kernels.indexing.packed_rows import (
-    RowFormat,
-    mean_of_tiles,
-    pack_rows_reference,
-    unpack_rows_reference,
-)
+from fisedit_compile.kernels.indexing.packed_rows import mean_of_tiles, pack_rows_reference, unpack_rows_reference
+from fisedit_compile.kernels.indexing.row_format import RowFormat
 
 Pack = Callable[[torch.Tensor, int], torch.Tensor]
 CHANNELS = [(320,), (960,), (5, 64), (8, 40), (2, 160), (96,), (8,), (3,), (1,), (129,), (2, 5)]

@@ -18,7 +18,8 @@ from fisedit_compile.kernels.implicit_gemm.conv2d_rows import conv2d_rows_and_no
 from fisedit_compile.kernels.implicit_gemm.linear_rows import linear_rows_and_norm_reference, linear_rows_reference
 from fisedit_compile.kernels.implicit_gemm.row_product_tiles import Tile
 from fisedit_compile.kernels.indexing.copy_rows import RowCopies
-from fisedit_compile.kernels.indexing.packed_rows import RowFormat, pack_rows_reference, unpack_rows_reference
+from fisedit_compile.kernels.indexing.packed_rows import pack_rows_reference, unpack_rows_reference
+from fisedit_compile.kernels.indexing.row_format import RowFormat
 from fisedit_compile.kernels.norms.cat_norm_rows import cat_norm_rows_reference
 from fisedit_compile.kernels.norms.group_norm_rows import (
     group_norm_rows_reference,
