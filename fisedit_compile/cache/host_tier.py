@@ -173,7 +173,8 @@ class Staging:
         return self._current.caches[cache]
 
     def _is_away(self, cache: Recorded) -> bool:
-        return next(iter(cache.values())).device != self.device
+        first = next(iter(cache.values()), None)  # a call that keeps nothing has none
+        return first is not None and first.device != self.device
 
 
 def _part(piece: Tensor, place: int, like: Tensor) -> Tensor:

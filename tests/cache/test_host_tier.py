@@ -123,6 +123,8 @@ def test_edits_within_inference_mode_and_without() -> None:
 def test_what_lies_on_the_device_is_left_there() -> None:
     recorded = call(0)
     assert Staging(CPU).bring(recorded) is recorded
+    nothing = HostMemory(CPU).take(recorded.with_values({}))
+    assert Staging(CPU).bring(nothing) is nothing
 
 
 @pytest.mark.usefixtures("everything_is_away")
