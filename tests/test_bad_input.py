@@ -120,7 +120,7 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("config", "message"),
         [
-            ({"atention": "full"}, "unknown config field.* atention: known are attention, blocks, compile, "),
+            ({"atention": "full"}, "unknown config field.* atention: known are attention, blocks, cache, compile, "),
             ({"attention": "some"}, "attention='some': choose 'full' or 'masked'"),
             ({"attention": None}, "attention=None: choose"),
             ({"blocks": "large"}, "blocks='large': choose 'pixel', 'paper' or 'measured'"),

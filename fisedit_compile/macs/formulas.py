@@ -169,7 +169,7 @@ REFUSED = (
 
 #: Operators of this project that count nothing, because they only move values or compute a norm.
 UNCOUNTED = {
-    "fisedit::gather_rows", "fisedit::scatter_rows", "fisedit::cat_norm_rows",
+    "fisedit::gather_rows", "fisedit::scatter_rows", "fisedit::pack_rows", "fisedit::cat_norm_rows",
     "fisedit::group_norm_rows", "fisedit::group_norm_whole", "fisedit::group_norm_statistics",
     "fisedit::layer_norm_rows",
 }  # fmt: skip

@@ -130,7 +130,7 @@ class TestBase:
         assert main(argv) == 0
         printed = capsys.readouterr().out
         assert PROMPT in printed
-        editor = Editor(tiny_pipeline(), {"dense_steps": 2})
+        editor = Editor(tiny_pipeline(sparse_decoder=True), {"dense_steps": 2})
         one, other = (editor.load(folder) for folder in (tmp_path / "new" / "cat", drawn / "bases" / "cat"))
         assert torch.equal(one.latents, other.latents)
         assert one.config == other.config
