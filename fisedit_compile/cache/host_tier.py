@@ -121,6 +121,7 @@ class _Slot:
         targets = [self.buffer[start : start + len(run.memory)] for start, run in zip(starts, runs, strict=False)]
         if stream is not None and self.free is not None:
             stream.wait_event(self.free)
+        self._holds = None  # until all of it is on its way
         with torch.cuda.stream(stream):
             for target, run in zip(targets, runs, strict=True):
                 target.copy_(run.memory, non_blocking=True)

@@ -14,6 +14,8 @@ from fisedit_compile.kernels.launch.triton_launch import launch
 
 _ROWS, _CHANNELS = 32, 128  # that a program unpacks
 
+_TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
 
 @triton.jit
 def _unpack_rows_kernel(
@@ -114,6 +116,3 @@ class UnpackLaunch:
                 BC=_CHANNELS,
                 num_warps=4,
             )
-
-
-_TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}

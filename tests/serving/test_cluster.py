@@ -5,9 +5,6 @@ from __future__ import annotations
 import base64
 import os
 import signal
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +21,7 @@ from support.pipelines import tiny_pipeline
 from support.services import CAT, DOG
 
 from fisedit_compile import Editor, FiseditError
+from fisedit_compile.bench.serving.processes import ServiceProcesses, running_service
 from fisedit_compile.cli import main
 from fisedit_compile.serving.held_bases import open_library, open_store
 from fisedit_compile.serving.picture import BasePlace
@@ -39,15 +37,11 @@ TOKEN = "a-token-of-the-tests"
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
 
 
-class Running:
-    """A service in processes of its own."""
+class Client:
+    """Asks a service for single pictures."""
 
-    def __init__(self, url: str, process: subprocess.Popen[str]) -> None:
-        self.url, self.process = url, process
-
-    def replicas(self) -> list[psutil.Process]:
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if "ray::ServeReplica" in " ".join(child.cmdline())]
+    def __init__(self, url: str) -> None:
+        self.url = url
 
     def post(self, path: str, **arguments: Any) -> dict[str, Any]:
         answer = httpx.post(f"{self.url}/v1/images/{path}", headers=HEADERS, timeout=120, **arguments)
@@ -60,43 +54,14 @@ class Running:
 
 
 @contextmanager
-def running(folder: Path) -> Iterator[Running]:
+def running(folder: Path) -> Iterator[tuple[ServiceProcesses, Client]]:
     model = folder / "model"
     tiny_pipeline().save_pretrained(model)
     (folder / "token").write_text(TOKEN)
-    command = [
-        sys.executable,
-        "-m",
-        "fisedit_compile",
-        "serve",
-        "--model",
-        str(model),
-        "--store",
-        str(folder / "store"),
-    ]
-    command += ["--replicas", "2", "--port", "0", "--no-page", "--steps", "4", "--guidance", "5", "--threads", "1"]
-    command += ["--device", "cpu", "--token-file", str(folder / "token")]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=Path(__file__).parents[2]
-    )
-    assert process.stdout is not None
-    lines: list[str] = []
-    try:
-        for line in process.stdout:
-            lines.append(line)
-            if line.startswith("ready: "):
-                break
-        else:
-            pytest.fail("".join(lines))
-        threading.Thread(target=lines.extend, args=(process.stdout,), daemon=True).start()
-        yield Running(line.removeprefix("ready: ").strip(), process)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise
+    options = ["--model", str(model), "--store", str(folder / "store"), "--token-file", str(folder / "token")]
+    options += ["--replicas", "2", "--steps", "4", "--guidance", "5", "--threads", "1", "--device", "cpu"]
+    with running_service(options) as service:
+        yield service, Client(service.url)
 
 
 def picture(data: dict[str, Any]) -> Image.Image:
@@ -106,20 +71,20 @@ def picture(data: dict[str, Any]) -> Image.Image:
 def test_a_replica_is_killed_and_everything_is_answered_right(tmp_path: Path) -> None:
     mask = Image.new("L", (32, 32))
     mask.paste(255, (0, 0, 16, 32))
-    with running(tmp_path) as service:
+    with running(tmp_path) as (service, client):
         assert httpx.get(f"{service.url}/ready").json()["ready"]
         assert httpx.post(f"{service.url}/v1/images/generations", json={"prompt": CAT}).status_code == 401
-        bases = [service.generate(CAT, seed) for seed in range(4)]
+        bases = [client.generate(CAT, seed) for seed in range(4)]
         before = service.replicas()
         assert len(before) == 2
         with ThreadPoolExecutor(4) as clients:
-            answers = [clients.submit(service.generate, DOG, seed, steps=24, reuse="never") for seed in range(4)]
+            answers = [clients.submit(client.generate, DOG, seed, steps=24, reuse="never") for seed in range(4)]
             time.sleep(0.3)
             before[0].send_signal(signal.SIGKILL)
             drawn = [answer.result() for answer in answers]
         files = {"mask": as_png(mask)}
-        edits = [service.post("edits", data={"prompt": DOG, "base": base["id"]}, files=files) for base in bases]
-        stored = [service.generate(CAT, seed) for seed in range(4)]
+        edits = [client.post("edits", data={"prompt": DOG, "base": base["id"]}, files=files) for base in bases]
+        stored = [client.generate(CAT, seed) for seed in range(4)]
         for _ in range(60):  # Ray collects what replicas counted every few seconds
             if "ray_fisedit_pictures" in (metrics := httpx.get(f"{service.url}/metrics", headers=HEADERS).text):
                 break

@@ -18,15 +18,16 @@ class ServiceProcesses:
 
     Attributes:
         url: where it answers.
+        process: the one that was started; its children draw.
         killed: replicas that were killed.
     """
 
     def __init__(self, url: str, process: subprocess.Popen[str]) -> None:
-        self.url, self.killed, self._process = url, 0, process
+        self.url, self.killed, self.process = url, 0, process
 
     def replicas(self) -> list[psutil.Process]:
         """The processes that draw."""
-        children = psutil.Process(self._process.pid).children(recursive=True)
+        children = psutil.Process(self.process.pid).children(recursive=True)
         return [child for child in children if "ray::ServeReplica" in " ".join(child.cmdline())]
 
     def kill_one(self, chance: random.Random) -> None:
