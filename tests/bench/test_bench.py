@@ -181,7 +181,7 @@ class TestUnet:
             assert row["launches"]["reduce-overhead"] is None
             assert row["peak_mb"]["sparse"] >= 0
             assert row["recording_peak_mb"] > 0
-            assert row["graph_pool_mb"]["sparse"] >= 0  # 0 where memory that was reserved before is enough
+            assert row["graph_pool_mb"]["sparse"] > 0
             assert row["plan_ms"] > 0
             assert row["prep_ms"] > 0
             assert row["batched"]["ms"] > 0

@@ -77,8 +77,9 @@ class SparseRuns:
         """
         say(f"{self.attention} attention: exporting the U-Net ...")
         self.program = self.sparse.program(self.call)
+        self._pool_mb = graph_pool_mb(self.device)  # the recording's graph shares its memory with those of sparse steps
         _, self.cache = self.sparse.record(self.call)
-        self._pool_mb, compiles, begin = graph_pool_mb(self.device), dynamo_graphs(), time.perf_counter()
+        compiles, begin = dynamo_graphs(), time.perf_counter()
         keys = [(i, j) for i, mask_set in enumerate(self.mask_sets) for j in range(len(mask_set.masks))]
         say(f"{self.attention} attention: first steps of {len(keys)} mask(s) ...")
         before, kept = allocated_mb(self.device), None
