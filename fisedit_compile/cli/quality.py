@@ -76,6 +76,13 @@ def add_parser(subparsers: Any) -> None:
         metavar="DIR",
         help="folder of a CLIP model, for the paper's figures (default: without them)",
     )
+    parser.add_argument(
+        "--workers",
+        type=whole_number(1),
+        default=1,
+        metavar="N",
+        help="draw in N processes, each with a model of its own on the device (default: 1)",
+    )
     add_runtime_options(parser)
     add_json_option(parser)
     parser.add_argument("--html", type=Path, metavar="DIR", help="write a page of all pictures to DIR/index.html")
@@ -98,34 +105,27 @@ def run(args: argparse.Namespace) -> None:
         )
     device, dtype = start(args)
 
-    from fisedit_compile.editing.plain_pipeline import load_pipeline
     from fisedit_compile.quality.page import write_page
-    from fisedit_compile.quality.runs import CaseRunner
+    from fisedit_compile.quality.runs import CaseRun, RunSettings
     from fisedit_compile.quality.scores import score_runs
     from fisedit_compile.quality.summary import summarise, tables
+    from fisedit_compile.quality.workers import Drawing
 
-    pipe = load_pipeline(args.model, device, dtype)
-    pipe.set_progress_bar_config(disable=True)
+    settings = RunSettings(variants, args.control, args.reference_stride, args.steps, args.guidance)
+    drawing = Drawing(args.model, device, dtype, settings)
+    pipe = drawing.pipeline()
     check_words(cases, pipe)
     judge = Judge.load(args.judge or args.model / "judge")
     clip = Clip.load(args.clip) if args.clip else None
     for case in cases:
         judge.check(case.before)
         judge.check(case.after)
-    runner = CaseRunner(
-        pipe,
-        variants,
-        controls=args.control,
-        reference_stride=args.reference_stride,
-        steps=args.steps,
-        guidance=args.guidance,
-    )
-    began, runs, failed = time.perf_counter(), [], {}
-    for number, case in enumerate(cases, start=1):
-        try:
-            runs.append(runner.run(case))
-        except FiseditError as error:  # no mask was found, for example: the other cases are none the worse for it
-            failed[case.id] = str(error)
+    began, runs, failed = time.perf_counter(), list[CaseRun](), dict[str, str]()
+    for number, (case, drawn) in enumerate(drawing.draw(pipe, cases, args.workers), start=1):
+        if isinstance(drawn, FiseditError):
+            failed[case.id] = str(drawn)
+        else:
+            runs.append(drawn)
         logger.info("%d of %d cases (%s): %.0f s", number, len(cases), case.id, time.perf_counter() - began)
     if not runs:
         raise FiseditError("no case could be edited: " + "; ".join(f"{case}: {why}" for case, why in failed.items()))

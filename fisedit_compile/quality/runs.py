@@ -21,7 +21,7 @@ from fisedit_compile.quality.cases import Case
 
 @dataclass(frozen=True)
 class DenseEdit:
-    """A dense edit of the whole picture: the picture, and its final latents ``[c, h, w]``."""
+    """A dense edit of the whole picture: the picture, and its final latents ``[c, h, w]`` on the host."""
 
     picture: Any
     latents: Tensor
@@ -55,7 +55,7 @@ class CaseRun:
     Attributes:
         case: the case.
         base: the picture before.
-        base_latents: its final latents ``[c, h, w]``.
+        base_latents: its final latents ``[c, h, w]``, on the host.
         dense: length of control -> the dense edit; a length of 0 is the plain new picture.
         variants: name -> the sparse edit.
     """
@@ -67,39 +67,46 @@ class CaseRun:
     variants: Mapping[str, VariantEdit]
 
 
+@dataclass(frozen=True)
+class RunSettings:
+    """How cases are drawn.
+
+    Attributes:
+        variants: name -> config of the editor that is measured.
+        controls: lengths of Prompt-to-Prompt control of the dense edits, shares of the steps; 0 is always among them.
+        reference_stride: which steps of their base the dense edits visit; 1 is all.
+        steps: denoising steps.
+        guidance: guidance scale.
+    """
+
+    variants: Mapping[str, SparsityConfig]
+    controls: Sequence[float]
+    reference_stride: Stride
+    steps: int
+    guidance: float
+
+
 class CaseRunner:
     """Draws cases with one pipeline.
 
     Args:
         pipe: the pipeline.
-        variants: name -> config of the editor that is measured.
-        controls: lengths of Prompt-to-Prompt control of the dense edits, shares of the steps.
-        reference_stride: which steps of their base the dense edits visit; 1 is all.
-        steps: denoising steps.
-        guidance: guidance scale.
+        settings: how.
 
     Raises:
         ValueError: a pipeline whose pictures are not square by default, as those of the cases are.
     """
 
-    def __init__(
-        self,
-        pipe: Any,
-        variants: Mapping[str, SparsityConfig],
-        *,
-        controls: Sequence[float],
-        reference_stride: Stride,
-        steps: int,
-        guidance: float,
-    ) -> None:
+    def __init__(self, pipe: Any, settings: RunSettings) -> None:
         size = pipe.unet.config.sample_size
         if not isinstance(size, int) and len(set(size)) > 1:
             raise ValueError(f"the model draws pictures of {size[0]}x{size[1]} latent cells, and the cases are square")
-        self._controls = sorted({0.0, *controls})
-        longest = {"dense_steps": steps, "cross_replace": self._controls[-1], "stride": reference_stride}
+        steps = settings.steps
+        self._controls = sorted({0.0, *settings.controls})
+        longest = {"dense_steps": steps, "cross_replace": self._controls[-1], "stride": settings.reference_stride}
         self._reference = Editor(pipe, longest)
-        self._editors = {name: Editor(pipe, config) for name, config in variants.items()}
-        self._arguments: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
+        self._editors = {name: Editor(pipe, config) for name, config in settings.variants.items()}
+        self._arguments: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": settings.guidance}
 
     def run(self, case: Case) -> CaseRun:
         """Draw one case.
@@ -109,7 +116,7 @@ class CaseRunner:
         """
         base = self._generate(self._reference, case)
         dense = {control: self._dense(base, case, control) for control in self._controls}
-        picture, latents = base.image, base.latents[0].clone()
+        picture, latents = base.image, base.latents[0].cpu()
         del base
         references: list[tuple[Edit, SparsityConfig]] = []
         variants = {name: self._variant(editor, case, references) for name, editor in self._editors.items()}
@@ -121,7 +128,7 @@ class CaseRunner:
 
     def _dense(self, base: Base, case: Case, control: float) -> DenseEdit:
         edit = self._reference.edit(base, case.edit, dense=True, cross_replace=control, background="latents")
-        return DenseEdit(edit.image, edit.latents[0])
+        return DenseEdit(edit.image, edit.latents[0].cpu())
 
     def _variant(self, editor: Editor, case: Case, references: list[tuple[Edit, SparsityConfig]]) -> VariantEdit:
         base = self._generate(editor, case)

@@ -129,6 +129,21 @@ def test_the_page_shows_pictures_that_are_there(measured: tuple[dict[str, Any], 
     assert str(page / "index.html") in stdout
 
 
+def test_two_processes_draw_what_one_draws(model: Path, tmp_path: Path) -> None:
+    drawn = []
+    for workers in ("1", "2"):
+        file = tmp_path / f"{workers}.json"
+        options = ["--cases", "2", "--steps", "4", "--control", "0.5", "--variant", VARIANTS[0]]
+        status, _, stderr = quality(model, *options, "--workers", workers, "--json", str(file))
+        assert status == 0, stderr
+        cases = json.loads(file.read_text())["cases"]
+        drawn.append([(each["case"]["id"], each["variants"][VARIANTS[0]]) for each in cases])
+    for (one, alone), (other, beside) in zip(*drawn, strict=True):  # processes with fewer threads may round otherwise
+        assert one == other
+        assert alone["mask"] == beside["mask"]
+        assert alone["ssim_to_best"] == pytest.approx(beside["ssim_to_best"], abs=1e-3)
+
+
 @pytest.mark.parametrize("failing", [1, 2])
 def test_a_case_that_cannot_be_edited_is_left_out_and_said(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int

@@ -1,0 +1,76 @@
+"""Draws cases side by side, in processes that have a pipeline each."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fisedit_compile.editing.plain_pipeline import load_pipeline
+from fisedit_compile.errors import FiseditError
+from fisedit_compile.quality.cases import Case
+from fisedit_compile.quality.runs import CaseRun, CaseRunner, RunSettings
+
+_runner: CaseRunner | None = None  # of this process, if it is a worker
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What cases are drawn with.
+
+    Attributes:
+        model: folder of the pipeline.
+        device, dtype: of the pipeline.
+        settings: of the runs.
+    """
+
+    model: Path
+    device: torch.device
+    dtype: torch.dtype
+    settings: RunSettings
+
+    def pipeline(self) -> Any:
+        """The pipeline, read from its folder."""
+        pipe = load_pipeline(self.model, self.device, self.dtype)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def draw(self, pipe: Any, cases: Sequence[Case], workers: int) -> Iterator[tuple[Case, CaseRun | FiseditError]]:
+        """Each case with its pictures, or with the error that says why it has none, in the order of the cases.
+
+        Args:
+            pipe: from :meth:`pipeline`; what this process draws with where it is the only one.
+            cases: what to draw.
+            workers: processes; 1 is this one alone. More share its threads and the device, and read the model again.
+        """
+        if workers == 1:
+            runner = CaseRunner(pipe, self.settings)
+            yield from ((case, _drawn(runner, case)) for case in cases)
+            return
+        threads = max(1, torch.get_num_threads() // workers)
+        spawn = multiprocessing.get_context("spawn")  # a process that used CUDA cannot be forked
+        with ProcessPoolExecutor(workers, spawn, initializer=_begin, initargs=(self, threads)) as pool:
+            yield from zip(cases, pool.map(_draw, cases), strict=True)
+
+
+def _begin(drawing: Drawing, threads: int) -> None:
+    global _runner
+    torch.set_num_threads(threads)
+    _runner = CaseRunner(drawing.pipeline(), drawing.settings)
+
+
+def _draw(case: Case) -> CaseRun | FiseditError:
+    assert _runner is not None
+    return _drawn(_runner, case)
+
+
+def _drawn(runner: CaseRunner, case: Case) -> CaseRun | FiseditError:
+    try:
+        return runner.run(case)
+    except FiseditError as error:  # no mask was found, for example: the other cases are none the worse for it
+        return FiseditError(str(error))
