@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fisedit_compile.editing.feather import cells_reached, feather_levels
-from fisedit_compile.editing.picture_planes import OTHERWISE, like, planes, shapes
+from fisedit_compile.editing.picture_planes import OTHERWISE, like, part, separate, shapes, with_part
 
 logger = logging.getLogger(__name__)
 
@@ -159,11 +159,12 @@ class PixelBackground:
         Raises:
             ValueError: the edit's pictures are not of the base's count, size and channels.
         """
-        olds, news = planes(base), planes(edit)
-        if len(news) != len(olds) or any(tuple(plane.shape) != self.shape for plane in news):
+        olds, news = separate(base), separate(edit)
+        found = shapes(edit)
+        if len(news) != len(olds) or set(found) != {self.shape}:
             raise ValueError(
-                f"the edit has {len(news)} picture(s) of shape {tuple(news[0].shape)}, the base {len(olds)} of "
-                f"{self.shape}: they have to be alike; {OTHERWISE}"
+                f"the edit has {len(news)} picture(s) of shape {found[0]}, the base {len(olds)} of {self.shape}: they "
+                f"have to be alike; {OTHERWISE}"
             )
         flags = [[False] * len(news) if each is None else each for each in (base_flags, edit_flags)]
         blackened = tuple(sample for sample, pair in enumerate(zip(*flags, strict=True)) if any(pair))
@@ -187,18 +188,21 @@ class PixelBackground:
         """
         return self._levels(mask, self._cell(mask)) / self.feathered
 
-    def _compose(self, old: Tensor, new: Tensor, mask: Tensor) -> Tensor:
-        """Both pictures ``[H, W, channels]`` as one; what is further from the mask than it reaches is only copied."""
-        out = old.to(new.device, copy=True)
+    def _compose(self, old: Any, new: Any, mask: Tensor) -> Any:
+        """Both pictures as one; what is further from the mask than it reaches is only copied.
+
+        Args:
+            old, new: each an image, or a plane ``[H, W, channels]``.
+            mask: bool ``[h, w]``.
+        """
         cell = self._cell(mask)
-        box = self._box(mask, cell)
-        if box is None:
-            return out
-        (top, bottom), (left, right) = box
-        levels = self._levels(mask[None, top:bottom, left:right], cell)[0]
+        (top, bottom), (left, right) = self._box(mask, cell) or ((0, 0), (0, 0))
         rows, columns = slice(top * cell[0], bottom * cell[0]), slice(left * cell[1], right * cell[1])
-        out[rows, columns] = _blend(out[rows, columns], new[rows, columns], levels, self.feathered)
-        return out
+        edited = part(new, rows, columns)
+        if edited.numel():
+            levels = self._levels(mask[None, top:bottom, left:right], cell)[0]
+            edited = _blend(part(old, rows, columns).to(edited.device), edited, levels, self.feathered)
+        return with_part(old, rows, columns, edited)
 
     def _levels(self, mask: Tensor, cell: tuple[int, int]) -> Tensor:
         return feather_levels(mask, cell, self.grown, self.feathered)

@@ -14,7 +14,7 @@ from fisedit_compile.errors import CaptureError
 from fisedit_compile.runtime.model_state import ModelState
 from fisedit_compile.vae.decoded import Decoded
 from fisedit_compile.vae.decoder import can_be_sparse
-from fisedit_compile.vae.sparse_decoder import SparseDecoder
+from fisedit_compile.vae.sparse_decoder import SparseDecoder, grow
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +35,13 @@ class Decoding:
         self.how = "none"
         self._why = why
 
-    def __call__(self, latents: Tensor) -> Tensor | None:
-        """The pictures ``[n, 3, H, W]`` of latents as ``vae.decode`` takes them; None leaves them to the VAE."""
+    def __call__(self, latents: Tensor, mask: Tensor | None = None) -> Tensor | None:
+        """The pictures ``[n, 3, H, W]`` of latents as ``vae.decode`` takes them; None leaves them to the VAE.
+
+        Args:
+            latents: of the run, ``[n, c, h, w]``.
+            mask: of an edit, bool ``[n, h, w]`` on the host: the cells in which its latents are others than the base's.
+        """
         self.how = f"dense ({self._why})"
         return None
 
@@ -57,7 +62,7 @@ class RecordDecoding(Decoding):
         self.decoded: Decoded | None = None
         self._decoder, self._state = decoder, state
 
-    def __call__(self, latents: Tensor) -> Tensor | None:
+    def __call__(self, latents: Tensor, mask: Tensor | None = None) -> Tensor | None:
         try:
             picture, self.decoded = self._decoder.record(latents, self._state)
         except CaptureError as error:
@@ -72,16 +77,17 @@ class EditDecoding(Decoding):
     Args:
         decoder, state: see :class:`RecordDecoding`.
         base: what the base kept.
-        grown: latent cells around those that changed that are decoded with them.
+        grown: latent cells around the mask that are decoded with it.
     """
 
     def __init__(self, decoder: SparseDecoder, state: ModelState, base: Decoded, grown: int) -> None:
         super().__init__("")
         self._decoder, self._state, self._base, self._grown = decoder, state, base, grown
 
-    def __call__(self, latents: Tensor) -> Tensor | None:
+    def __call__(self, latents: Tensor, mask: Tensor | None = None) -> Tensor | None:
+        assert mask is not None
         try:
-            prepared = self._decoder.prepare(latents, self._base, self._state, grown=self._grown)
+            prepared = self._decoder.prepare(latents, self._base, self._state, grow(mask, self._grown))
         except CaptureError as error:
             self._why = str(error)
             return super().__call__(latents)

@@ -158,7 +158,7 @@ class EditRun(PipelineRun):
     def decode(self, latents: Tensor) -> Tensor | None:
         if self.ran_dense:
             self.decoding = Decoding("as its steps")
-        return super().decode(latents)
+        return self.decoding(latents, self.host_mask)
 
     @property
     def expected_steps(self) -> int:

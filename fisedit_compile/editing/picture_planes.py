@@ -34,13 +34,37 @@ def planes(pictures: Any) -> list[Tensor]:
     )
 
 
-def like(pictures: Any, planes: list[Tensor]) -> Any:
-    """Planes ``[H, W, channels]`` as the kind of pictures that was given."""
+def part(picture: Any, rows: slice, columns: slice) -> Tensor:
+    """A rectangle of one picture as ``[h, w, channels]``; the picture is an image or a plane ``[H, W, channels]``."""
+    if isinstance(picture, Tensor):
+        return picture[rows, columns]
+    box = (columns.start, rows.start, columns.stop, rows.stop)
+    return torch.from_numpy(np.array(picture.convert("RGB").crop(box)))
+
+
+def with_part(picture: Any, rows: slice, columns: slice, values: Tensor) -> Any:
+    """A copy of one picture, see :func:`part`, with other values in a rectangle."""
+    if isinstance(picture, Tensor):
+        copy = picture.to(values.device, copy=True)
+        copy[rows, columns] = values
+        return copy
+    copy = picture.convert("RGB")  # a copy, whatever the mode was
+    copy.paste(Image.fromarray(values.numpy()), (columns.start, rows.start))
+    return copy
+
+
+def separate(pictures: Any) -> list[Any]:
+    """Each picture by itself: an image, or a plane ``[H, W, channels]``."""
+    return pictures if _are_images(pictures) else planes(pictures)
+
+
+def like(pictures: Any, planes: list[Any]) -> Any:
+    """Planes ``[H, W, channels]``, or what :func:`separate` made, as the kind of pictures that was given."""
     if isinstance(pictures, Tensor):
         return torch.stack(planes).movedim(-1, 1).contiguous()
     if isinstance(pictures, np.ndarray):
         return torch.stack(planes).numpy()
-    return [Image.fromarray(plane.numpy()) for plane in planes]
+    return [plane if isinstance(plane, Image.Image) else Image.fromarray(plane.numpy()) for plane in planes]
 
 
 def _are_images(pictures: Any) -> bool:

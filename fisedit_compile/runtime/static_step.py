@@ -158,7 +158,7 @@ class StaticStep:
         on = plan.mask.device
         packed = Packed(shapes, on, pin=on.type == "cpu" and self._shared.device.type == "cuda")
         for key, tensor in padded.items():
-            packed.tensors[key].copy_(tensor)
+            packed.tensors[key].copy_(tensor, non_blocking=True)
         return packed
 
     def run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fisedit_compile.cache.step_cache import Recorded
@@ -10,6 +11,8 @@ from fisedit_compile.config import SparsityConfig
 from fisedit_compile.errors import CaptureError
 from fisedit_compile.ir.call import Call
 from fisedit_compile.passes.manager import DECODER_PASSES, DECODER_PASSES_ON_HOST
+from fisedit_compile.planning.edit_plan import EditPlan
+from fisedit_compile.runtime.prepared import Prepared
 from fisedit_compile.runtime.program import Program
 from fisedit_compile.runtime.stage import Stage
 from fisedit_compile.vae.decoder import Decoder
@@ -38,8 +41,30 @@ class DecoderProgram(Program):
         if lowered.output is None or maps != [lowered.output[0].node]:
             raise CaptureError(f"not all of the decoder of {type(decoder.vae).__name__} can run on rows ({maps})")
         super().__init__(lowered, call, plan_on_device=True)
+        self._aside = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._packed: torch.cuda.Event | None = None
         # Not a CUDA graph: it runs once a base, and would hold the memory of a whole decode.
         self._recorder = Stage(lowered.recording(lowered.cache_entries, lowered.batch, -1), compiled=False)
+
+    def plan(self, mask: Tensor) -> EditPlan:
+        """The plan of a mask on the host, made on the device beside what that still computes.
+
+        Planning waits for counts of rows, which on the current stream would come behind all that was launched before.
+        """
+        if self._aside is None:
+            return super().plan(mask)
+        if self._packed is not None:  # what was planned last is freed by now, and read until then
+            self._aside.wait_event(self._packed)
+        with torch.cuda.stream(self._aside):
+            plan = super().plan(mask)
+        torch.cuda.current_stream(self._device).wait_stream(self._aside)
+        return plan
+
+    def prepare(self, mask: Tensor) -> Prepared:
+        prepared = super().prepare(mask)
+        if self._aside is not None:
+            self._packed = torch.cuda.current_stream(self._device).record_event()
+        return prepared
 
     def decode_whole(self, call: Call) -> tuple[Tensor, Recorded]:
         """The picture as the autoencoder itself decodes it, and what decodes of regions read."""

@@ -63,13 +63,13 @@ class SparseDecoder:
         cache.model = now
         return picture, Decoded(latents.clone(), cache)
 
-    def prepare(self, latents: Tensor, base: Decoded, state: ModelState, *, grown: int) -> Prepared:
-        """Everything about the cells in which latents differ from the base's that their decode needs.
+    def prepare(self, latents: Tensor, base: Decoded, state: ModelState, region: Tensor) -> Prepared:
+        """Everything about a region that its decodes need. On a GPU nothing waits for what makes the latents.
 
         Args:
             latents, state: see :meth:`record`.
             base: what :meth:`record` returned.
-            grown: latent cells around those that differ that are decoded with them.
+            region: the cells to be decoded, bool ``[n, h, w]``, on the host.
 
         Raises:
             CaptureError: see :meth:`record`; or the autoencoder or the latents are others than the base's in kind, or
@@ -84,7 +84,6 @@ class SparseDecoder:
                 f"latents {list(latents.shape)} {latents.dtype} on {latents.device}, those of the base are "
                 f"{list(then.shape)} {then.dtype} on {then.device}"
             )
-        region = grow((latents != then).any(dim=1), grown)
         if (share := float(region.float().mean())) > DENSE_ABOVE[latents.device.type]:
             raise CaptureError(f"{share:.0%} of the picture would be decoded")
         prepared = program.prepare(region)
@@ -95,7 +94,8 @@ class SparseDecoder:
         """The pictures ``[n, 3, H, W]``: decoded in the region that was prepared, elsewhere the base's bit for bit.
 
         Args:
-            latents, base: those that were given to :meth:`prepare`, just before.
+            latents: as :meth:`prepare` was given them. Cells outside the region are read as well, near its rim.
+            base: that of :meth:`prepare`, just before.
         """
         assert prepared.model is not None
         call = bind(self._decoder, (latents,), {})

@@ -12,8 +12,9 @@ import fisedit_compile.vae.program as program
 from fisedit_compile.passes.manager import DECODER_PASSES
 from fisedit_compile.runtime.model_state import ModelState
 from fisedit_compile.runtime.model_watch import ModelWatch
+from fisedit_compile.runtime.prepared import Prepared
 from fisedit_compile.vae.decoded import Decoded
-from fisedit_compile.vae.sparse_decoder import SparseDecoder
+from fisedit_compile.vae.sparse_decoder import SparseDecoder, grow
 
 KINDS = ("kl", "kl-wide-heads", "tiny")
 
@@ -98,7 +99,15 @@ class Decodes:
 
     def sparse(self, latents: Tensor, grown: int = 0, base: Decoded | None = None) -> Tensor:
         base = base or self.base
-        return self.decoder.decode(latents, base, self.decoder.prepare(latents, base, self.state, grown=grown))
+        return self.decoder.decode(latents, base, self.prepare(latents, base, grown))
+
+    def prepare(self, latents: Tensor, base: Decoded | None = None, grown: int = 0) -> Prepared:
+        """For the cells in which latents differ from the base's, and ``grown`` cells around them."""
+        base = base or self.base
+        region = torch.zeros(latents.shape[0], *latents.shape[2:], dtype=torch.bool)
+        if latents.shape == base.latents.shape:
+            region = (latents != base.latents).any(dim=1).cpu()
+        return self.decoder.prepare(latents, base, self.state, grow(region, grown))
 
     def pixels(self, mask: Tensor) -> Tensor:
         """The pixels under a mask, bool ``[n, 3, H, W]``."""

@@ -44,7 +44,7 @@ def test_one_capture_a_bucket() -> None:
     gpu = Decodes("kl", torch.bfloat16, size=(24, 18), device="cuda")
     masks = [square(size, at) for size in (3, 8) for at in (1, 2, 4)]
     first = [gpu.sparse(gpu.changed(mask)) for mask in masks]
-    buckets = {gpu.decoder.prepare(gpu.changed(mask), gpu.base, gpu.state, grown=0).bucket for mask in masks}
+    buckets = {gpu.prepare(gpu.changed(mask)).bucket for mask in masks}
     assert gpu.decoder.captures == len(buckets) < len(masks)
     again = [gpu.sparse(gpu.changed(mask)) for mask in reversed(masks)]
     assert all(torch.equal(*pair) for pair in zip(first, reversed(again), strict=True))

@@ -107,7 +107,7 @@ def test_fixed_sizes_give_what_the_region_s_own_give(kind: str) -> None:
     own, fixed = Decodes(kind), Decodes(kind, fixed_sizes=True)
     latents = own.changed(squares())
     assert_close(fixed.sparse(latents, 1), own.sparse(latents, 1))
-    prepared = fixed.decoder.prepare(latents, fixed.base, fixed.state, grown=1)
+    prepared = fixed.prepare(latents, grown=1)
     assert prepared.bucket is not None
 
 

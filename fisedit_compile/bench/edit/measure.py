@@ -22,7 +22,7 @@ from fisedit_compile.editing.editor import Editor
 from fisedit_compile.editing.result import Edit
 from fisedit_compile.errors import CaptureError
 from fisedit_compile.runtime.model_watch import ModelWatch
-from fisedit_compile.vae.sparse_decoder import SparseDecoder
+from fisedit_compile.vae.sparse_decoder import SparseDecoder, grow
 
 #: The picture's words, and those of its edits: one word differs, as in the paper's edits.
 PROMPT, EDIT = "a photo of a cat on a chair", "a photo of a dog on a chair"
@@ -154,18 +154,19 @@ class _Decodes:
         if self._base is None:
             return None
         then = self._base.latents
-        changed = [torch.where(mask.to(then.device), torch.randn_like(then), then) for mask in masks.masks]
+        changed = [(torch.where(mask.to(then.device), torch.randn_like(then), then), mask) for mask in masks.masks]
         try:
-            return self._timer.milliseconds("the sparse decoder", lambda: [self._decode(each) for each in changed]) / (
+            return self._timer.milliseconds("the sparse decoder", lambda: [self._decode(*each) for each in changed]) / (
                 len(changed)
             )
         except CaptureError as error:
             say(f"not sparse: {error}")
             return None
 
-    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def _decode(self, latents: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         assert self._base is not None
-        prepared = self._decoder.prepare(latents, self._base, self._watch.look(values=False), grown=self._cells)
+        region = grow(mask.expand(len(latents), *mask.shape[-2:]), self._cells)
+        prepared = self._decoder.prepare(latents, self._base, self._watch.look(values=False), region)
         return self._decoder.decode(latents, self._base, prepared)
 
 
