@@ -18,6 +18,9 @@ from fisedit_compile.quality.similarity import as_pixels, psnr_inside, seam_exce
 from fisedit_compile.quality.ssim import ssim
 from fisedit_compile.quality.verdicts import Verdict, judge_edit, shows
 
+#: Where similarities are computed, unless a GPU is there.
+_HOST = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class VariantScores:
@@ -82,16 +85,17 @@ class Scores:
     best_control: Mapping[str, float]
 
 
-def score_runs(runs: Sequence[CaseRun], judge: Judge, clip: Clip | None = None) -> Scores:
+def score_runs(runs: Sequence[CaseRun], judge: Judge, clip: Clip | None = None, device: torch.device = _HOST) -> Scores:
     """Score all cases; which dense edit is the best of a kind is decided by all of the kind that are here.
 
     Args:
         runs: the pictures.
         judge: says what they show.
         clip: for the paper's figures; None leaves them out.
+        device: where similarities are computed.
     """
     sights = {run.case.id: judge.look(run.base, run.case.before) for run in runs}
-    dense = {run.case.id: _judged_dense(run, judge, sights[run.case.id]) for run in runs}
+    dense = {run.case.id: _judged_dense(run, judge, sights[run.case.id], device) for run in runs}
     shown = {run.case.id: shows(sights[run.case.id], run.case.before, run.case.changed) for run in runs}
     controls: dict[str, list[ControlScore]] = {}
     for kind in KINDS:
@@ -114,7 +118,7 @@ def score_runs(runs: Sequence[CaseRun], judge: Judge, clip: Clip | None = None) 
                 dense=dense[case.id],
                 clip_best_dense=_by_clip(clip, run, run.dense[control].picture),
                 variants={
-                    name: _score_variant(run, edit, control, region, judge, sights[case.id], clip)
+                    name: _score_variant(run, edit, control, region, judge, sights[case.id], clip, device)
                     for name, edit in run.variants.items()
                 },
             )
@@ -122,11 +126,11 @@ def score_runs(runs: Sequence[CaseRun], judge: Judge, clip: Clip | None = None) 
     return Scores(cases, controls, best)
 
 
-def _judged_dense(run: CaseRun, judge: Judge, before: Sight) -> dict[float, JudgedDense]:
+def _judged_dense(run: CaseRun, judge: Judge, before: Sight, device: torch.device) -> dict[float, JudgedDense]:
     judged = {}
     for control, edit in run.dense.items():
         verdict = judge_edit(before, judge.look(edit.picture, run.case.after), run.case)
-        judged[control] = JudgedDense(verdict.success, verdict.wrong, ssim(run.base, edit.picture))
+        judged[control] = JudgedDense(verdict.success, verdict.wrong, ssim(run.base, edit.picture, device))
     return judged
 
 
@@ -138,6 +142,7 @@ def _score_variant(
     judge: Judge,
     before: Sight,
     clip: Clip | None,
+    device: torch.device,
 ) -> VariantScores:
     best = run.dense[control].picture
     ours, under, reference = as_pixels(edit.picture), as_pixels(edit.under_mask), as_pixels(best)
@@ -145,9 +150,9 @@ def _score_variant(
     return VariantScores(
         mask=score_mask(edit.mask, region),
         mask_area=float(edit.mask.float().mean()),
-        ssim_inside=ssim_inside(ours, under, inside),
+        ssim_inside=ssim_inside(*(each.to(device) for each in (ours, under, inside))),
         psnr_inside=psnr_inside(ours, under, inside),
-        ssim_to_best=ssim(edit.picture, best),
+        ssim_to_best=ssim(edit.picture, best, device),
         seam=seam_excess(ours, reference, inside, edit.reach),
         seam_under_mask=seam_excess(under, reference, inside, edit.reach),
         latents_equal=edit.latents_equal,
