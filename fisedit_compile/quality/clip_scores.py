@@ -54,7 +54,8 @@ class Clip:
         import transformers
 
         try:
-            model = transformers.CLIPModel.from_pretrained(str(folder), local_files_only=True)
+            # On the CPU, and in single precision, whatever the weights were saved in.
+            model = transformers.CLIPModel.from_pretrained(str(folder), local_files_only=True, dtype=torch.float32)
             images = transformers.CLIPImageProcessor.from_pretrained(str(folder), local_files_only=True)
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError) as error:
