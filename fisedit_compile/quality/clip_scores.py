@@ -80,6 +80,15 @@ class Clip:
         )
 
     @torch.no_grad()
+    def features(self, pictures: Sequence[Any]) -> Tensor:
+        """Unit vectors ``[n, d]`` of PIL images, such as FID is computed over."""
+        found = []
+        for picture in pictures:
+            pixels = self._images(picture.convert("RGB"), return_tensors="pt").pixel_values
+            found.append(self._model.visual_projection(self._model.vision_model(pixel_values=pixels).pooler_output))
+        return F.normalize(torch.cat(found), dim=1)
+
+    @torch.no_grad()
     def _embed(self, pictures: Sequence[Any], texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Unit vectors ``[n, d]`` of each."""
         pixels = self._images([picture.convert("RGB") for picture in pictures], return_tensors="pt")
