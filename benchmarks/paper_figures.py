@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(given)
     try:
         if args.table:
-            values = json.loads(args.table.read_text())
+            values = _read(args.table)
             print(_text(values))
             if args.html:
                 _figures(args.html, values)
@@ -184,6 +184,18 @@ def _values(
         "failed": {result.case: result.failed for result in results if result.failed},
         "figures": [asdict(each) for result in results for each in result.figures],
     }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What :func:`_write` wrote.
+
+    Raises:
+        ValueError: another file.
+    """
+    values = json.loads(path.read_text())
+    if not isinstance(values, dict) or not {"summary", "failed", "figures", "left_out"} <= values.keys():
+        raise ValueError(f"--table {path}: this is not a --json of this program")
+    return values
 
 
 def _write(path: Path | None, values: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, median
 from typing import Any
 
+import numpy as np
 import torch
 from tabulate import tabulate
 
@@ -76,7 +77,7 @@ def _row(setting: Setting, results: Sequence[CaseResult], seconds: Sequence[floa
     }
     for key, of_what in (("fid_dense", DENSE), ("fid_rendered", RENDERED)):
         sets = [[result.features[name] for result, _ in of] for name in (setting.name, of_what)]
-        row[key] = frechet_distance(*(torch.cat(each) for each in sets)) if of else None
+        row[key] = frechet_distance(*(torch.from_numpy(np.stack(each)) for each in sets)) if of else None
     return row
 
 

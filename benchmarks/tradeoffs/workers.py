@@ -9,13 +9,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from baselines.calls import CallLog
 from baselines.method import Method
 from baselines.task import Task
-from torch import Tensor
 
 from fisedit_compile.editing.plain_pipeline import load_pipeline
 from fisedit_compile.quality.cases import Case
@@ -60,14 +61,14 @@ class CaseResult:
     Attributes:
         case: its id.
         figures: of each edit that was made.
-        features: name of the setting -> CLIP's features of its picture ``[1, d]``, beside :data:`BASE`,
-            :data:`DENSE` and :data:`RENDERED`.
+        features: name of the setting -> CLIP's features of its picture, ``[d]``, beside :data:`BASE`, :data:`DENSE`
+            and :data:`RENDERED`; arrays, as each tensor would keep a file descriptor on its way to another process.
         failed: name of the setting -> why there is no such edit.
     """
 
     case: str
     figures: list[Figures]
-    features: dict[str, Tensor]
+    features: dict[str, np.ndarray[Any, Any]]
     failed: dict[str, str]
 
 
@@ -116,7 +117,7 @@ class CaseEditor:
         pictures = replace(pictures, base=self._own.draw(case.prompt, case.seed))
         for name in (BASE, DENSE, RENDERED):
             picture = getattr(pictures, name)
-            result.features[name] = self._clip.features([picture])
+            result.features[name] = self._clip.features([picture])[0].numpy()
             self._keep(case, name, picture)
         return pictures
 
@@ -137,7 +138,7 @@ class CaseEditor:
             picture = method.edit(task)  # a PIL image: the device has finished
             seconds = time.perf_counter() - start
         result.figures.append(measure(setting.name, picture, seconds, len(log.keys)))
-        result.features[setting.name] = self._clip.features([picture])
+        result.features[setting.name] = self._clip.features([picture])[0].numpy()
         self._keep(case, setting.name, picture)
 
     def _keep(self, case: Case, name: str, picture: object) -> None:

@@ -173,6 +173,30 @@ class TestFigures:
         assert lines[-1] == "left out: InstructPix2Pix"
         assert lines[2].startswith("| SDTP")
 
+    def test_a_file_of_another_program_is_no_table(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "other.json").write_text("[]")
+        assert paper_figures.main(["--table", str(tmp_path / "other.json")]) == 2
+        assert "not a --json of this program" in capsys.readouterr().err
+
+    def test_figures_are_drawn_again_from_the_file(self, measured: tuple[dict[str, Any], Path]) -> None:
+        page = measured[1]
+        before = {name: (page / name).read_bytes() for name in ("A2.png", "A3.png", "index.html")}
+        for name in before:
+            (page / name).unlink()
+        assert paper_figures.main(["--table", str(page.parent / "figures.json"), "--html", str(page)]) == 0
+        assert {name: (page / name).read_bytes() for name in before} == before
+
+    def test_pictures_of_an_earlier_run_are_not_taken_for_those_of_this_one(
+        self, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        old = tmp_path / "page" / "pictures" / "object-small-01.sdtp.png"
+        old.parent.mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(old)
+        monkeypatch.setattr(TextToImage, "edit", lambda self, task: 1 / 0)
+        given = ["--cases", "1", "--methods", "sdtp", "--html", str(tmp_path / "page"), "--device", "cpu"]
+        assert paper_figures.main([*options, *given]) == 1
+        assert not old.exists()
+
     def test_workers_find_what_one_process_finds(
         self, measured: tuple[dict[str, Any], Path], options: list[str], tmp_path: Path
     ) -> None:
