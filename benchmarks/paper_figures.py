@@ -1,6 +1,6 @@
 """The FISEdit paper's figures A2 and A3 on the demo world: every method edits the same pictures.
 
-    python benchmarks/paper_figures.py --clip DIR --cases 40 --device cuda --workers 8 --json FILE --html DIR
+    python benchmarks/paper_figures.py --clip DIR --cases 32 --device cuda --workers 8 --json FILE --html DIR
     python benchmarks/paper_figures.py --clip DIR --cases 2 --steps 6      # a look, on any CPU
     python benchmarks/paper_figures.py --table FILE [--html DIR]           # of a JSON that is there
 
@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--clip", type=Path, metavar="DIR", help="folder of a CLIP model (default: the model's)")
     parser.add_argument("--instruct", type=Path, metavar="DIR", help="a pipeline trained for InstructPix2Pix")
     parser.add_argument("--methods", nargs="+", choices=CURVES, metavar="NAME", help=f"of {', '.join(CURVES)}")
-    parser.add_argument("--cases", type=whole_number(1), default=40, metavar="N", help="the first N (default: 40)")
+    parser.add_argument("--cases", type=whole_number(1), default=32, metavar="N", help="the first N (default: 32)")
     parser.add_argument("--steps", type=whole_number(2), default=50, metavar="N", help="denoising steps (default: 50)")
     parser.add_argument("--guidance", type=finite, default=5.0, metavar="X", help="guidance scale (default: 5)")
     parser.add_argument(

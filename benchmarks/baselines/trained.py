@@ -50,7 +50,9 @@ class TrainedKit:
 
     @cached_property
     def _unet(self) -> Any:
-        return copy.deepcopy(self._pipe.unet)
+        unet = copy.deepcopy(self._pipe.unet)
+        # The layout that cuDNN prefers, as in Table A1.
+        return unet.to(memory_format=torch.channels_last) if self.device.type == "cuda" else unet
 
     @property
     def scheduler(self) -> DDIMScheduler:
