@@ -16,34 +16,24 @@ import argparse
 import sys
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(ROOT / "examples"))  # for the renderer
 
-from demo_world.edits import Item, place_background, place_item  # noqa: E402
-from demo_world.renderer import Renderer  # noqa: E402
-from demo_world.scene import BACKGROUND_PARAMETERS, WIDTHS  # noqa: E402
-from demo_world.scene import Scene as DrawnScene  # noqa: E402
 from photo_edits.measure import Figures, PhotoCase, measure, table, write  # noqa: E402
 from photo_edits.methods import METHODS, FisEdit, Settings  # noqa: E402
+from photo_edits.rendered import as_picture, render  # noqa: E402
 from photo_edits.structure import dino_keys, judge_features  # noqa: E402
 
 from fisedit_compile.cli.runtime import describe  # noqa: E402
 from fisedit_compile.editing.plain_pipeline import load_pipeline  # noqa: E402
-from fisedit_compile.quality.cases import Case, Scene, load_cases  # noqa: E402
+from fisedit_compile.quality.cases import Case, load_cases  # noqa: E402
 from fisedit_compile.quality.judge import Judge  # noqa: E402
 from fisedit_compile.quality.regions import dilate  # noqa: E402
 from fisedit_compile.quality.verdicts import judge_edit, shows  # noqa: E402
-
-#: Width in pixels of an object by its size in a case, and how far it may stand from the middle of its place.
-_WIDTHS = {"small": WIDTHS["small"], "medium": WIDTHS["normal"], "large": WIDTHS["big"]}
-_JITTER = 6
 
 #: Pixels around what differs in the rendered pictures that are no background: the rim of a latent cell.
 _RIM = 8
@@ -93,8 +83,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def rendered(case: Case, judge: Judge) -> PhotoCase | None:
     """A case as a photo; None where the judge does not see in it what is to change."""
-    before, after = (_render(each, case.seed) for each in (case.before, case.after))
-    photo = _picture(before)
+    before, after = (render(each, case.seed) for each in (case.before, case.after))
+    photo = as_picture(before)
     if not shows(judge.look(photo, case.before), case.before, case.changed):
         return None
     differs = (before - after).abs().amax(0) > 1 / 255
@@ -108,25 +98,6 @@ def rendered(case: Case, judge: Judge) -> PhotoCase | None:
 def _verdict(case: Case, judge: Judge, before: Image.Image, after: Image.Image) -> dict[str, float]:
     verdict = judge_edit(judge.look(before, case.before), judge.look(after, case.after), case)
     return {"success": float(verdict.success), "right": float(verdict.right)}
-
-
-def _render(scene: Scene, seed: int) -> Tensor:
-    """sRGB ``[3, 256, 256]``; the same seed draws what two scenes have in common alike."""
-    rng = np.random.default_rng(seed)
-    parameters = tuple(float(each) for each in rng.random(BACKGROUND_PARAMETERS))
-    objects: list[Any] = []
-    for place, item in scene.items.items():
-        share, *shift = rng.random(3)
-        low, high = _WIDTHS[item.size]
-        drawn = Item(item.name, item.colour, item.accessory, item.size)
-        jitter = tuple(_JITTER * (2 * float(each) - 1) for each in shift)
-        objects.append(place_item(drawn, place, low + share * (high - low), jitter=(jitter[0], jitter[1])))
-    scene_drawn = DrawnScene(tuple(objects), place_background(scene.background, parameters))
-    return Renderer().render([scene_drawn])[0][0]
-
-
-def _picture(image: Tensor) -> Image.Image:
-    return Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().numpy())
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ from typing import Any
 from diffusers import StableDiffusionDiffEditPipeline
 
 from baselines.method import Method
-from baselines.models import GUIDANCE, SOURCE, TARGET, Kit
+from baselines.models import Kit
+from baselines.task import Task
+from baselines.trained import TrainedKit
 
 #: The share of the steps that are inverted and denoised again, and the number of noises; both are diffusers' defaults.
 STRENGTH, NOISES = 0.8, 10
@@ -21,16 +23,21 @@ class DiffEdit(Method):
     title = "DIFFEdit"
     source = "Couairon et al. 2023; diffusers"
     edits_part = True
+    strength: float = STRENGTH
 
-    def __init__(self, kit: Kit) -> None:
+    def __init__(self, kit: Kit | TrainedKit) -> None:
         super().__init__(kit)
         self.pipe = kit.pipeline(StableDiffusionDiffEditPipeline, kit.unet(), inverse_scheduler=kit.inverse_scheduler)
 
-    def make(self) -> Any:
-        image, generator = self.kit.image(), self.kit.generator()
-        common = {"num_inference_steps": self.steps, "guidance_scale": GUIDANCE, "generator": generator}
+    def edit(self, task: Task) -> Any:
+        common = {
+            "num_inference_steps": self.steps,
+            "guidance_scale": task.guidance,
+            "generator": task.other_noise(),
+        }
+        image, strength = task.picture, {"inpaint_strength": self.strength}
         mask = self.pipe.generate_mask(
-            image, source_prompt=SOURCE, target_prompt=TARGET, num_maps_per_mask=NOISES, **common
+            image, source_prompt=task.prompt, target_prompt=task.words, num_maps_per_mask=NOISES, **common
         )
-        inverted = self.pipe.invert(SOURCE, image=image, inpaint_strength=STRENGTH, **common).latents
-        return self.pipe(TARGET, mask_image=mask, image_latents=inverted, inpaint_strength=STRENGTH, **common).images[0]
+        inverted = self.pipe.invert(task.prompt, image=image, **strength, **common).latents
+        return self.pipe(task.words, mask_image=mask, image_latents=inverted, **strength, **common).images[0]

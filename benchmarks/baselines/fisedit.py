@@ -38,7 +38,7 @@ class FISEdit(Method):
         self.title = f"FISEdit, {share}"
         self.images = len(masks.masks)
         self._masks, self._config = masks, config
-        self._routed = _RoutedCalls()
+        self._routed = RoutedCalls()
 
     @property
     def unet(self) -> torch.nn.Module:
@@ -73,7 +73,7 @@ class FISEdit(Method):
                 SOURCE,
                 num_inference_steps=steps,
                 guidance_scale=GUIDANCE,
-                generator=self.kit.generator(),
+                generator=self.kit.task.drawn_from(),
                 height=self.kit.size,
                 width=self.kit.size,
             )
@@ -100,7 +100,7 @@ class FISEdit(Method):
         return counted
 
 
-class _RoutedCalls(torch.nn.Module):
+class RoutedCalls(torch.nn.Module):
     """Takes the U-Net calls of an editor's pipelines, so that hooks on it see them as those on a U-Net would."""
 
     def forward(self, *args: Any, handler: Callable[..., Any], **kwargs: Any) -> Any:

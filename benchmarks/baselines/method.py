@@ -10,6 +10,8 @@ import torch
 
 from baselines.calls import CallLog, CountedUNet
 from baselines.models import Kit
+from baselines.task import Task
+from baselines.trained import TrainedKit
 
 
 class NotInstalledError(Exception):
@@ -36,6 +38,8 @@ class CallCount:
 class Method:
     """One way to make a picture, ready to run. Each measurement makes a new one.
 
+    A kit of random weights is for timing and counting by :meth:`run`, one of trained weights for :meth:`edit`.
+
     Class attributes:
         title: the method's name in the table.
         source: the paper, and whose implementation this is.
@@ -57,7 +61,7 @@ class Method:
     #: Denoising steps of the current run.
     steps: int = 0
 
-    def __init__(self, kit: Kit) -> None:
+    def __init__(self, kit: Kit | TrainedKit) -> None:
         self.kit = kit
 
     @property
@@ -79,7 +83,12 @@ class Method:
         return self.make()
 
     def make(self) -> Any:
-        """Make the pictures of one run; subclasses say how."""
+        """Make the pictures of one run: the edit that the kit asks for."""
+        assert isinstance(self.kit, Kit)
+        return self.edit(self.kit.task)
+
+    def edit(self, task: Task) -> Any:
+        """Make one edit in :attr:`steps` denoising steps, a PIL image; subclasses say how."""
         raise NotImplementedError
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ from tokenizers.models import WordLevel
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from baselines.calls import CountedUNet, NoVAE
+from baselines.task import Task
 from fisedit_compile.architectures import ARCHITECTURES, PROMPT_TOKENS, build_unet
 
 #: The prompt of the picture and that of its edit. One word differs, as in the paper's edits.
@@ -185,5 +186,7 @@ class Kit:
         mask.paste(255, (low, low, high, high))
         return mask
 
-    def generator(self) -> torch.Generator:
-        return torch.Generator("cpu").manual_seed(0)
+    @cached_property
+    def task(self) -> Task:
+        """The edit that is timed."""
+        return Task(SOURCE, TARGET, self.image(), self.mask(), seed=0, guidance=GUIDANCE)

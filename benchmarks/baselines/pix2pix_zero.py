@@ -19,7 +19,9 @@ from torch import Tensor
 
 from baselines.calls import CountedUNet
 from baselines.method import Method
-from baselines.models import GUIDANCE, SOURCE, TARGET, Kit
+from baselines.models import Kit
+from baselines.task import Task
+from baselines.trained import TrainedKit
 
 #: How far a step follows the gradients: diffusers' default, and the value that it advises for models that predict the
 #: velocity, whose gradients are larger.
@@ -30,7 +32,7 @@ class Pix2PixZero(Method):
     title = "pix2pix-zero"
     source = "Parmar et al. 2023; diffusers"
 
-    def __init__(self, kit: Kit) -> None:
+    def __init__(self, kit: Kit | TrainedKit) -> None:
         super().__init__(kit)
         unet = kit.unet()
         if kit.counting:
@@ -43,19 +45,21 @@ class Pix2PixZero(Method):
             caption_processor=None,
         )
 
-    def make(self) -> Any:
-        generator = self.kit.generator()
+    def edit(self, task: Task) -> Any:
+        generator = task.other_noise()
         # Regularising the noise takes thousands of small operations but no U-Net call, so there is nothing to count.
         regularisation = {"num_reg_steps": 0} if self.kit.counting else {}
         inverted = self.pipe.invert(
-            SOURCE, image=self.kit.image(), num_inference_steps=self.steps, generator=generator, **regularisation
+            task.prompt, image=task.picture, num_inference_steps=self.steps, generator=generator, **regularisation
         ).latents
         return self.pipe(
-            SOURCE,
-            source_embeds=self.pipe.get_embeds([SOURCE]),
-            target_embeds=self.pipe.get_embeds([TARGET]),
+            task.prompt,
+            source_embeds=self.pipe.get_embeds([task.prompt]),
+            target_embeds=self.pipe.get_embeds([task.words]),
+            height=task.picture.height,
+            width=task.picture.width,
             num_inference_steps=self.steps,
-            guidance_scale=GUIDANCE,
+            guidance_scale=task.guidance,
             cross_attention_guidance_amount=GUIDANCE_AMOUNT[self.pipe.scheduler.config.prediction_type],
             latents=inverted,
             generator=generator,

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from baselines.attention import attend
 from baselines.method import Method
-from baselines.models import GUIDANCE, SOURCE, TARGET, Kit
+from baselines.models import Kit
+from baselines.task import Task
+from baselines.trained import TrainedKit
 
 #: Shares of the steps in which features and self-attention are injected.
 FEATURE_SHARE, ATTENTION_SHARE = 0.8, 0.5
@@ -32,7 +34,7 @@ class PlugAndPlay(Method):
     title = "PPAP (Plug-and-Play)"
     source = "Tumanyan et al. 2023; ours"
 
-    def __init__(self, kit: Kit) -> None:
+    def __init__(self, kit: Kit | TrainedKit) -> None:
         super().__init__(kit)
         self.pipe = kit.pipeline(StableDiffusionPipeline, kit.unet())
         self.done = -1  # the number of denoising steps done; negative during inversion
@@ -54,26 +56,26 @@ class PlugAndPlay(Method):
         return f"{' and '.join(injected)} injected" if injected else ""
 
     @torch.no_grad()
-    def make(self) -> Any:
+    def edit(self, task: Task) -> Any:
         self.done = -1
-        inverted = self._invert()
-        nothing, words = self._embed(""), self._embed(TARGET)
-        text = torch.cat([self._embed(SOURCE), nothing, words])
+        inverted = self._invert(task)
+        nothing, words = self._embed(""), self._embed(task.words)
+        text = torch.cat([self._embed(task.prompt), nothing, words])
         scheduler, latents = self.pipe.scheduler, inverted[-1]
         scheduler.set_timesteps(self.steps, device=self.kit.device)
         for self.done, timestep in enumerate(scheduler.timesteps):
             batch = torch.cat([inverted[-1 - self.done], latents, latents])
             out = self.pipe.unet(batch, timestep, encoder_hidden_states=text).sample
             _, plain, guided = out.chunk(3)
-            latents = scheduler.step(plain + GUIDANCE * (guided - plain), timestep, latents).prev_sample
+            latents = scheduler.step(plain + task.guidance * (guided - plain), timestep, latents).prev_sample
         picture = self.pipe.vae.decode(latents / self.pipe.vae.config.scaling_factor).sample
         return self.pipe.image_processor.postprocess(picture)[0]
 
-    def _invert(self) -> list[Tensor]:
+    def _invert(self, task: Task) -> list[Tensor]:
         """Latents of the picture, one for each noise level, the least noisy first."""
-        pixels = self.pipe.image_processor.preprocess(self.kit.image()).to(self.kit.device, self.kit.dtype)
+        pixels = self.pipe.image_processor.preprocess(task.picture).to(self.kit.device, self.kit.dtype)
         latents = self.pipe.vae.encode(pixels).latent_dist.mode() * self.pipe.vae.config.scaling_factor
-        scheduler, text, inverted = self.kit.inverse_scheduler, self._embed(SOURCE), []
+        scheduler, text, inverted = self.kit.inverse_scheduler, self._embed(task.prompt), []
         scheduler.set_timesteps(self.steps, device=self.kit.device)
         for timestep in scheduler.timesteps:
             out = self.pipe.unet(latents, timestep, encoder_hidden_states=text).sample

@@ -14,11 +14,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from baselines.attention import attend
 from baselines.method import Method
-from baselines.models import GUIDANCE, SOURCE, TARGET, Kit
+from baselines.models import Kit
+from baselines.task import Task
+from baselines.trained import TrainedKit
 from fisedit_compile.editing.prompt_alignment import align_batch
 from fisedit_compile.kernels.attention.controlled_attention import attention_probabilities, controlled_attention
 
@@ -35,34 +38,41 @@ _SOURCE_AT, _TARGET_AT = 2, 3
 class PromptToPrompt(Method):
     title = "Prompt-to-Prompt"
     source = "Hertz et al. 2023; ours"
+    cross_share: float = CROSS_SHARE
 
-    def __init__(self, kit: Kit) -> None:
+    def __init__(self, kit: Kit | TrainedKit) -> None:
         super().__init__(kit)
         self.pipe = kit.pipeline(StableDiffusionPipeline, kit.unet())
-        self.mapper, self.keep = align_batch(kit.tokenizer, [SOURCE], [TARGET], device=kit.unet_device)
         self.done = 0  # the number of denoising steps done
         self.pipe.unet.set_attn_processor(
             {name: Processor(self, cross="attn2" in name) for name in self.pipe.unet.attn_processors}
         )
 
     def takes_over(self, cross: bool, done: int) -> bool:
-        return done < (CROSS_SHARE if cross else SELF_SHARE) * self.steps
+        return done < (self.cross_share if cross else SELF_SHARE) * self.steps
 
     def kind(self, index: int) -> str:
         names = [name for name, cross in (("cross", True), ("self", False)) if self.takes_over(cross, index)]
         return f"{' and '.join(names)}-attention taken over" if names else ""
 
-    def make(self) -> Any:
+    def edit(self, task: Task) -> Any:
+        latents = self.noise(task).repeat(2, 1, 1, 1)
+        tokenizer, device = self.pipe.tokenizer, self.kit.unet_device
+        self.mapper, self.keep = align_batch(tokenizer, [task.prompt], [task.words], device=device)
         self.done = 0
-        shape = (1, 4, self.kit.size // 8, self.kit.size // 8)
-        latents = torch.randn(shape, generator=self.kit.generator()).to(self.kit.device, self.kit.dtype)
         return self.pipe(
-            [SOURCE, TARGET],
+            [task.prompt, task.words],
             num_inference_steps=self.steps,
-            guidance_scale=GUIDANCE,
-            latents=latents.repeat(2, 1, 1, 1),
+            guidance_scale=task.guidance,
+            latents=latents,
             callback_on_step_end=self._step_end,
         ).images[1]
+
+    def noise(self, task: Task) -> Tensor:
+        """The noise that the picture was drawn from, ``[1, channels, h, w]``."""
+        scale, kit = self.pipe.vae_scale_factor, self.kit
+        shape = (1, self.pipe.unet.config.in_channels, task.picture.height // scale, task.picture.width // scale)
+        return randn_tensor(shape, generator=task.drawn_from(), device=kit.device, dtype=kit.dtype)
 
     def _step_end(self, pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         self.done = index + 1

@@ -11,7 +11,9 @@ from typing import Any
 from diffusers import StableDiffusionImg2ImgPipeline
 
 from baselines.method import Method
-from baselines.models import GUIDANCE, TARGET, Kit
+from baselines.models import Kit
+from baselines.task import Task
+from baselines.trained import TrainedKit
 
 #: The share of the steps that run; diffusers' default.
 STRENGTH = 0.8
@@ -20,17 +22,18 @@ STRENGTH = 0.8
 class SDEdit(Method):
     title = "SDEdit"
     source = "Meng et al. 2022; diffusers"
+    strength: float = STRENGTH
 
-    def __init__(self, kit: Kit) -> None:
+    def __init__(self, kit: Kit | TrainedKit) -> None:
         super().__init__(kit)
         self.pipe = kit.pipeline(StableDiffusionImg2ImgPipeline, kit.unet())
 
-    def make(self) -> Any:
+    def edit(self, task: Task) -> Any:
         return self.pipe(
-            TARGET,
-            image=self.kit.image(),
-            strength=STRENGTH,
+            task.words,
+            image=task.picture,
+            strength=self.strength,
             num_inference_steps=self.steps,
-            guidance_scale=GUIDANCE,
-            generator=self.kit.generator(),
+            guidance_scale=task.guidance,
+            generator=task.other_noise(),
         ).images[0]

@@ -12,25 +12,27 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from baselines.method import Method
-from baselines.models import GUIDANCE, TARGET, Kit
+from baselines.models import Kit
+from baselines.task import Task
+from baselines.trained import TrainedKit
 
 
 class TextToImage(Method):
     title = "SDTP (text to image)"
     source = "Rombach et al. 2022; diffusers"
 
-    def __init__(self, kit: Kit) -> None:
+    def __init__(self, kit: Kit | TrainedKit) -> None:
         super().__init__(kit)
         self.pipe = kit.pipeline(StableDiffusionPipeline, kit.unet())
 
-    def make(self) -> Any:
+    def edit(self, task: Task) -> Any:
         return self.pipe(
-            TARGET,
-            height=self.kit.size,
-            width=self.kit.size,
+            task.words,
+            height=task.picture.height,
+            width=task.picture.width,
             num_inference_steps=self.steps,
-            guidance_scale=GUIDANCE,
-            generator=self.kit.generator(),
+            guidance_scale=task.guidance,
+            generator=task.drawn_from(),
         ).images[0]
 
 

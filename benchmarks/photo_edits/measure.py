@@ -75,7 +75,7 @@ def measure(case: PhotoCase, method: Any, features: Features, keep_in: Path | No
         raise ValueError(f"{method.title}: a picture of {picture.size} of a photo of {case.photo.size}")
     if keep_in is not None:
         keep_in.mkdir(parents=True, exist_ok=True)
-        picture.save(keep_in / f"{case.id}.{type(method).__name__}.png")
+        picture.save(keep_in / f"{case.id}.{method.name}.png")
         case.photo.save(keep_in / f"{case.id}.png")
     before, after, outside = as_pixels(case.photo), as_pixels(picture), case.background
     some = bool(outside.any())

@@ -142,9 +142,15 @@ def export_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
     pipe.save_pretrained(folder, safe_serialization=True)
     # transformers 5 renamed this class and keeps the old name as an alias: that loads in every version.
     _edit_json(folder / "model_index.json", tokenizer=["transformers", "PreTrainedTokenizerFast"])
-    _edit_json(folder / "tokenizer" / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    save_tokenizer(pipe.tokenizer, folder / "tokenizer")
     # transformers 5 loads in the dtype named here, diffusers in float32 unless told: let both do the same.
     _edit_json(folder / "text_encoder" / "config.json", dtype="float32")
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Save it under the class's name that all supported versions of transformers know."""
+    tokenizer.save_pretrained(folder)
+    _edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
 
 
 def _edit_json(file: Path, **values: object) -> None:

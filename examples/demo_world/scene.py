@@ -111,7 +111,7 @@ def sample_scene(rng: np.random.Generator) -> Scene:
             grid = list(PLACES)
             places = [grid[i] for i in rng.choice(len(grid), size=count, replace=False)]
         objects = tuple(_sample_object(rng, name, place) for name, place in zip(names, places, strict=True))
-        if not _crowded(objects):
+        if not crowded(objects):
             return Scene(objects, background)
 
 
@@ -126,7 +126,7 @@ def _sample_object(rng: np.random.Generator, name: str, place: tuple[int, int]) 
     return place_object(name, place, width, jitter=jitter, color=color, size=size, accessory=accessory)
 
 
-def _crowded(objects: tuple[SceneObject, ...]) -> bool:
+def crowded(objects: tuple[SceneObject, ...]) -> bool:
     """Whether two objects, hats included, overlap by more than a few pixels."""
     boxes = []
     for item in objects:

@@ -51,7 +51,7 @@ def draw_overview(base: Image.Image, edit: Image.Image, mask: Any, *, prompt: st
         (tinted(base, mask_picture(mask, base.size)), f"Mask: {mask.mean():.1%} of the picture recomputed"),
         (difference, f"Difference, {DIFFERENCE_GAIN} times as bright"),
     ]
-    return _side_by_side(panels)
+    return side_by_side(panels)
 
 
 def stacked(sheets: Sequence[Image.Image]) -> Image.Image:
@@ -75,7 +75,8 @@ def tinted(base: Image.Image, mask: Image.Image) -> Image.Image:
     return picture
 
 
-def _side_by_side(panels: list[tuple[Image.Image, str]]) -> Image.Image:
+def side_by_side(panels: Sequence[tuple[Image.Image, str]]) -> Image.Image:
+    """Panels of equal size in a row, each above its caption."""
     longer = max(panels[0][0].size)
     scale = min(max(longer, PANEL_SIDE[0]), PANEL_SIDE[1]) / longer
     width, height = (round(side * scale) for side in panels[0][0].size)

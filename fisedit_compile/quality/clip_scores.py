@@ -54,7 +54,8 @@ class Clip:
         import transformers
 
         try:
-            model = transformers.CLIPModel.from_pretrained(str(folder), local_files_only=True)
+            # On the CPU, and in single precision, whatever the weights were saved in.
+            model = transformers.CLIPModel.from_pretrained(str(folder), local_files_only=True, dtype=torch.float32)
             images = transformers.CLIPImageProcessor.from_pretrained(str(folder), local_files_only=True)
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError) as error:
@@ -77,6 +78,15 @@ class Clip:
             directional_similarity=float(F.cosine_similarity(images[1] - images[0], texts[1] - texts[0], dim=0)),
             follows=bool(nearness[1] > nearness[0]),
         )
+
+    @torch.no_grad()
+    def features(self, pictures: Sequence[Any]) -> Tensor:
+        """Unit vectors ``[n, d]`` of PIL images, such as FID is computed over."""
+        found = []
+        for picture in pictures:
+            pixels = self._images(picture.convert("RGB"), return_tensors="pt").pixel_values
+            found.append(self._model.visual_projection(self._model.vision_model(pixel_values=pixels).pooler_output))
+        return F.normalize(torch.cat(found), dim=1)
 
     @torch.no_grad()
     def _embed(self, pictures: Sequence[Any], texts: Sequence[str]) -> tuple[Tensor, Tensor]:

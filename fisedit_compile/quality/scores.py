@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from fisedit_compile.quality.cases import KINDS, Case
 from fisedit_compile.quality.clip_scores import Clip, ClipFigures
 from fisedit_compile.quality.control_choice import ControlScore, JudgedDense, choose_control, score_control
+from fisedit_compile.quality.frechet import frechet_distance
 from fisedit_compile.quality.judge import Judge, Sight
 from fisedit_compile.quality.regions import MaskScores, changed_cells, enlarge, score_mask
 from fisedit_compile.quality.runs import CaseRun, VariantEdit
@@ -78,11 +79,17 @@ class CaseScores:
 
 @dataclass(frozen=True)
 class Scores:
-    """All cases, and for each kind the dense edits by length of control."""
+    """All cases, and for each kind the dense edits by length of control.
+
+    Attributes:
+        fid: name of a variant -> FID over CLIP features of all its edits and the best dense ones; empty without a model
+            of it, and None for a single case.
+    """
 
     cases: Sequence[CaseScores]
     controls: Mapping[str, Sequence[ControlScore]]
     best_control: Mapping[str, float]
+    fid: Mapping[str, float | None] = field(default_factory=dict)
 
 
 def score_runs(runs: Sequence[CaseRun], judge: Judge, clip: Clip | None = None, device: torch.device = _HOST) -> Scores:
@@ -123,7 +130,7 @@ def score_runs(runs: Sequence[CaseRun], judge: Judge, clip: Clip | None = None, 
                 },
             )
         )
-    return Scores(cases, controls, best)
+    return Scores(cases, controls, best, _fid(runs, best, clip) if clip else {})
 
 
 def _judged_dense(run: CaseRun, judge: Judge, before: Sight, device: torch.device) -> dict[float, JudgedDense]:
@@ -161,6 +168,13 @@ def _score_variant(
         verdict_under_mask=judge_edit(before, judge.look(edit.under_mask, run.case.after), run.case),
         clip=_by_clip(clip, run, edit.picture),
     )
+
+
+def _fid(runs: Sequence[CaseRun], best: Mapping[str, float], clip: Clip) -> dict[str, float | None]:
+    reference = clip.features([run.dense[best[run.case.kind]].picture for run in runs])
+    names = runs[0].variants
+    edits = {name: clip.features([run.variants[name].picture for run in runs]) for name in names}
+    return {name: frechet_distance(features, reference) for name, features in edits.items()}
 
 
 def _by_clip(clip: Clip | None, run: CaseRun, picture: Any) -> ClipFigures | None:

@@ -56,8 +56,8 @@ def summarise(scores: Scores) -> dict[str, Any]:
 
     Returns:
         ``"variants"``: name -> group -> figures; ``"controls"``: kind -> length of control -> figures of the dense
-        edits; ``"best_control"``: kind -> length. Groups are kinds, sizes and ``"all"``. A figure that no case of a
-        group has is None.
+        edits; ``"best_control"``: kind -> length; ``"fid"``: name -> FID to the best dense edits. Groups are kinds,
+        sizes and ``"all"``. A figure that no case of a group has is None.
     """
     names = scores.cases[0].variants if scores.cases else {}
     return {
@@ -68,6 +68,7 @@ def summarise(scores: Scores) -> dict[str, Any]:
             kind: {str(each.control): {**vars(each)} for each in controls} for kind, controls in scores.controls.items()
         },
         "best_control": dict(scores.best_control),
+        "fid": dict(scores.fid),
     }
 
 
@@ -85,6 +86,8 @@ def tables(summary: dict[str, Any]) -> str:
         ):
             rows = [[group, *(_shown(figures[key]) for key in heads.values())] for group, figures in groups.items()]
             parts.append(f"{name}: {title}\n" + tabulate(rows, ["", *heads], disable_numparse=True))
+        if name in summary["fid"]:
+            parts.append(f"{name}: FID over CLIP features, to the best dense edits: {_shown(summary['fid'][name])}")
     rows = []
     for kind, controls in summary["controls"].items():
         for each in controls.values():

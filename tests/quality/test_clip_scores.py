@@ -51,6 +51,23 @@ def test_the_other_way_round_the_direction_is_the_same_and_backwards_it_is_oppos
     assert abs(there.directional_similarity) > 1e-3
 
 
+def test_features_are_the_embeddings_of_pictures_whatever_stands_beside_them(clip_folder: Path, clip: Clip) -> None:
+    features = clip.features([picture(0), picture(1)])
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(2))
+    torch.testing.assert_close(features[1:], clip.features([picture(1)]))
+    similarity = clip.score(picture(0), picture(1), *WORDS).image_similarity
+    assert float(features[0] @ features[1]) == pytest.approx(similarity, abs=1e-5)
+
+
+def test_weights_in_half_precision_are_computed_with_in_single(clip_folder: Path, tmp_path: Path, clip: Clip) -> None:
+    CLIPModel.from_pretrained(clip_folder).half().save_pretrained(tmp_path)
+    for name in ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((clip_folder / name).read_bytes())
+    features = Clip.load(tmp_path).features([picture(0)])
+    assert features.dtype == torch.float32
+    torch.testing.assert_close(features, clip.features([picture(0)]), atol=1e-2, rtol=0)
+
+
 def test_an_edit_that_follows_the_words_one_way_does_not_follow_them_the_other_way(clip: Clip) -> None:
     there, back = (clip.score(picture(0), picture(2), *words) for words in (WORDS, tuple(reversed(WORDS))))
     assert there.follows != back.follows

@@ -10,6 +10,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from fisedit_compile.quality.cases import Item, load_cases
 from fisedit_compile.quality.control_choice import JudgedDense, choose_control, score_control
+from fisedit_compile.quality.frechet import frechet_distance
 from fisedit_compile.quality.judge import Sight
 from fisedit_compile.quality.regions import changed_cells, enlarge, score_mask
 from fisedit_compile.quality.similarity import as_pixels, psnr_inside, seam_excess, ssim_inside
@@ -92,6 +93,23 @@ class TestSimilarity:
 
     def test_pictures_become_pixels(self) -> None:
         assert as_pixels(Image.new("RGB", (8, 6), (255, 0, 51)))[:, 0, 0].tolist() == [1, 0, 0.2]
+
+
+class TestFrechetDistance:
+    FEATURES = torch.randn(60, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def test_of_a_moved_set_it_is_the_square_of_the_way(self) -> None:
+        moved = self.FEATURES + torch.tensor([3.0, 0, 0, 4, 0])
+        assert frechet_distance(self.FEATURES, moved) == pytest.approx(25)
+        assert frechet_distance(self.FEATURES, self.FEATURES) == pytest.approx(0, abs=1e-9)
+
+    def test_of_a_scaled_set_it_is_what_the_deviations_differ_by(self) -> None:
+        centred = self.FEATURES - self.FEATURES.mean(0)
+        total_variance = float(centred.square().sum() / 59)
+        assert frechet_distance(centred, 3 * centred) == pytest.approx(4 * total_variance)
+
+    def test_one_picture_has_no_distribution(self) -> None:
+        assert frechet_distance(self.FEATURES[:1], self.FEATURES) is None
 
 
 class TestVerdicts:

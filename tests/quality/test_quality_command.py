@@ -86,6 +86,8 @@ def test_every_case_and_every_figure_is_in_the_json(measured: tuple[dict[str, An
     assert groups["all"]["ssim_to_best"] == pytest.approx(sum(both) / 2)
     follows = [each["variants"][VARIANTS[0]]["clip"]["follows"] for each in values["cases"]]
     assert groups["all"]["clip_follows"] == sum(follows) / 2
+    assert set(values["summary"]["fid"]) == set(VARIANTS)
+    assert all(distance >= 0 for distance in values["summary"]["fid"].values())
     assert values["steps"] == 6
     assert values["judge_accuracy"] == {"name": 0.02}
 

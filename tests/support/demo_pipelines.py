@@ -13,8 +13,8 @@ if str(EXAMPLES) not in sys.path:
     sys.path.insert(0, str(EXAMPLES))
 
 
-def demo_pipeline() -> Any:
-    """:func:`tiny_pipeline` with the demo model's tokenizer."""
+def demo_pipeline(**parts: Any) -> Any:
+    """:func:`tiny_pipeline` with the demo model's tokenizer; ``parts`` replace its own."""
     from demo_world.models import MAX_TOKENS, build_tokenizer
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -30,4 +30,4 @@ def demo_pipeline() -> Any:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return tiny_pipeline(tokenizer=tokenizer, text_encoder=CLIPTextModel(text).eval())
+    return tiny_pipeline(tokenizer=tokenizer, text_encoder=CLIPTextModel(text).eval(), **parts)
