@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor
 
 from fisedit_compile import Editor
 from fisedit_compile.editing.plain_pipeline import load_pipeline
 from fisedit_compile.masks.difference_mask import difference, find_region, otsu_threshold, smooth
+from fisedit_compile.masks.grown import grown
 from fisedit_compile.quality.cases import Case, load_cases
 from fisedit_compile.quality.regions import MaskScores, changed_cells, score_mask
 
@@ -41,11 +41,6 @@ Way = Callable[[Tensor], Tensor]
 def otsu(strength: Tensor) -> Tensor:
     """What is over Otsu's threshold."""
     return strength > otsu_threshold(strength)[:, None, None]
-
-
-def grown(mask: Tensor) -> Tensor:
-    """The mask and a cell around it."""
-    return F.max_pool2d(mask.float(), 3, stride=1, padding=1) > 0
 
 
 WAYS: dict[str, Way] = {

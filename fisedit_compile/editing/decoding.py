@@ -11,10 +11,11 @@ from fisedit_compile.editing.background import PixelBackground
 from fisedit_compile.editing.base import Base
 from fisedit_compile.editing.pipeline_state import PipelineState
 from fisedit_compile.errors import CaptureError
+from fisedit_compile.masks.grown import grown
 from fisedit_compile.runtime.model_state import ModelState
 from fisedit_compile.vae.decoded import Decoded
 from fisedit_compile.vae.decoder import can_be_sparse
-from fisedit_compile.vae.sparse_decoder import SparseDecoder, grow
+from fisedit_compile.vae.sparse_decoder import SparseDecoder
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ class EditDecoding(Decoding):
     def __call__(self, latents: Tensor, mask: Tensor | None = None) -> Tensor | None:
         assert mask is not None
         try:
-            prepared = self._decoder.prepare(latents, self._base, self._state, grow(mask, self._grown))
+            prepared = self._decoder.prepare(latents, self._base, self._state, grown(mask, self._grown))
         except CaptureError as error:
             self._why = str(error)
             return super().__call__(latents)

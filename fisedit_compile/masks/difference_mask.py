@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from fisedit_compile.errors import MaskError
+from fisedit_compile.masks.grown import grown
 
 logger = logging.getLogger(__name__)
 
@@ -116,11 +117,6 @@ def otsu_threshold(values: torch.Tensor) -> torch.Tensor:
     return torch.where(high > low, centre, low)[:, 0].to(values.dtype)
 
 
-def _dilate(mask: torch.Tensor) -> torch.Tensor:
-    """Grow a bool ``[n, h, w]`` by one cell in all eight directions."""
-    return F.max_pool2d(mask.float(), kernel_size=3, stride=1, padding=1) > 0
-
-
 def _without_frame(mask: torch.Tensor) -> torch.Tensor:
     """Drop cells of the outermost ring that touch no active cell further in.
 
@@ -131,7 +127,7 @@ def _without_frame(mask: torch.Tensor) -> torch.Tensor:
         return mask  # all ring, no inside
     inside = torch.zeros_like(mask)
     inside[:, 1:-1, 1:-1] = mask[:, 1:-1, 1:-1]
-    return mask & _dilate(inside)
+    return mask & grown(inside)
 
 
 def find_region(strength: torch.Tensor, weak: float = WEAK) -> torch.Tensor:
@@ -162,7 +158,7 @@ def find_region(strength: torch.Tensor, weak: float = WEAK) -> torch.Tensor:
     region = region.flatten(1).scatter(1, strongest, True).view_as(region)
     candidates = region | _without_frame(strength > lower + weak * (upper - lower))
     for _ in range(math.ceil(_REACH * max(strength.shape[1:]))):  # a count, so that no device has to be waited for
-        region = candidates & _dilate(region)
+        region = candidates & grown(region)
     return region
 
 
@@ -184,8 +180,8 @@ def smooth(strength: torch.Tensor) -> torch.Tensor:
 
 def close_holes(mask: torch.Tensor) -> torch.Tensor:
     """A mask, bool ``[n, h, w]``, without holes and gaps of up to two cells; nothing grows outwards."""
-    grown = _dilate(F.pad(mask, (1, 1, 1, 1)))  # padded, so that nothing grows towards the border either
-    return ~_dilate(~grown)[:, 1:-1, 1:-1]
+    wider = grown(F.pad(mask, (1, 1, 1, 1)))  # padded, so that nothing grows towards the border either
+    return ~grown(~wider)[:, 1:-1, 1:-1]
 
 
 def difference_mask(base: torch.Tensor, edit: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -67,8 +66,3 @@ def score_mask(mask: Tensor, region: Tensor) -> MaskScores | None:
 def enlarge(mask: Tensor, size: tuple[int, int]) -> Tensor:
     """A mask ``[h, w]`` at a picture's size (height, width): bool ``[H, W]``."""
     return F.interpolate(mask[None, None].float(), size=size, mode="nearest")[0, 0] > 0.5
-
-
-def dilate(mask: Tensor) -> Tensor:
-    """Grow a bool ``[h, w]`` by one pixel in all eight directions."""
-    return F.max_pool2d(mask[None].to(torch.float32), 3, stride=1, padding=1)[0] > 0

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fisedit_compile.quality.regions import dilate
+from fisedit_compile.masks.grown import grown
 
 #: What a mean square error of 0 counts as: half a level of 8 bits.
 _LEAST_ERROR = (0.5 / 255) ** 2
@@ -54,7 +54,7 @@ def seam_excess(picture: Tensor, reference: Tensor, region: Tensor, reach: int) 
         pairs = torch.cat([values[border] for values, border in zip(across, parted, strict=True)])
         if len(pairs):
             excess.append(float(pairs.mean()))
-        region = dilate(region)
+        region = grown(region[None])[0]
     return max(excess, default=0.0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class Drawing:
         threads = max(1, torch.get_num_threads() // workers)
         spawn = multiprocessing.get_context("spawn")  # a process that used CUDA cannot be forked
         with ProcessPoolExecutor(workers, spawn, initializer=_begin, initargs=(self, threads)) as pool:
-            yield from zip(cases, pool.map(_draw, cases), strict=True)
+            yield from zip(cases, map(pickle.loads, pool.map(_draw, cases)), strict=True)
 
 
 def _begin(drawing: Drawing, threads: int) -> None:
@@ -64,9 +65,10 @@ def _begin(drawing: Drawing, threads: int) -> None:
     _runner = CaseRunner(drawing.pipeline(), drawing.settings)
 
 
-def _draw(case: Case) -> CaseRun | FiseditError:
+def _draw(case: Case) -> bytes:
+    """The pickled result: a tensor by itself would come through a file that stays open as long as it is there."""
     assert _runner is not None
-    return _drawn(_runner, case)
+    return pickle.dumps(_drawn(_runner, case))
 
 
 def _drawn(runner: CaseRunner, case: Case) -> CaseRun | FiseditError:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fisedit_compile.errors import CaptureError, SparsifyError
 from fisedit_compile.ir.call import Call, Signature, bind
@@ -126,8 +125,3 @@ class SparseDecoder:
         assert watch is not None
         with watch.left_alone("the VAE"):
             return DecoderProgram(self._decoder, call)
-
-
-def grow(mask: Tensor, cells: int) -> Tensor:
-    """Bool ``[n, h, w]`` grown by as many cells in all directions, diagonals included."""
-    return F.max_pool2d(mask[:, None].float(), 2 * cells + 1, stride=1, padding=cells)[:, 0] > 0

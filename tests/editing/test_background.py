@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fisedit_compile import Editor
 from fisedit_compile.editing.background import PixelBackground, decoder_reach
-from fisedit_compile.vae.sparse_decoder import grow
+from fisedit_compile.masks.grown import grown
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -161,7 +161,7 @@ def test_what_has_to_be_decoded_covers_every_pixel_that_is_taken() -> None:
     mask[0, 8, 6] = True
     cells = made.cells(torch.zeros(1, 4, 16, 12))
     assert cells == 4  # 11 pixels are 2.75 cells; and one more
-    decoded = grow(mask, cells - 1).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    decoded = grown(mask, cells - 1).repeat_interleave(4, 1).repeat_interleave(4, 2)
     assert not (made.weights(mask) > 0)[~decoded].any()
 
 

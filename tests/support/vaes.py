@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 import fisedit_compile.vae.program as program
+from fisedit_compile.masks.grown import grown
 from fisedit_compile.passes.manager import DECODER_PASSES
 from fisedit_compile.runtime.model_state import ModelState
 from fisedit_compile.runtime.model_watch import ModelWatch
 from fisedit_compile.runtime.prepared import Prepared
 from fisedit_compile.vae.decoded import Decoded
-from fisedit_compile.vae.sparse_decoder import SparseDecoder, grow
+from fisedit_compile.vae.sparse_decoder import SparseDecoder
 
 KINDS = ("kl", "kl-wide-heads", "tiny")
 
@@ -97,17 +98,17 @@ class Decodes:
     def dense(self, latents: Tensor) -> Tensor:
         return self.vae.decode(latents, return_dict=False)[0]
 
-    def sparse(self, latents: Tensor, grown: int = 0, base: Decoded | None = None) -> Tensor:
+    def sparse(self, latents: Tensor, cells: int = 0, base: Decoded | None = None) -> Tensor:
         base = base or self.base
-        return self.decoder.decode(latents, base, self.prepare(latents, base, grown))
+        return self.decoder.decode(latents, base, self.prepare(latents, base, cells))
 
-    def prepare(self, latents: Tensor, base: Decoded | None = None, grown: int = 0) -> Prepared:
-        """For the cells in which latents differ from the base's, and ``grown`` cells around them."""
+    def prepare(self, latents: Tensor, base: Decoded | None = None, cells: int = 0) -> Prepared:
+        """For the cells in which latents differ from the base's, and ``cells`` cells around them."""
         base = base or self.base
         region = torch.zeros(latents.shape[0], *latents.shape[2:], dtype=torch.bool)
         if latents.shape == base.latents.shape:
             region = (latents != base.latents).any(dim=1).cpu()
-        return self.decoder.prepare(latents, base, self.state, grow(region, grown))
+        return self.decoder.prepare(latents, base, self.state, grown(region, cells))
 
     def pixels(self, mask: Tensor) -> Tensor:
         """The pixels under a mask, bool ``[n, 3, H, W]``."""

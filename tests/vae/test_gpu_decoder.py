@@ -8,8 +8,8 @@ from support.vaes import KINDS, Decodes
 
 import fisedit_compile.vae.sparse_decoder as sparse_decoder
 from fisedit_compile.errors import CaptureError
+from fisedit_compile.masks.grown import grown
 from fisedit_compile.testing import assert_close
-from fisedit_compile.vae.sparse_decoder import grow
 
 pytestmark = pytest.mark.gpu
 
@@ -36,7 +36,7 @@ def test_the_cpu_s_result_in_full_precision(kind: str, dtype: torch.dtype) -> No
         assert out.dtype is dtype
         wanted = exact.sparse(exact.changed(square(size)), 2)
         assert_close(out.cpu(), wanted.to(dtype), dtype=dtype)
-        outside = ~gpu.pixels(grow(square(size), 2))
+        outside = ~gpu.pixels(grown(square(size), 2))
         assert torch.equal(out[outside], gpu.picture[outside])
 
 

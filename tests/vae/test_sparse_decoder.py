@@ -11,10 +11,11 @@ from support.vaes import KINDS, Decodes, small_vae
 
 import fisedit_compile.vae.sparse_decoder as sparse_decoder
 from fisedit_compile.errors import CaptureError
+from fisedit_compile.masks.grown import grown
 from fisedit_compile.runtime.model_watch import ModelWatch
 from fisedit_compile.testing import assert_close
 from fisedit_compile.vae.decoder import can_be_sparse
-from fisedit_compile.vae.sparse_decoder import SparseDecoder, grow
+from fisedit_compile.vae.sparse_decoder import SparseDecoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -63,10 +64,10 @@ def test_rows_everywhere_are_the_dense_decode_of_the_base(decodes: Decodes) -> N
 
 
 def test_pixels_away_from_the_change_are_the_base_s_bits(decodes: Decodes) -> None:
-    for grown in (0, 1):
+    for cells in (0, 1):
         mask = squares()
-        out = decodes.sparse(decodes.changed(mask), grown)
-        outside = ~decodes.pixels(grow(mask, grown))
+        out = decodes.sparse(decodes.changed(mask), cells)
+        outside = ~decodes.pixels(grown(mask, cells))
         assert torch.equal(out[outside], decodes.picture[outside])
         assert not torch.equal(out, decodes.picture)
 
@@ -78,7 +79,7 @@ def test_a_larger_region_comes_nearer_to_all_pixels(decodes: Decodes) -> None:
     latents = decodes.changed(mask)
     everywhere = decodes.sparse(latents, 12)
     inside = decodes.pixels(mask)
-    off = [(decodes.sparse(latents, grown) - everywhere).abs()[inside].max() for grown in (0, 2, 4)]
+    off = [(decodes.sparse(latents, cells) - everywhere).abs()[inside].max() for cells in (0, 2, 4)]
     assert off[0] > off[1] >= off[2]
     assert off[2] < 0.02 * off[0]
 
@@ -107,7 +108,7 @@ def test_fixed_sizes_give_what_the_region_s_own_give(kind: str) -> None:
     own, fixed = Decodes(kind), Decodes(kind, fixed_sizes=True)
     latents = own.changed(squares())
     assert_close(fixed.sparse(latents, 1), own.sparse(latents, 1))
-    prepared = fixed.prepare(latents, grown=1)
+    prepared = fixed.prepare(latents, cells=1)
     assert prepared.bucket is not None
 
 

@@ -21,8 +21,9 @@ from fisedit_compile.editing.base import Base
 from fisedit_compile.editing.editor import Editor
 from fisedit_compile.editing.result import Edit
 from fisedit_compile.errors import CaptureError
+from fisedit_compile.masks.grown import grown
 from fisedit_compile.runtime.model_watch import ModelWatch
-from fisedit_compile.vae.sparse_decoder import SparseDecoder, grow
+from fisedit_compile.vae.sparse_decoder import SparseDecoder
 
 #: The picture's words, and those of its edits: one word differs, as in the paper's edits.
 PROMPT, EDIT = "a photo of a cat on a chair", "a photo of a dog on a chair"
@@ -165,7 +166,7 @@ class _Decodes:
 
     def _decode(self, latents: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         assert self._base is not None
-        region = grow(mask.expand(len(latents), *mask.shape[-2:]), self._cells)
+        region = grown(mask.expand(len(latents), *mask.shape[-2:]), self._cells)
         prepared = self._decoder.prepare(latents, self._base, self._watch.look(values=False), region)
         return self._decoder.decode(latents, self._base, prepared)
 
