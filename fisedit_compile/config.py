@@ -87,7 +87,7 @@ class SparsityConfig:
 
     attention: AttentionMode = "full"
     dense_below: int = 16
-    dense_above: float = 0.6
+    dense_above: float = 0.5
     blocks: BlockMode = "pixel"
     dense_steps: int | float = 0.1
     cross_replace: float | Literal["auto"] = "auto"

@@ -25,10 +25,15 @@ from fisedit_compile.editing.word_weights import Weights, token_weights
 from fisedit_compile.errors import BaseMismatchError, LargeMaskError, MaskError
 from fisedit_compile.ir.call import Call, Signature
 from fisedit_compile.masks.difference_mask import difference_mask
+from fisedit_compile.masks.grown import grown
 from fisedit_compile.runtime.control import Control
 from fisedit_compile.runtime.prepared import Prepared
 from fisedit_compile.sparse_unet import SparseUNet
 from fisedit_compile.utils.weak_method import weakly
+
+#: Cells around the mask that sparse steps compute with it: convolutions at the mask's rim then read what the new words
+#: make of their neighbours. Behind each step these cells are the base's all the same (docs/decisions.md, 2026-11-28).
+RIM = 1
 
 #: t1 and t2 of the difference formula: the steps whose latents are compared (paper 3.1: within [1, 10]).
 DIFFERENCE_STEPS = (1, 10)
@@ -37,7 +42,8 @@ DIFFERENCE_STEPS = (1, 10)
 class EditRun(PipelineRun):
     """Edits a base: k dense steps, the mask, then sparse steps; the first of them under Prompt-to-Prompt control.
 
-    With a mask that is given, and not joined with one to be found, all steps are sparse.
+    With a mask that is given, and not joined with one to be found, all steps are sparse. Sparse steps compute the mask
+    and :data:`RIM` cells around it.
 
     Attributes:
         staging: what brings the base's calls from host memory; None where they lie on the device.
@@ -184,7 +190,7 @@ class EditRun(PipelineRun):
     def step_macs(self) -> StepMacs:
         """What counts the multiply-accumulates of this edit's steps."""
         assert self._first_stepped is not None
-        return StepMacs(self._first_stepped.lowered, self.host_mask, dense=self.ran_dense)
+        return StepMacs(self._first_stepped.lowered, grown(self.host_mask, RIM), dense=self.ran_dense)
 
     def _cache(self, call: Call) -> Recorded:
         """What the base keeps of the call that this one repeats, where the U-Net runs."""
@@ -215,7 +221,7 @@ class EditRun(PipelineRun):
     def _prepare(self, call: Call) -> Prepared:
         if call.signature not in self._prepared:
             start = time.perf_counter()
-            self._prepared[call.signature] = self.unet.prepare(call, self.host_mask)
+            self._prepared[call.signature] = self.unet.prepare(call, grown(self.host_mask, RIM))
             self.plan_ms += (time.perf_counter() - start) * 1e3
         return self._prepared[call.signature]
 
