@@ -30,9 +30,9 @@ from photo_edits.structure import dino_keys, judge_features  # noqa: E402
 
 from fisedit_compile.cli.runtime import describe  # noqa: E402
 from fisedit_compile.editing.plain_pipeline import load_pipeline  # noqa: E402
+from fisedit_compile.masks.grown import grown  # noqa: E402
 from fisedit_compile.quality.cases import Case, load_cases  # noqa: E402
 from fisedit_compile.quality.judge import Judge  # noqa: E402
-from fisedit_compile.quality.regions import dilate  # noqa: E402
 from fisedit_compile.quality.verdicts import judge_edit, shows  # noqa: E402
 
 #: Pixels around what differs in the rendered pictures that are no background: the rim of a latent cell.
@@ -88,8 +88,7 @@ def rendered(case: Case, judge: Judge) -> PhotoCase | None:
     if not shows(judge.look(photo, case.before), case.before, case.changed):
         return None
     differs = (before - after).abs().amax(0) > 1 / 255
-    for _ in range(_RIM):
-        differs = dilate(differs)
+    differs = grown(differs[None], _RIM)[0]
     return PhotoCase(
         case.id, photo, case.prompt, case.edit, ~differs, lambda picture: _verdict(case, judge, photo, picture)
     )

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fisedit_compile import Editor
 from fisedit_compile.editing.overview import mask_picture
+from fisedit_compile.masks.grown import grown
 from fisedit_compile.quality.cases import Case
-from fisedit_compile.quality.regions import changed_cells, dilate, enlarge
+from fisedit_compile.quality.regions import changed_cells, enlarge
 
 #: Pixels around the cells that the dense edit changes which are no background.
 _RIM = 8
@@ -65,9 +66,7 @@ class References:
         dense = self._editor.edit(base, case.edit, dense=True, background="latents")
         before, after = base.latents[0].cpu(), dense.latents[0].cpu()
         width, height = base.image.size
-        region = enlarge(changed_cells(before, after), (height, width))
-        for _ in range(_RIM):
-            region = dilate(region)
+        region = grown(enlarge(changed_cells(before, after), (height, width))[None], _RIM)[0]
         masks = {size: mask_picture(most_changed(before, after, size), base.image.size) for size in sizes}
         rendered = as_picture(render(case.after, case.seed))
         return CasePictures(case, base.image, dense.image, rendered, ~region, masks)

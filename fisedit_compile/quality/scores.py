@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +19,6 @@ from fisedit_compile.quality.runs import CaseRun, VariantEdit
 from fisedit_compile.quality.similarity import as_pixels, psnr_inside, seam_excess, ssim_inside
 from fisedit_compile.quality.ssim import ssim
 from fisedit_compile.quality.verdicts import Verdict, judge_edit, shows
-
-#: Where similarities are computed, unless a GPU is there.
-_HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -92,17 +90,22 @@ class Scores:
     fid: Mapping[str, float | None] = field(default_factory=dict)
 
 
-def score_runs(runs: Sequence[CaseRun], judge: Judge, clip: Clip | None = None, device: torch.device = _HOST) -> Scores:
+def score_runs(runs: Sequence[CaseRun], judge: Judge, clip: Clip | None = None, *, threads: int = 1) -> Scores:
     """Score all cases; which dense edit is the best of a kind is decided by all of the kind that are here.
 
     Args:
         runs: the pictures.
         judge: says what they show.
         clip: for the paper's figures; None leaves them out.
-        device: where similarities are computed.
+        threads: cases that are scored at a time.
     """
     sights = {run.case.id: judge.look(run.base, run.case.before) for run in runs}
-    dense = {run.case.id: _judged_dense(run, judge, sights[run.case.id], device) for run in runs}
+
+    def judged(run: CaseRun) -> dict[float, JudgedDense]:
+        return _judged_dense(run, judge, sights[run.case.id])
+
+    with ThreadPoolExecutor(threads) as pool:
+        dense = {run.case.id: each for run, each in zip(runs, pool.map(judged, runs), strict=True)}
     shown = {run.case.id: shows(sights[run.case.id], run.case.before, run.case.changed) for run in runs}
     controls: dict[str, list[ControlScore]] = {}
     for kind in KINDS:
@@ -112,32 +115,33 @@ def score_runs(runs: Sequence[CaseRun], judge: Judge, clip: Clip | None = None, 
             lengths = dense[ids[0]]
             controls[kind] = [score_control(length, [dense[each][length] for each in counted]) for length in lengths]
     best = {kind: choose_control(scores) for kind, scores in controls.items()}
-    cases = []
-    for run in runs:
+
+    def scored(run: CaseRun) -> CaseScores:
         case, control = run.case, best[run.case.kind]
-        region = changed_cells(run.base_latents, run.dense[control].latents).cpu()
-        cases.append(
-            CaseScores(
-                case=case,
-                base_shown=shown[case.id],
-                best_control=control,
-                true_area=float(region.float().mean()),
-                dense=dense[case.id],
-                clip_best_dense=_by_clip(clip, run, run.dense[control].picture),
-                variants={
-                    name: _score_variant(run, edit, control, region, judge, sights[case.id], clip, device)
-                    for name, edit in run.variants.items()
-                },
-            )
+        region = changed_cells(run.base_latents, run.dense[control].latents)
+        return CaseScores(
+            case=case,
+            base_shown=shown[case.id],
+            best_control=control,
+            true_area=float(region.float().mean()),
+            dense=dense[case.id],
+            clip_best_dense=_by_clip(clip, run, run.dense[control].picture),
+            variants={
+                name: _score_variant(run, edit, control, region, judge, sights[case.id], clip)
+                for name, edit in run.variants.items()
+            },
         )
+
+    with ThreadPoolExecutor(threads) as pool:
+        cases = list(pool.map(scored, runs))
     return Scores(cases, controls, best, _fid(runs, best, clip) if clip else {})
 
 
-def _judged_dense(run: CaseRun, judge: Judge, before: Sight, device: torch.device) -> dict[float, JudgedDense]:
+def _judged_dense(run: CaseRun, judge: Judge, before: Sight) -> dict[float, JudgedDense]:
     judged = {}
     for control, edit in run.dense.items():
         verdict = judge_edit(before, judge.look(edit.picture, run.case.after), run.case)
-        judged[control] = JudgedDense(verdict.success, verdict.wrong, ssim(run.base, edit.picture, device))
+        judged[control] = JudgedDense(verdict.success, verdict.wrong, ssim(run.base, edit.picture))
     return judged
 
 
@@ -149,17 +153,16 @@ def _score_variant(
     judge: Judge,
     before: Sight,
     clip: Clip | None,
-    device: torch.device,
 ) -> VariantScores:
     best = run.dense[control].picture
-    ours, under, reference = as_pixels(edit.picture), as_pixels(edit.under_mask), as_pixels(best)
+    ours, under, reference = (as_pixels(each) for each in (edit.picture, edit.under_mask, best))
     inside = enlarge(edit.mask, (ours.shape[1], ours.shape[2]))
     return VariantScores(
         mask=score_mask(edit.mask, region),
         mask_area=float(edit.mask.float().mean()),
-        ssim_inside=ssim_inside(*(each.to(device) for each in (ours, under, inside))),
+        ssim_inside=ssim_inside(ours, under, inside),
         psnr_inside=psnr_inside(ours, under, inside),
-        ssim_to_best=ssim(edit.picture, best, device),
+        ssim_to_best=ssim(edit.picture, best),
         seam=seam_excess(ours, reference, inside, edit.reach),
         seam_under_mask=seam_excess(under, reference, inside, edit.reach),
         latents_equal=edit.latents_equal,

@@ -47,15 +47,20 @@ def seam_excess(picture: Tensor, reference: Tensor, region: Tensor, reach: int) 
         region: bool ``[H, W]``.
         reach: pixels.
     """
-    across = [(steps(picture, dim) - steps(reference, dim)) * 255 for dim in (-2, -1)]
-    excess = []
+    distance = torch.zeros(region.shape, dtype=torch.int64, device=region.device)  # from the region, at most reach + 1
     for _ in range(reach + 1):
-        parted = [region.diff(dim=dim) for dim in (-2, -1)]  # of bools: where neighbours differ
-        pairs = torch.cat([values[border] for values, border in zip(across, parted, strict=True)])
-        if len(pairs):
-            excess.append(float(pairs.mean()))
+        distance += ~region
         region = grown(region[None])[0]
-    return max(excess, default=0.0)
+    sums = torch.zeros(reach + 1, dtype=picture.dtype, device=picture.device)
+    pairs = torch.zeros_like(sums)
+    for dim in (-2, -1):
+        across = (steps(picture, dim) - steps(reference, dim)) * 255
+        parted = distance.diff(dim=dim) != 0  # by one border, the one as far away as the nearer of both
+        nearer = torch.minimum(*(distance.narrow(dim, start, across.shape[dim]) for start in (0, 1)))[parted]
+        sums.index_add_(0, nearer, across[parted])
+        pairs.index_add_(0, nearer, torch.ones_like(across[parted]))
+    met = pairs > 0
+    return float((sums[met] / pairs[met]).max()) if met.any() else 0.0
 
 
 def steps(picture: Tensor, dim: int) -> Tensor:

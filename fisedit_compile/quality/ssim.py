@@ -14,7 +14,7 @@ import torch
 _WINDOW, _SIGMA = 11, 1.5
 
 
-def ssim(first: Any, second: Any, device: torch.device | str = "cpu") -> float:
+def ssim(first: Any, second: Any) -> float:
     """The mean structural similarity of two pictures over all windows that lie inside, and over their channels.
 
     Source: Wang, Bovik, Sheikh and Simoncelli, "Image Quality Assessment: From Error Visibility to Structural
@@ -23,7 +23,6 @@ def ssim(first: Any, second: Any, device: torch.device | str = "cpu") -> float:
     Args:
         first: a PIL image, or an array ``[H, W]`` or ``[H, W, C]``: uint8, or floating point in [0, 1].
         second: likewise, of the same shape.
-        device: where it is computed; a GPU is a hundred times as fast.
 
     Returns:
         At most 1, which only equal pictures reach. Computed in fp64.
@@ -32,7 +31,7 @@ def ssim(first: Any, second: Any, device: torch.device | str = "cpu") -> float:
         ValueError: another shape or type, or a side shorter than the window of 11 pixels.
         ImportError: torchmetrics is not installed.
     """
-    x, y = _channels(first).to(device), _channels(second).to(device)
+    x, y = _channels(first), _channels(second)
     if x.shape != y.shape:
         raise ValueError(f"pictures of {tuple(x.shape[2:])} and {tuple(y.shape[2:])}: resize one to the other's size")
     if min(x.shape[2:]) < _WINDOW:
