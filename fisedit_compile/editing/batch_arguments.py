@@ -16,6 +16,7 @@ from torch import Tensor
 from fisedit_compile.editing.arguments import call_parameters
 from fisedit_compile.editing.edit_request import CheckedEdit
 from fisedit_compile.editing.embeddings import EMBEDDINGS
+from fisedit_compile.editing.schedule import OWN_SEED
 
 #: Arguments that say what the latents' shape says.
 _SIZES = ("height", "width")
@@ -38,6 +39,11 @@ def check_together(pipe: Any, edits: Sequence[CheckedEdit]) -> None:
         if edit.base.callback:
             raise ValueError(
                 f"edit {edit.index}: its base was generated with the callback {edit.base.callback}: make it alone"
+            )
+        if edit.base.schedule.config.get(OWN_SEED) is not None:
+            raise ValueError(
+                f"edit {edit.index}: {edit.base.schedule.name} draws the noise of a whole batch from a seed of its "
+                "own: make it alone"
             )
         if edit is not first and (difference := _difference(pipe, first, edit)):
             raise ValueError(f"edit {edit.index} cannot be made together with edit {first.index}: {difference}")
@@ -99,7 +105,7 @@ def _difference(pipe: Any, one: CheckedEdit, other: CheckedEdit) -> str:
         return f"its base has {b.num_inference_steps} steps, not {a.num_inference_steps}"
     if a.visits != b.visits:
         return "edits of its base visit other steps"
-    if difference := b.schedule.difference(a.schedule):
+    if difference := a.schedule.difference(b.schedule):
         return f"the scheduler of its base {difference}"
     devices = {device.type for base in (a, b) for _, device in base.generators}
     if len(devices) > 1:
