@@ -65,13 +65,12 @@ class JoinedCalls:
             source = bring(i)
             pairs: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = defaultdict(list)
             for entry in entries:
-                rows = source[entry].shape[0] // self._parts_of(entry)
-                for target, block in self._blocks(entry, source[entry], starts[entry], rows):
+                for target, block in self._blocks(entry, source[entry], starts[entry]):
                     if target.is_contiguous():
                         pairs[target.dtype].append((target, block))
                     else:
                         target.copy_(block)
-                starts[entry] += rows
+                starts[entry] += source[entry].shape[:1].numel()
             for of_dtype in pairs.values():  # of one dtype, so that they are few launches
                 targets, blocks = zip(*of_dtype, strict=True)
                 torch._foreach_copy_(targets, blocks)
@@ -82,19 +81,16 @@ class JoinedCalls:
         cache.timesteps, cache.model = sources[0].timesteps, sources[0].model
         return cache
 
-    def _blocks(self, entry: CacheEntry, source: Tensor, start: int, rows: int) -> list[tuple[Tensor, Tensor]]:
-        """Where the rows of a base go, and the rows, part by part."""
+    def _blocks(self, entry: CacheEntry, source: Tensor, before: int) -> list[tuple[Tensor, Tensor]]:
+        """Where the rows of a base go, and the rows, part by part; ``before`` are the rows of the bases before it."""
         buffer = self._buffers[entry]
-        if entry.kind == "attention":
-            return [(buffer[start : start + rows, :, : source.shape[2]], source)]
+        if entry.kind == "attention":  # of the conditional part alone
+            return [(buffer[before : before + len(source), :, : source.shape[2]], source)]
         if self._is_shared(entry, source):
             return [(buffer, source)]
-        every = buffer.shape[0] // self._parts
-        blocks = []
-        for part in range(self._parts):
-            first = part * every + start
-            blocks.append((buffer[first : first + rows], source[part * rows : (part + 1) * rows]))
-        return blocks
+        start, rows, every = (count // self._parts for count in (before, len(source), len(buffer)))
+        firsts = range(start, len(buffer), every)
+        return [(buffer[first : first + rows], block) for first, block in zip(firsts, source.split(rows), strict=True)]
 
     def _make(self, entries: Sequence[CacheEntry], sources: Sequence[Recorded]) -> None:
         shapes = {entry: self._shape(entry, [source[entry] for source in sources]) for entry in entries}
@@ -111,12 +107,11 @@ class JoinedCalls:
         Raises:
             BaseMismatchError: theirs do not come to what the graphs read.
         """
-        first = tensors[0]
-        rows = sum(tensor.shape[0] for tensor in tensors)
-        if entry.kind == "attention":
-            return torch.Size([rows, first.shape[1], max(tensor.shape[2] for tensor in tensors)])
         if all(self._is_shared(entry, tensor) for tensor in tensors):
-            return first.shape
+            return tensors[0].shape
+        rows = sum(map(len, tensors))
+        if entry.kind == "attention":
+            return torch.Size([rows, tensors[0].shape[1], max(tensor.shape[2] for tensor in tensors)])
         wanted, dtype = self._specs[entry]
         alike = all(tensor.shape[1:] == wanted[1:] and tensor.dtype is dtype for tensor in tensors)
         if not alike or rows != wanted[0]:
@@ -125,9 +120,6 @@ class JoinedCalls:
                 f"does not come to the {tuple(wanted)} that a batch of their edits reads: edit them one by one"
             )
         return wanted
-
-    def _parts_of(self, entry: CacheEntry) -> int:
-        return 1 if entry.kind == "attention" else self._parts
 
     def _is_shared(self, entry: CacheEntry, tensor: Tensor) -> bool:
         """Whether an entry is the same for all samples: it depends on the timestep alone, and has no row for each."""

@@ -28,6 +28,7 @@ from fisedit_compile import (
     MaskError,
     PipelineInterruptedError,
 )
+from fisedit_compile.cache.host_tier import Staging
 from fisedit_compile.testing import assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -125,6 +126,17 @@ def test_bases_in_few_bits_and_longer_steps(cache: str, attention: str) -> None:
     made = [generate(editor, num_inference_steps=8), generate(editor, DOG, num_inference_steps=8, generator=seeded(4))]
     requests = [EditRequest(made[0], APPLE), EditRequest(made[1], EDIT, left_half()), EditRequest(made[0], EDIT)]
     assert_as_alone(editor, requests, editor.edit_many(requests))
+
+
+def test_bases_in_host_memory(tiny_editor: Editor, bases: list[Base], monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [EditRequest(bases[0], APPLE), EditRequest(bases[1], EDIT, left_half()), EditRequest(bases[0], EDIT)]
+    want = tiny_editor.edit_many(requests)
+    monkeypatch.setattr(Base, "tier", "host")  # one device stands for two
+    monkeypatch.setattr(Staging, "_is_away", lambda self, cache: True)
+    for _ in range(2):
+        got = tiny_editor.edit_many(requests)
+        assert all(torch.equal(one.latents, other.latents) for one, other in zip(got, want, strict=True))
+    tiny_editor._staging = None
 
 
 def test_prompts_of_which_bases_keep_more_or_fewer_tokens() -> None:
