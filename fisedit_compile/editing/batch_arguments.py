@@ -54,12 +54,11 @@ def batch_prompts(edits: Sequence[CheckedEdit]) -> list[str]:
     return [prompt for edit in edits for prompt in _each(edit, edit.prompts)]
 
 
-def batch_arguments(pipe: Any, edits: Sequence[CheckedEdit]) -> dict[str, Any]:
-    """The arguments of the pipeline's call that are no words of the prompt and no noise.
+def batch_arguments(edits: Sequence[CheckedEdit]) -> dict[str, Any]:
+    """The arguments of the pipeline's call, but for the words of the prompt and the noise.
 
     Args:
-        pipe: the pipeline.
-        edits: of :func:`check_together`, several.
+        edits: several, of :func:`check_together`.
     """
     arguments = {name: value for name, value in edits[0].arguments.items() if name not in _PER_SAMPLE}
     given = [edit.arguments for edit in edits]

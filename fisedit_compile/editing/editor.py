@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 from weakref import WeakKeyDictionary
 
 import torch
 
-from fisedit_compile.cache.host_tier import Staging
 from fisedit_compile.cache.read_base import open_base
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.editing.arguments import (
@@ -29,29 +27,25 @@ from fisedit_compile.editing.arguments import (
     owned,
     without_return_dict,
 )
-from fisedit_compile.editing.background import PixelBackground
 from fisedit_compile.editing.base import Base
-from fisedit_compile.editing.batch_arguments import batch_arguments, batch_prompts, check_together
-from fisedit_compile.editing.batch_noise import BatchNoise
+from fisedit_compile.editing.batch_arguments import check_together
 from fisedit_compile.editing.decoding import Decoders
-from fisedit_compile.editing.dense_edit import DenseEdit
 from fisedit_compile.editing.edit_checks import Background, Combine, Output
+from fisedit_compile.editing.edit_maker import EditMaker
 from fisedit_compile.editing.edit_request import CheckedEdit, EditRequest
-from fisedit_compile.editing.edit_run import EditRun, NothingLeftError
+from fisedit_compile.editing.edit_run import EditRun
 from fisedit_compile.editing.embeddings import check_embeddings
 from fisedit_compile.editing.failures import Failures
-from fisedit_compile.editing.finished_edit import Drawn, finished_edit
 from fisedit_compile.editing.inversion import InvertRun, check_inversion
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.editing.photo import encode, read_photos
 from fisedit_compile.editing.photo_frame import Box, PhotoFrame
 from fisedit_compile.editing.pipeline_call import in_turn
 from fisedit_compile.editing.pipeline_digest import pipeline_digest
-from fisedit_compile.editing.pipeline_state import PipelineState, PipelineWatch
+from fisedit_compile.editing.pipeline_state import PipelineWatch
 from fisedit_compile.editing.record_run import RecordRun
 from fisedit_compile.editing.result import Edit
 from fisedit_compile.editing.rounds import RebaseRun
-from fisedit_compile.editing.running_edit import RunningEdit
 from fisedit_compile.editing.saved_base import SavedBase
 from fisedit_compile.editing.schedule import Schedule, refuse_unseeded
 from fisedit_compile.editing.step_callback import StepCallback
@@ -99,8 +93,8 @@ class Editor:
         self._turn = threading.RLock()
         self._watch, self._tokenizers, self._decoders = PipelineWatch(), OwnTokenizers(), Decoders()
         self._texts = TextMemo(self._watch.of)
+        self._maker = EditMaker(self._watch, self._decoders, self._texts)
         self._bases_of_edits: WeakKeyDictionary[Edit, Base] = WeakKeyDictionary()
-        self._staging: Staging | None = None
         self._unet: SparseUNet | None = None
         self._unet = self.unet
 
@@ -310,6 +304,30 @@ class Editor:
         assert isinstance(edit, Edit)
         return edit
 
+    @overload
+    def edit_many(
+        self,
+        requests: Sequence[EditRequest],
+        *,
+        background: Background = ...,
+        output_type: Output | None = ...,
+        callback_on_step_end: Callable[..., Any] | None = ...,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ...,
+        return_exceptions: Literal[False] = ...,
+    ) -> list[Edit]: ...
+
+    @overload
+    def edit_many(
+        self,
+        requests: Sequence[EditRequest],
+        *,
+        background: Background = ...,
+        output_type: Output | None = ...,
+        callback_on_step_end: Callable[..., Any] | None = ...,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ...,
+        return_exceptions: Literal[True],
+    ) -> list[Edit | Exception]: ...
+
     def edit_many(
         self,
         requests: Sequence[EditRequest],
@@ -319,7 +337,7 @@ class Editor:
         callback_on_step_end: Callable[..., Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
         return_exceptions: bool = False,
-    ) -> list[Edit | Exception]:
+    ) -> Sequence[Edit | Exception]:
         """Make several edits in one run of the pipeline, each as :meth:`edit` makes it alone, up to rounding.
 
         Their bases may be different ones or the same, with any words, masks and numbers of pictures; one mask may be
@@ -383,71 +401,20 @@ class Editor:
                         cross_replace=cross_replace,
                     )
                 )
-        made: dict[int, Edit] = {}
-        if checked:
-            check_together(self.pipe, checked)
-            output = {} if output_type is None else {"output_type": output_type}
-            composed = background == "pixels" and output_type != "latent"
-            with self._in_turn() as (unet, unet_state):
-                run = EditRun(unet, self.pipe, self._tokenizers, callback, failures)
-                state = self._watch.look(run.pipe, unet_state, checked[0].base.prompts)
-                edits: dict[RunningEdit, PixelBackground | None] = {}
-                for asked in checked:
-                    with failures.of(asked.index):
-                        edit = (DenseEdit if dense else RunningEdit)(run.pipe, asked)
-                        edits[edit] = self._ready(run.pipe, state, edit, composed=composed)
-                if edits:
-                    made = self._run(run, edits, state, output)
-        return [failures.errors.get(index) or made[index] for index in range(len(requests))]
-
-    def _ready(self, pipe: Any, state: PipelineState, edit: RunningEdit, *, composed: bool) -> PixelBackground | None:
-        """Hold a base to the pipeline, and say how the edit's pictures are put together with the base's."""
-        base = edit.base
-        base.check(state.of_prompts(pipe, base.prompts), Schedule.of(self.pipe.scheduler), self.config)
-        keep = None
-        if composed:
-            keep = PixelBackground.of(self.pipe, base.pictures, base.latents, base.arguments)
-        edit.decoding = self._decoders.editing(self.pipe, state, base, keep)
-        return keep
-
-    def _run(
-        self,
-        run: EditRun,
-        edits: Mapping[RunningEdit, PixelBackground | None],
-        state: PipelineState,
-        output: dict[str, Any],
-    ) -> dict[int, Edit]:
-        """The edits that a run makes, by their places; without those that fail on the way."""
-        asked = [edit.asked for edit in edits]
-        first = asked[0].base
-        run.make(list(edits))
-        run.staging = self._staging_for([each.base for each in asked])
-        start = time.perf_counter()
-        if len(asked) == 1:
-            prompts, generators, arguments = list(asked[0].prompts), first.rewound_generators(), asked[0].arguments
-        else:
-            noise = BatchNoise(asked)
-            noise.serve(run.pipe)
-            run.check_noise = noise.check
-            prompts, generators, arguments = (
-                batch_prompts(asked),
-                noise.generators,
-                batch_arguments(self.pipe, asked),
+        if not checked:
+            return [failures.errors[index] for index in range(len(requests))]
+        check_together(self.pipe, checked)
+        with self._in_turn() as (unet, unet_state):
+            made = self._maker.make(
+                self.pipe,
+                EditRun(unet, self.pipe, self._tokenizers, callback, failures),
+                unet_state,
+                checked,
+                failures,
+                composed=background == "pixels" and output_type != "latent",
+                output={} if output_type is None else {"output_type": output_type},
             )
-        # Where an edit visits all steps, as many as were asked for: Heun's scheduler makes two of each.
-        steps = first.arguments["num_inference_steps"] if first.visits_all else len(first.visits)
-        repeated = owned({**arguments, **output, "num_inference_steps": steps})
-        self._texts.serve(run.pipe, state.models, repeated)
-        try:
-            images, nsfw = run.draw(prompts, generators, repeated)
-        except NothingLeftError:
-            return {}
-        drawn = Drawn(images, nsfw, time.perf_counter() - start)
-        return {
-            edit.asked.index: finished_edit(run, edit, drawn, keep, state, output)
-            for edit, keep in edits.items()
-            if not edit.failed
-        }
+        return [failures.errors.get(index) or made[index] for index in range(len(requests))]
 
     def base_of(self, edit: Edit) -> Base:
         """A base of an edit's picture, which :meth:`edit` makes where it is given an edit: a second round, and further.
@@ -527,21 +494,12 @@ class Editor:
         with self._turn:
             if self._unet is not None:
                 self._unet.free()
-            self._texts = TextMemo(self._watch.of)
+            self._texts.clear()
+            self._maker.free()
             self._bases_of_edits.clear()
-            self._staging = None
             gc.collect()  # graphs refer to each other in circles
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
-
-    def _staging_for(self, bases: Sequence[Base]) -> Staging | None:
-        """What brings the calls of bases in host memory to the device; kept, as its memory serves all edits."""
-        if all(base.tier == "device" for base in bases):
-            return None
-        device = bases[0].latents.device
-        if self._staging is None or self._staging.device != device:
-            self._staging = Staging(device)
-        return self._staging
 
     @property
     def _controls(self) -> bool:
