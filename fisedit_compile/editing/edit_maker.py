@@ -25,6 +25,7 @@ from fisedit_compile.editing.result import Edit, EditReport
 from fisedit_compile.editing.rounds import Trajectory
 from fisedit_compile.editing.running_edit import RunningEdit
 from fisedit_compile.editing.schedule import Schedule
+from fisedit_compile.editing.step_callback import BatchCallback, StepCallback
 from fisedit_compile.editing.text_memo import TextMemo
 from fisedit_compile.runtime.model_state import ModelState
 from fisedit_compile.utils.frozen_mapping import FrozenMapping
@@ -101,6 +102,9 @@ class EditMaker:
         first = asked[0].base
         run.make(list(backgrounds))
         run.staging = self._staging_for([each.base for each in asked])
+        if any(each.callback for each in asked):
+            parts = [(each.callback, run.span(edit)) for edit, each in zip(backgrounds, asked, strict=True)]
+            run.callback = StepCallback(BatchCallback(parts), None, pipe)
         start = time.perf_counter()
         if len(asked) == 1:
             prompts, generators, arguments = list(asked[0].prompts), first.rewound_generators(), asked[0].arguments

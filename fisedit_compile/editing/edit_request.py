@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,6 @@ from fisedit_compile.editing.edit_checks import (
     count_controlled_steps,
 )
 from fisedit_compile.editing.embeddings import check_as_many_tokens, check_embeddings
-from fisedit_compile.editing.step_callback import StepCallback
 from fisedit_compile.editing.word_weights import Weights, weights_of_samples
 from fisedit_compile.errors import BaseMismatchError
 from fisedit_compile.masks.user_mask import MaskLike, as_mask
@@ -27,8 +26,8 @@ if TYPE_CHECKING:
     from fisedit_compile.editing.result import Edit
 
 #: Arguments of :meth:`fisedit_compile.Editor.edit` that edits which are made together do not have of their own.
-_OF_ALL = ("background", "output_type", "callback_on_step_end", "callback_on_step_end_tensor_inputs")
-_ALONE = ("dense", "cross_replace")
+_OF_ALL = ("background", "output_type")
+_ALONE = ("dense", "cross_replace", "callback_on_step_end_tensor_inputs")
 
 
 class EditRequest:
@@ -37,6 +36,8 @@ class EditRequest:
     Args:
         base, prompt, mask, weights, combine, largest_mask, arguments: as :meth:`fisedit_compile.Editor.edit` takes
             them.
+        callback_on_step_end: as pipelines take it; it is given the latents of this edit's samples, and may return
+            others. What it changes of the pipeline is changed for all edits.
 
     Raises:
         ValueError: an argument that all edits have in common, or that an edit takes alone.
@@ -51,6 +52,7 @@ class EditRequest:
         weights: Weights | Sequence[Weights | None] | None = None,
         combine: Combine = "replace",
         largest_mask: float = 1.0,
+        callback_on_step_end: Callable[..., Any] | None = None,
         **arguments: Any,
     ) -> None:
         for name in arguments:
@@ -60,7 +62,7 @@ class EditRequest:
                 raise ValueError(f"{name} is of an edit that is made alone: give it to edit(...)")
         self.base, self.prompt, self.mask, self.weights = base, prompt, mask, weights
         self.combine: Combine = combine
-        self.largest_mask, self.arguments = largest_mask, arguments
+        self.largest_mask, self.callback, self.arguments = largest_mask, callback_on_step_end, arguments
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +79,7 @@ class CheckedEdit:
         combine, largest_mask: see :meth:`fisedit_compile.Editor.edit`.
         dense: whether all steps run dense.
         controlled: how many of the steps of a dense edit are controlled; None: as the config says.
+        callback: see :class:`EditRequest`.
     """
 
     index: int
@@ -89,6 +92,7 @@ class CheckedEdit:
     largest_mask: float
     dense: bool = False
     controlled: int | None = None
+    callback: Callable[..., Any] | None = None
 
     @classmethod
     def of(
@@ -100,7 +104,7 @@ class CheckedEdit:
         *,
         background: str,
         output_type: Any,
-        callback: StepCallback | None,
+        has_callback: bool,
         dense: bool,
         cross_replace: Any,
     ) -> CheckedEdit:
@@ -111,7 +115,8 @@ class CheckedEdit:
             request: what is asked for.
             base: of the request, or recorded of the edit that the request names.
             index: see the attribute.
-            background, output_type, callback, dense, cross_replace: see :meth:`fisedit_compile.Editor.edit`.
+            background, output_type, dense, cross_replace: see :meth:`fisedit_compile.Editor.edit`.
+            has_callback: whether the edit runs a callback, of the request or beside it.
 
         Raises:
             BaseMismatchError, MaskError, ValueError: see :meth:`fisedit_compile.Editor.edit`.
@@ -137,13 +142,23 @@ class CheckedEdit:
         check_embeddings(pipe, prompts, {**base.arguments, **changes}, controlled=base.controlled_steps > 0)
         check_as_many_tokens(pipe, base.arguments, changes)
         check_output(base, output_type, background)
-        if base.callback and callback is None:
+        if base.callback and not has_callback:
             raise BaseMismatchError(
                 f"the base was generated with the callback {base.callback}: give edit the same callback_on_step_end"
             )
         given = None if request.mask is None else _as_given(base, request.mask)
         return cls(
-            index, base, prompts, changes, weights, given, request.combine, request.largest_mask, dense, controlled
+            index=index,
+            base=base,
+            prompts=prompts,
+            changes=changes,
+            weights=weights,
+            given=given,
+            combine=request.combine,
+            largest_mask=request.largest_mask,
+            dense=dense,
+            controlled=controlled,
+            callback=request.callback,
         )
 
     @property

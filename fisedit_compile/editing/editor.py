@@ -311,8 +311,6 @@ class Editor:
         *,
         background: Background = ...,
         output_type: Output | None = ...,
-        callback_on_step_end: Callable[..., Any] | None = ...,
-        callback_on_step_end_tensor_inputs: Sequence[str] | None = ...,
         return_exceptions: Literal[False] = ...,
     ) -> list[Edit]: ...
 
@@ -323,8 +321,6 @@ class Editor:
         *,
         background: Background = ...,
         output_type: Output | None = ...,
-        callback_on_step_end: Callable[..., Any] | None = ...,
-        callback_on_step_end_tensor_inputs: Sequence[str] | None = ...,
         return_exceptions: Literal[True],
     ) -> list[Edit | Exception]: ...
 
@@ -334,8 +330,6 @@ class Editor:
         *,
         background: Background = "pixels",
         output_type: Output | None = None,
-        callback_on_step_end: Callable[..., Any] | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
         return_exceptions: bool = False,
     ) -> Sequence[Edit | Exception]:
         """Make several edits in one run of the pipeline, each as :meth:`edit` makes it alone, up to rounding.
@@ -347,8 +341,6 @@ class Editor:
         Args:
             requests: the edits.
             background, output_type: of all of them, see :meth:`edit`.
-            callback_on_step_end, callback_on_step_end_tensor_inputs: see :meth:`edit`; it sees the samples of all
-                edits, in their order.
             return_exceptions: return the error of an edit that cannot be made in its place, and make the others. Errors
                 that are not of one edit alone are raised all the same.
 
@@ -369,7 +361,6 @@ class Editor:
             Failures(len(requests), kept=return_exceptions),
             background=background,
             output_type=output_type,
-            callback=self._callback(callback_on_step_end, callback_on_step_end_tensor_inputs),
         )
 
     def _make(
@@ -379,7 +370,7 @@ class Editor:
         *,
         background: Background,
         output_type: Output | None,
-        callback: StepCallback | None,
+        callback: StepCallback | None = None,
         dense: bool = False,
         cross_replace: float | None = None,
     ) -> list[Edit | Exception]:
@@ -396,7 +387,7 @@ class Editor:
                         index,
                         background=background,
                         output_type=output_type,
-                        callback=callback,
+                        has_callback=(request.callback or callback) is not None,
                         dense=dense,
                         cross_replace=cross_replace,
                     )

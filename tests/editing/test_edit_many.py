@@ -324,8 +324,7 @@ class TestFailing:
 
         with pytest.raises(PipelineInterruptedError):
             tiny_editor.edit_many(
-                [EditRequest(bases[0], APPLE), EditRequest(bases[1], EDIT)],
-                callback_on_step_end=stop,
+                [EditRequest(bases[0], APPLE, callback_on_step_end=stop), EditRequest(bases[1], EDIT)],
                 return_exceptions=True,
             )
 
@@ -387,17 +386,43 @@ class TestRefused:
             tiny_editor.edit_many([EditRequest(bases[0], EDIT), EditRequest(bases[0], EDIT, steps=3)])
 
 
-def test_a_callback_sees_all_samples(tiny_editor: Editor, bases: list[Base]) -> None:
-    seen: list[tuple[int, ...]] = []
+def test_each_has_a_callback_that_sees_its_own_samples(tiny_editor: Editor, bases: list[Base]) -> None:
+    seen: dict[str, list[torch.Tensor]] = {}
 
-    def look(pipe: Any, step: int, timestep: Any, values: dict[str, torch.Tensor]) -> dict[str, Any]:
-        seen.append(tuple(values["latents"].shape))
-        return {}
+    def noting(name: str) -> Any:
+        def note(pipe: Any, step: int, timestep: Any, values: dict[str, torch.Tensor]) -> dict[str, Any]:
+            seen.setdefault(name, []).append(values["latents"].clone())
+            return {}
 
-    requests = [EditRequest(bases[0], APPLE), EditRequest(bases[2], [APPLE, DOG])]
-    edits = tiny_editor.edit_many(requests, callback_on_step_end=look)
-    assert seen == [(3, 4, 16, 16)] * 4
-    assert_as_alone(tiny_editor, requests, edits)
+        return note
+
+    requests = [
+        EditRequest(bases[0], PROMPT),  # fails before the others begin
+        EditRequest(bases[0], APPLE, callback_on_step_end=noting("one")),
+        EditRequest(bases[1], EDIT),
+        EditRequest(bases[2], [APPLE, DOG], callback_on_step_end=noting("two")),
+    ]
+    edits = tiny_editor.edit_many(requests, return_exceptions=True)
+    for name, request, edit in (("one", requests[1], edits[1]), ("two", requests[3], edits[3])):
+        tiny_editor.edit(request.base, request.prompt, callback_on_step_end=noting("alone"))
+        for got, want in zip(seen.pop(name), seen.pop("alone"), strict=True):
+            assert_close(got, want)
+        assert tiny_editor.base_of(edit).prompts == edit.trajectory.prompts
+    assert seen == {}
+
+
+def test_a_callback_changes_its_own_samples(tiny_editor: Editor, bases: list[Base]) -> None:
+    def brighter(pipe: Any, step: int, timestep: Any, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"latents": values["latents"] * 1.05}
+
+    requests = [EditRequest(bases[0], APPLE, callback_on_step_end=brighter), EditRequest(bases[1], EDIT)]
+    edits = tiny_editor.edit_many(requests)
+    assert_close(edits[0].latents, tiny_editor.edit(bases[0], APPLE, callback_on_step_end=brighter).latents)
+    assert_close(edits[1].latents, tiny_editor.edit(bases[1], EDIT).latents)
+    with pytest.raises(BaseMismatchError, match="brighter"):
+        tiny_editor.base_of(edits[0])
+    with pytest.raises(ValueError, match="may return its latents alone"):
+        tiny_editor.edit_many([EditRequest(bases[0], APPLE, callback_on_step_end=lambda *_: {"x": 1}), requests[1]])
 
 
 def test_multiply_accumulates_are_those_of_each_alone(tiny_editor: Editor, bases: list[Base]) -> None:
