@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _MOST_EDITS = 64
 
 #: By how many of 255 levels a pixel of an edit may be off that is made again: more than roundings are not seen as such.
-_MOST_OFF = 16
+MOST_OFF = 16
 
 #: Edits in a row that are made again where all their bases are gone.
 _MOST_ROUNDS = 64
@@ -136,7 +136,7 @@ def _stored_pixels(record: Picture, edit: Edit) -> Any:
         return None
     stored = of_png(record.png).convert(image.mode)
     off = np.asarray(stored, dtype=int) - np.asarray(image) if stored.size == image.size else np.inf
-    if np.abs(off).max() > _MOST_OFF or edit.trajectory.frame is not None:
+    if np.abs(off).max() > MOST_OFF or edit.trajectory.frame is not None:
         raise PictureGoneError(
             f"the base of picture {record.id} is gone, and what is drawn again from its own base is another picture: "
             "generate a new one"

@@ -11,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 
-from fisedit_compile.serving.engine import Engine, Made, Stop, Task
+from fisedit_compile.serving.engine import Engine
 from fisedit_compile.serving.requests import Answer, Event, Job
+from fisedit_compile.serving.tasks import Made, Stop, Task
 
 #: How often a job that nobody waits for any more is told so: a pipeline forgets it at the beginning of a run.
 _TELL_SECONDS = 0.02
@@ -102,35 +103,38 @@ class Worker:
 
     def _draw_next(self) -> None:
         """Draw what waits longest, and what fits to it; nothing, where that was drawn with others."""
-        left = {waiting.task: waiting for waiting in self._taken()}
+        with self._lock:
+            if not self._queue:
+                return
+            first = self._queue.popleft()
+        left = {first.task: first}
         try:
-            if left:
-                self.engine.draw_together(tuple(left), lambda task, made: left.pop(task).settle(made))
+            left |= {other.task: other for other in self._beside(first.task.job)}
+            self.engine.draw_together(tuple(left), lambda task, made: left.pop(task).settle(made))
         except Exception as error:
             for waiting in left.values():
                 waiting.settle(error)
 
-    def _taken(self) -> list[_Waiting]:
-        with self._lock:
-            if not self._queue:
-                return []
-            first, others = self._queue.popleft(), tuple(self._queue)
-        together = self.engine.together(first.task.job) if self._batch > 1 else None
+    def _beside(self, job: Job) -> list[_Waiting]:
+        """What is made together with a job, of what waits behind it; it waits no more."""
+        together = self.engine.changes.together(job) if self._batch > 1 else None
         if together is None:
-            return [first]
-        fitting = (other for other in others if self._fits(other.task, together))
+            return []
+        with self._lock:
+            others = tuple(self._queue)
+        fitting = (other for other in others if other.task.job.id != job.id and self._fits(other.task, together))
         taken = list(islice(fitting, self._batch - 1))
         count = 1 << (1 + len(taken)).bit_length() - 1
         del taken[count - 1 :]
         with self._lock:
             for waiting in taken:
                 self._queue.remove(waiting)
-        return [first, *taken]
+        return taken
 
     def _fits(self, task: Task, together: Hashable) -> bool:
         """Whether a job can be made with another, which would not have to wait for its base."""
-        engine, job = self.engine, task.job
-        return not task.stop.asked.is_set() and engine.has_base_of(job) and engine.together(job) == together
+        changes, job = self.engine.changes, task.job
+        return not task.stop.asked.is_set() and changes.has_base_of(job) and changes.together(job) == together
 
     async def _end(self, future: asyncio.Future[Answer], stop: Stop) -> None:
         future.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else asks for it
