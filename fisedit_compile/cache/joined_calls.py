@@ -56,7 +56,8 @@ class JoinedCalls:
             BaseMismatchError: the bases do not keep the same of the call, or were recorded at several timesteps.
             BaseMemoryError: there is no room for the place.
         """
-        entries = _common_entries(sources, maps_alone=maps_alone)
+        common = _common_entries(sources, maps_alone=maps_alone)
+        entries = tuple(entry for entry in common if entry.kind == "attention" or entry in self._specs)
         _check_timesteps(sources)
         if missing := [entry for entry in entries if entry not in self._buffers]:
             self._make(missing, sources)

@@ -136,7 +136,7 @@ class Engine:
                 results = self._with_room(lambda: self.changes.make(tasks))
         except Exception as error:
             if len(tasks) > 1 and not isinstance(error, PipelineInterruptedError):
-                logger.info("%d edits are made one by one: %s", len(tasks), error)
+                logger.warning("%d edits are made one by one: %s", len(tasks), error)
                 for task in tasks:
                     self._make_edits([task], done)
                 return
