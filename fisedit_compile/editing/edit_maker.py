@@ -54,10 +54,6 @@ class EditMaker:
         self._watch, self._decoders, self._texts = watch, decoders, texts
         self._staging: Staging | None = None
 
-    def free(self) -> None:
-        """Let go of memory on the device."""
-        self._staging = None
-
     def make(
         self,
         pipe: Any,

@@ -485,8 +485,8 @@ class Editor:
         with self._turn:
             if self._unet is not None:
                 self._unet.free()
-            self._texts.clear()
-            self._maker.free()
+            self._texts = TextMemo(self._watch.of)
+            self._maker = EditMaker(self._watch, self._decoders, self._texts)
             self._bases_of_edits.clear()
             gc.collect()  # graphs refer to each other in circles
             if torch.cuda.is_initialized():

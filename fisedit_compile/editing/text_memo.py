@@ -33,11 +33,6 @@ class TextMemo:
         self._known: OrderedDict[Hashable, tuple[ModelState, Any]] = OrderedDict()  # a state is held: its id is a key
         self._nbytes = 0
 
-    def clear(self) -> None:
-        """Let go of all outputs."""
-        self._known.clear()
-        self._nbytes = 0
-
     def serve(self, pipe: Any, models: Mapping[str, ModelState], arguments: Mapping[str, Any]) -> None:
         """Let a copy of a pipeline ask here before its text encoders run.
 
