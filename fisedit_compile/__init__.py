@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fisedit_compile.cache.store import BaseStore
     from fisedit_compile.config import SparsityConfig
-    from fisedit_compile.editing.editor import Base, Edit, Editor
+    from fisedit_compile.editing.editor import Base, Edit, Editor, EditRequest
     from fisedit_compile.errors import (
         BaseFormatError,
         BaseInUseError,
@@ -36,6 +36,7 @@ _PUBLIC = {
     "Base": "editing.editor",
     "Edit": "editing.editor",
     "Editor": "editing.editor",
+    "EditRequest": "editing.editor",
     "BaseFormatError": "errors",
     "BaseInUseError": "errors",
     "BaseMemoryError": "errors",
@@ -68,6 +69,7 @@ __all__ = [
     "CaptureError",
     "DamagedBaseError",
     "Edit",
+    "EditRequest",
     "Editor",
     "FiseditError",
     "LargeMaskError",

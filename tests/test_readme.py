@@ -65,8 +65,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class TestPython:
-    def test_there_are_five_snippets(self) -> None:
-        assert len(snippets("python")) == 5
+    def test_there_are_six_snippets(self) -> None:
+        assert len(snippets("python")) == 6
 
     def test_the_editor_draws_the_edit(self, folder: Path) -> None:
         (code,) = [code for code in snippets("python") if "edit.image.save(" in code]
@@ -79,6 +79,10 @@ class TestPython:
         names = run(code, names)  # the one of bases on disk goes on with what is there
         assert [base.name for base in names["store"].bases()] == [names["name"]]
         assert torch.equal(names["edit_of_loaded"].latents, names["edit"].latents)
+        (code,) = [code for code in snippets("python") if "editor.edit_many(" in code]
+        names = run(code, names)
+        assert torch.equal(names["dog"].mask, names["edit"].mask)
+        assert names["pig"].report.background_identical
         (code,) = [code for code in snippets("python") if "editor.invert(" in code]
         names = run(code, names)
         assert names["base_of_photo"].image == names["photo"]

@@ -169,8 +169,9 @@ class Staging:
                 self._current.fill(cache, self.device, self._stream)
         if self._current.ready is not None:
             torch.cuda.current_stream(self.device).wait_event(self._current.ready)
-        if following is not None and self._is_away(following) and not self._other.holds(following):
-            self._other.fill(following, self.device, self._stream)
+        ahead = None if following is cache else following
+        if ahead is not None and self._is_away(ahead) and not self._other.holds(ahead):
+            self._other.fill(ahead, self.device, self._stream)
         return self._current.caches[cache]
 
     def _is_away(self, cache: Recorded) -> bool:

@@ -56,6 +56,13 @@ def add_parser(subparsers: Any) -> None:
         help="what the bases of one replica may take in memory (default: half of a GPU's that is free, or a quarter of "
         "the host's for all)",
     )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        choices=(1, 2, 4, 8),
+        metavar="1|2|4|8",
+        help="edits that wait at a replica and are made together, at most (default: 4 on GPUs, 1 on CPUs)",
+    )
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=whole_number(0, 65535), default=8000, metavar="N", help="(default: 8000)")
     parser.add_argument(
@@ -125,6 +132,7 @@ def run(args: argparse.Namespace) -> None:
         dtype=str(dtype).removeprefix("torch."),
         threads=args.threads or max(1, (os.cpu_count() or 1) // most),
         replicas=most,
+        batch=args.batch or (4 if gpus else 1),
         write_bases=args.reuse == "auto",
         config={"attention": args.attention},
     )

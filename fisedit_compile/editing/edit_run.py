@@ -1,56 +1,55 @@
-"""What happens at each U-Net call and at the end of each step while a pipeline makes an edit."""
+"""What happens at each U-Net call and at the end of each step while a pipeline makes an edit, or several."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fisedit_compile.cache.host_tier import Staging
+from fisedit_compile.cache.joined_calls import JoinedCalls
 from fisedit_compile.cache.step_cache import Recorded
-from fisedit_compile.editing.base import Base, RecordedCall
+from fisedit_compile.editing.base import RecordedCall
+from fisedit_compile.editing.batch_call import call_of_rows, check_call, rows_of
 from fisedit_compile.editing.decoding import Decoding
-from fisedit_compile.editing.edit_request import edited_samples
+from fisedit_compile.editing.dense_edit import DenseEdit
+from fisedit_compile.editing.failures import Failures
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.editing.pipeline_run import PipelineRun
-from fisedit_compile.editing.prompt_alignment import align_prompts, changed_words
+from fisedit_compile.editing.running_edit import RunningEdit
 from fisedit_compile.editing.schedule import Schedule
 from fisedit_compile.editing.step_callback import StepCallback
-from fisedit_compile.editing.step_macs import StepMacs
-from fisedit_compile.editing.stride import StrideError, visit
-from fisedit_compile.editing.word_weights import Weights, token_weights
-from fisedit_compile.errors import BaseMismatchError, LargeMaskError, MaskError
-from fisedit_compile.ir.call import Call, Signature
-from fisedit_compile.masks.difference_mask import difference_mask
-from fisedit_compile.masks.grown import grown
+from fisedit_compile.editing.stride import visit
+from fisedit_compile.errors import BaseMismatchError, FiseditError, MaskError
+from fisedit_compile.ir.call import Call
 from fisedit_compile.runtime.control import Control
 from fisedit_compile.runtime.prepared import Prepared
 from fisedit_compile.sparse_unet import SparseUNet
 from fisedit_compile.utils.weak_method import weakly
 
-#: Cells around the mask that sparse steps compute with it: convolutions at the mask's rim then read what the new words
-#: make of their neighbours. Behind each step these cells are the base's all the same (docs/decisions.md, 2026-11-28).
-RIM = 1
 
-#: t1 and t2 of the difference formula: the steps whose latents are compared (paper 3.1: within [1, 10]).
-DIFFERENCE_STEPS = (1, 10)
+class NothingLeftError(FiseditError):
+    """All edits of a run have failed; it is left behind the step at which the last one did."""
 
 
 class EditRun(PipelineRun):
-    """Edits a base: k dense steps, the mask, then sparse steps; the first of them under Prompt-to-Prompt control.
+    """Makes edits: dense steps until their masks are known, then sparse ones, the first under Prompt-to-Prompt control.
 
-    With a mask that is given, and not joined with one to be found, all steps are sparse. Sparse steps compute the mask
-    and :data:`RIM` cells around it.
+    The samples of several edits are one batch, and its steps are those of each edit alone: where one is at a dense step
+    and another at a sparse one, the batch is cut in two.
+
+    Args:
+        unet, pipe, tokenizers, callback: see :class:`~fisedit_compile.editing.pipeline_run.PipelineRun`.
+        failures: of the edits.
 
     Attributes:
-        staging: what brings the base's calls from host memory; None where they lie on the device.
+        staging: what brings calls of bases from host memory; None where all lie on the device.
+        check_noise: called at the end of each step of several edits.
     """
-
-    mask: Tensor  # bool [n, h, w]; one that is to be found is known after the dense steps
-    host_mask: Tensor  # the same on the host, so that nobody has to wait for it
 
     def __init__(
         self,
@@ -58,113 +57,94 @@ class EditRun(PipelineRun):
         pipe: Any,
         tokenizers: OwnTokenizers,
         callback: StepCallback | None,
-        base: Base,
-        prompts: tuple[str, ...],
-        changes: Mapping[str, Any],
-        weights: Sequence[Weights],
-        given: Tensor | None,
-        combine: str,
-        largest_mask: float,
+        failures: Failures,
     ) -> None:
         super().__init__(unet, pipe, tokenizers, callback)
-        self._base, self._given, self._combine, self._largest_mask = base, given, combine, largest_mask
-        self._mask_is_known = False
-        self._dense_steps = base.dense_steps
-        self._prepared: dict[Signature, Prepared] = {}  # a callback may take a part of the batch away in the loop
-        self._first_stepped: Prepared | None = None  # of the first step behind the mask
+        self.edits: tuple[RunningEdit, ...] = ()
         self.plan_ms = 0.0
         self.staging: Staging | None = None
-        device = base.latents.device
-        edited = edited_samples(base, prompts, changes, weights)
-        mapper, keep = align_prompts(
-            self.pipe,
-            base.prompts,
-            prompts,
-            arguments=base.arguments,
-            changes=changes,
-            weighted=[bool(each) for each in weights],
-            device=device,
-        )
-        weight = token_weights(self.pipe, prompts, weights, arguments={**base.arguments, **changes}, device=device)
-        copies = len(base.latents) // len(prompts)  # num_images_per_prompt: the pipeline repeats each prompt
-        alignment = (each.repeat_interleave(copies, 0) for each in (mapper, keep, weight))
-        self._alignment, self._controls = tuple(alignment), dict[tuple[int, ...], Control]()
-        # Of each sample, how many steps are controlled.
-        self._controlled = [
-            base.config.count_controlled_steps(len(base.visits), adds=_only_adds(*pair))
-            for pair in zip(base.prompts, prompts, strict=True)
-            for _ in range(copies)
-        ]
-        self._edited = torch.tensor(edited).repeat_interleave(copies)  # bool [n], on the host: the others stay
-        # The positions of those that change: a bool index would wait for the device at each use.
-        positions = [copies * i + copy for i, each in enumerate(edited) if each for copy in range(copies)]
-        self._edited_samples = torch.tensor(positions, device=device)
-        if given is not None and combine == "replace":
-            self._know_mask(self._of_edited(given))
-            self._dense_steps = 0
-        self._stride_error: StrideError | None = None
+        self.check_noise: Callable[[], None] = lambda: None
+        self._failures = failures
+        self._spans: dict[RunningEdit, tuple[int, int]] = {}
+        self._prepared: dict[Any, Prepared] = {}  # a callback may take a part of the batch away in the loop
+        self._controls: dict[Any, Control] = {}
+        self._rows: dict[Any, Tensor] = {}
+        self._joined: dict[Any, JoinedCalls] = {}
+
+    def make(self, edits: Sequence[RunningEdit]) -> None:
+        """Say which edits the run makes, before it begins; their bases have the same steps and kinds of calls."""
+        self.edits = tuple(edits)
+        bounds = accumulate((edit.samples for edit in edits), initial=0)
+        self._spans = dict(zip(edits, pairwise(bounds), strict=True))
+        base = self._base
         if not base.visits_all:
             visit(self.pipe.scheduler, base.num_inference_steps, base.visits, weakly(self._check_schedule))
+
+    @property
+    def samples(self) -> int:
+        """Pictures of all edits."""
+        return sum(edit.samples for edit in self.edits)
 
     def begin(self, call: Call) -> None:
         if self._base.visits_all:
             self._check_schedule()
-        if self._base.solver_steps:
-            self._stride_error = StrideError(self.pipe.scheduler)
-        then, now = self._base.latents.device, call.tensors[0].device
-        if then != now:
-            raise BaseMismatchError(f"the base lies on {then}, the U-Net runs on {now}: move the pipeline back")
+        for edit in self.edits:
+            edit.begin(self.pipe.scheduler)
+            then, now = edit.base.latents.device, call.tensors[0].device
+            if then != now:
+                raise BaseMismatchError(f"the base lies on {then}, the U-Net runs on {now}: move the pipeline back")
+            if isinstance(edit, DenseEdit):
+                edit.lowered = self.unet.program(call).lowered
 
     def _check_schedule(self) -> None:
         self._base.check_schedule(Schedule.of(self.pipe.scheduler))
 
     def predict(self, call: Call) -> Tensor:
-        cache = self._cache(call)
-        device = call.tensors[0].device
-        control = self._control(call)
-        if self.step < self._dense_steps:
-            return self.timer.time("dense", device, lambda: self._dense(call, cache, control))
-        prepared = self._prepare(call)
-        self._first_stepped = self._first_stepped or prepared
-        return self.timer.time("sparse", device, lambda: self.unet.step(call, cache, prepared, control))
-
-    def _dense(self, call: Call, cache: Recorded, control: Control | None) -> Tensor:
-        return self.unet.dense(call) if control is None else self.unet.controlled(call, cache, control)
-
-    def _control(self, call: Call) -> Control | None:
-        """What the words keep of the base's in this step; None where no sample keeps anything any more."""
-        under = tuple(self.step < steps for steps in self._controlled)
-        if not any(under):
-            return None
-        part = self.parts(call)[1]  # a callback may take guidance away in the loop
-        if (part, *under) not in self._controls:
-            mapper, keep, weight = self._alignment
-            still = torch.tensor(under).to(keep.device)[:, None]
-            weight = torch.where(still, weight, 1)
-            self._controls[part, *under] = Control(mapper * still[:, None], keep * still, part, weight)
-        return self._controls[part, *under]
+        for edit in self.edits:
+            self._recorded_call(edit, call)
+        first, *others = groups = self._groups()
+        if not others and len(first) == len(self.edits):
+            return self._predict(call, first)
+        parts = call.signature.sample_shape[0] // self.samples
+        out: Tensor | None = None
+        for group in groups:
+            key = parts, *group
+            if key not in self._rows:
+                spans = [self._spans[edit] for edit in group]
+                self._rows[key] = rows_of(spans, self.samples, parts, call.tensors[0].device)
+            rows = self._rows[key]
+            predicted = self._predict(call_of_rows(self.unet, call, rows), group)
+            if out is None:
+                out = predicted.new_zeros(call.signature.sample_shape[0], *predicted.shape[1:])
+            out.index_copy_(0, rows, predicted)
+        assert out is not None
+        return out
 
     def finish_step(self, latents: Tensor) -> Tensor:
-        step, dense, after = self.step, self._dense_steps, self._base.latents_after(self.step)
-        if step < self._base.dense_steps and self._stride_error is not None:
-            latents = (latents + self._stride_error.of(self._base.solver_steps[step], after)).to(latents.dtype)
-        if step == dense - 1:
-            mask = self._find_mask([*self.latents, latents])
-            if (area := float(mask.float().mean())) > self._largest_mask:
-                raise LargeMaskError(
-                    f"the mask that was found covers {area:.0%} of the picture, and largest_mask is "
-                    f"{self._largest_mask:.0%}: generate a picture of the new words, give a mask, or allow more"
-                )
-            self._know_mask(mask)
-        if step < dense - 1:
-            return latents
-        # Outside the mask the picture is the base's, bit for bit, whatever the scheduler remembers of other steps.
-        return torch.where(self.mask[:, None], latents, after)
+        if len(self.edits) == 1:
+            return self._finish_edit(self.edits[0], latents, self.latents)
+        self.check_noise()
+        pieces = [
+            self._finish_edit(edit, latents[slice(*span)], [each[slice(*span)] for each in self.latents])
+            for edit, span in self._spans.items()
+        ]
+        return torch.cat(pieces)
 
     def decode(self, latents: Tensor) -> Tensor | None:
-        if self.ran_dense:
-            self.decoding = Decoding("as its steps")
-        return self.decoding(latents, self.host_mask)
+        pieces: list[Tensor | None] = []
+        for edit, span in self._spans.items():
+            if not edit.failed and edit.ran_dense:
+                edit.decoding = Decoding("as its steps")
+            pieces.append(None if edit.failed else edit.decoding(latents[slice(*span)], edit.host_mask))
+        known = next((piece for piece in pieces if piece is not None), None)
+        if known is None or len(pieces) == 1:
+            return known
+        for i, (edit, span) in enumerate(self._spans.items()):
+            if edit.failed:  # nobody sees it
+                pieces[i] = known.new_zeros(edit.samples, *known.shape[1:])
+            elif pieces[i] is None:
+                pieces[i] = self.pipe.vae.vae.decode(latents[slice(*span)], return_dict=False)[0]
+        return torch.cat([piece for piece in pieces if piece is not None])
 
     @property
     def expected_steps(self) -> int:
@@ -176,81 +156,120 @@ class EditRun(PipelineRun):
                 f"the pipeline made {len(self.latents)} steps, and an edit of this base makes {self.expected_steps}"
             )
 
-    @property
-    def steps(self) -> tuple[int, int]:
-        """How many steps are dense, and how many come behind the mask."""
-        return self._dense_steps, len(self._base.visits) - self._dense_steps
+    def span(self, edit: RunningEdit) -> tuple[int, int]:
+        """The first sample of an edit, and the one behind its last."""
+        return self._spans[edit]
+
+    def latents_of(self, edit: RunningEdit) -> tuple[Tensor, ...]:
+        """The latents of an edit's samples after each step, in memory of their own."""
+        if len(self.edits) == 1:
+            return tuple(self.latents)
+        return tuple(latents[slice(*self._spans[edit])].clone() for latents in self.latents)
 
     @property
-    def ran_dense(self) -> bool:
-        """Whether the steps behind the mask ran dense, because it is so large."""
-        assert self._first_stepped is not None
-        return self._first_stepped.dense
+    def _base(self) -> Any:
+        """The first base: schedule and steps are those of all."""
+        return self.edits[0].base
 
-    def step_macs(self) -> StepMacs:
-        """What counts the multiply-accumulates of this edit's steps."""
-        assert self._first_stepped is not None
-        return StepMacs(self._first_stepped.lowered, grown(self.host_mask, RIM), dense=self.ran_dense)
+    def _groups(self) -> list[list[RunningEdit]]:
+        """Edits whose samples can be one batch in this step, in their order."""
+        kinds: dict[Any, list[RunningEdit]] = {}
+        for edit in self.edits:
+            dense = self.step < edit.dense_steps
+            # Alone one of a large region runs dense (``dense_above``), and beside others, too.
+            large = not dense and len(self.edits) > 1 and _share(edit.region) > edit.base.config.dense_above
+            kinds.setdefault((dense, large), []).append(edit)
+        return [group for group in kinds.values() if not all(edit.failed for edit in group)]
 
-    def _cache(self, call: Call) -> Recorded:
-        """What the base keeps of the call that this one repeats, where the U-Net runs."""
-        recorded, behind = self._recorded_call(call), self._base.calls[self.calls_made + 1 :]
-        following = behind[0].cache if behind else None
-        return recorded.cache if self.staging is None else self.staging.bring(recorded.cache, following)
+    def _predict(self, call: Call, edits: Sequence[RunningEdit]) -> Tensor:
+        """The noise prediction of a call of some of the edits."""
+        device, control = call.tensors[0].device, self._control(call, edits)
+        if self.step < edits[0].dense_steps:
+            cache = self._cache(call, edits, maps_alone=True) if control else None
+            return self.timer.time("dense", device, lambda: self._dense(call, cache, control))
+        cache, prepared = self._cache(call, edits), self._prepare(call, edits)
+        for edit in edits:
+            edit.note_step(prepared, edit.samples / sum(each.samples for each in edits))
+        return self.timer.time("sparse", device, lambda: self.unet.step(call, cache, prepared, control))
 
-    def _recorded_call(self, call: Call) -> RecordedCall:
+    def _dense(self, call: Call, cache: Recorded | None, control: Control | None) -> Tensor:
+        if control is None:
+            return self.unet.dense(call)
+        assert cache is not None
+        return self.unet.controlled(call, cache, control)
+
+    def _control(self, call: Call, edits: Sequence[RunningEdit]) -> Control | None:
+        """What the words keep of the bases' in this step; None where no sample keeps anything any more."""
+        under = tuple(edit.under_control(self.step) for edit in edits)
+        if not any(map(any, under)):
+            return None
+        part = self.parts(call)[1]  # a callback may take guidance away in the loop
+        key = part, *edits, *under
+        if key not in self._controls:
+            words = zip(*(edit.words(samples) for edit, samples in zip(edits, under, strict=True)), strict=True)
+            mapper, keep, weight = (each[0] if len(each) == 1 else torch.cat(each) for each in words)
+            self._controls[key] = Control(mapper, keep, part, weight)
+        return self._controls[key]
+
+    def _cache(self, call: Call, edits: Sequence[RunningEdit], *, maps_alone: bool = False) -> Recorded:
+        """What the bases keep of the call that this one repeats, where the U-Net runs."""
+        sources = [edit.base.calls[self.calls_made].cache for edit in edits]
+        later = [each.cache for each in edits[0].base.calls[self.calls_made + 1 :][:1]]
+        following: list[Recorded | None] = [*sources[1:], *later, None]
+
+        def bring(i: int) -> Recorded:
+            return sources[i] if self.staging is None else self.staging.bring(sources[i], following[i])
+
+        if len(edits) == 1:
+            return bring(0)
+        key = call.signature, *edits
+        if key not in self._joined:
+            specs, parts = self.unet.program(call).lowered.stored_specs, len(call.tensors[0]) // self.parts(call)[0]
+            self._joined[key] = JoinedCalls(call.signature, specs, parts, call.tensors[0].device)
+        return self._joined[key].fill(sources, bring, maps_alone=maps_alone)
+
+    def _recorded_call(self, edit: RunningEdit, call: Call) -> RecordedCall:
         """The base's call that this one repeats.
 
         Raises:
             BaseMismatchError: the pipeline's loop runs otherwise than for the base.
         """
-        calls = self._base.calls
+        calls = edit.base.calls
         if self.calls_made >= len(calls):
             raise BaseMismatchError("the pipeline calls its U-Net more often than for the base: use the same arguments")
         recorded = calls[self.calls_made]
         then, now = recorded.cache.signature.sample_shape, call.signature.sample_shape
-        if then != now:
+        if (then[0] * self.samples, *then[1:]) != (now[0] * edit.samples, *now[1:]):
             who = [f"the edit has the callback {self.callback.name}"] if self.callback else []
-            who += [f"the base had {self._base.callback}"] if self._base.callback else []
+            who += [f"the base had {edit.base.callback}"] if edit.base.callback else []
             raise BaseMismatchError(
                 f"at step {self.step} the U-Net is called with latents {list(now)}, and was with {list(then)} for the "
                 f"base: give both the same callback_on_step_end ({'; '.join(who) or 'neither has one that changed it'})"
             )
+        if len(self.edits) > 1:
+            check_call(call.signature, recorded.cache.signature, edit.asked.index)
         return recorded
 
-    def _prepare(self, call: Call) -> Prepared:
-        if call.signature not in self._prepared:
+    def _prepare(self, call: Call, edits: Sequence[RunningEdit]) -> Prepared:
+        key = call.signature, *edits
+        if key not in self._prepared:
             start = time.perf_counter()
-            self._prepared[call.signature] = self.unet.prepare(call, grown(self.host_mask, RIM))
+            regions = [edit.region for edit in edits]
+            self._prepared[key] = self.unet.prepare(call, regions[0] if len(regions) == 1 else torch.cat(regions))
             self.plan_ms += (time.perf_counter() - start) * 1e3
-        return self._prepared[call.signature]
+        return self._prepared[key]
 
-    def _know_mask(self, mask: Tensor) -> None:
-        """The mask is known: bool ``[n, h, w]``, on the host."""
-        self.host_mask, self.mask = mask, mask.to(self._base.latents.device, non_blocking=True)
-        self._mask_is_known = True
-
-    def _find_mask(self, latents: list[Tensor]) -> Tensor:
-        """The mask of what the dense steps changed, joined with the one given; on the host."""
-        first, last = DIFFERENCE_STEPS[0] - 1, min(DIFFERENCE_STEPS[1], len(latents))
-        after = [self._base.latents_after(visit) for visit in range(last)]
-        edited = self._edited_samples
-        base, edit = (torch.stack(each[first:last])[:, edited] for each in (after, latents))
-        found = torch.zeros(latents[0][:, 0].shape, dtype=torch.bool)
-        found[self._edited] = difference_mask(base, edit).cpu()
-        if self._given is None:
-            return found
-        mask = self._of_edited(found & self._given if self._combine == "and" else found | self._given)
-        if not mask[self._edited].flatten(1).any(dim=1).all():
-            raise MaskError("the mask that was found and the one given do not meet: give a larger one, or combine='or'")
-        return mask
-
-    def _of_edited(self, mask: Tensor) -> Tensor:
-        """The mask, bool ``[n, h, w]``, of the samples that change: those whose prompts stay are the base's."""
-        return mask & self._edited[:, None, None]
+    def _finish_edit(self, edit: RunningEdit, latents: Tensor, before: list[Tensor]) -> Tensor:
+        try:
+            return edit.finish_step(self.step, latents, before)
+        except MaskError as error:
+            with self._failures.of(edit.asked.index):
+                raise error
+        edit.give_up()
+        if all(each.failed for each in self.edits):
+            raise NothingLeftError("all edits have failed")
+        return edit.finish_step(self.step, latents, before)
 
 
-def _only_adds(old: str, new: str) -> bool:
-    """Whether a prompt has words that the old one has not, and all of those."""
-    removed, added = changed_words(old, new)
-    return bool(added) and not removed
+def _share(region: Tensor) -> float:
+    return float(region.float().mean())

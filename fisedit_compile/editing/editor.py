@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 from weakref import WeakKeyDictionary
 
 import torch
 
-from fisedit_compile.cache.host_tier import Staging
 from fisedit_compile.cache.read_base import open_base
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.editing.arguments import (
@@ -29,21 +27,15 @@ from fisedit_compile.editing.arguments import (
     owned,
     without_return_dict,
 )
-from fisedit_compile.editing.background import PixelBackground
 from fisedit_compile.editing.base import Base
+from fisedit_compile.editing.batch_arguments import check_together
 from fisedit_compile.editing.decoding import Decoders
-from fisedit_compile.editing.dense_run import DenseRun
-from fisedit_compile.editing.edit_request import (
-    Background,
-    Combine,
-    Output,
-    changed_arguments,
-    check_output,
-    check_request,
-    count_controlled_steps,
-)
+from fisedit_compile.editing.edit_checks import Background, Combine, Output
+from fisedit_compile.editing.edit_maker import EditMaker
+from fisedit_compile.editing.edit_request import CheckedEdit, EditRequest
 from fisedit_compile.editing.edit_run import EditRun
-from fisedit_compile.editing.embeddings import check_as_many_tokens, check_embeddings
+from fisedit_compile.editing.embeddings import check_embeddings
+from fisedit_compile.editing.failures import Failures
 from fisedit_compile.editing.inversion import InvertRun, check_inversion
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.editing.photo import encode, read_photos
@@ -52,19 +44,18 @@ from fisedit_compile.editing.pipeline_call import in_turn
 from fisedit_compile.editing.pipeline_digest import pipeline_digest
 from fisedit_compile.editing.pipeline_state import PipelineWatch
 from fisedit_compile.editing.record_run import RecordRun
-from fisedit_compile.editing.result import Edit, EditReport
-from fisedit_compile.editing.rounds import RebaseRun, Trajectory
+from fisedit_compile.editing.result import Edit
+from fisedit_compile.editing.rounds import RebaseRun
 from fisedit_compile.editing.saved_base import SavedBase
 from fisedit_compile.editing.schedule import Schedule, refuse_unseeded
 from fisedit_compile.editing.step_callback import StepCallback
 from fisedit_compile.editing.step_ends import WITHOUT_CALLBACK
 from fisedit_compile.editing.text_memo import TextMemo
-from fisedit_compile.editing.word_weights import Weights, weights_of_samples
-from fisedit_compile.errors import BaseMismatchError, CaptureError
-from fisedit_compile.masks.user_mask import MaskLike, as_mask
+from fisedit_compile.editing.word_weights import Weights
+from fisedit_compile.errors import CaptureError
+from fisedit_compile.masks.user_mask import MaskLike
 from fisedit_compile.runtime.model_state import ModelState
 from fisedit_compile.sparse_unet import SparseUNet, sparsify
-from fisedit_compile.utils.frozen_mapping import FrozenMapping
 
 
 class Editor:
@@ -102,8 +93,8 @@ class Editor:
         self._turn = threading.RLock()
         self._watch, self._tokenizers, self._decoders = PipelineWatch(), OwnTokenizers(), Decoders()
         self._texts = TextMemo(self._watch.of)
+        self._maker = EditMaker(self._watch, self._decoders, self._texts)
         self._bases_of_edits: WeakKeyDictionary[Edit, Base] = WeakKeyDictionary()
-        self._staging: Staging | None = None
         self._unet: SparseUNet | None = None
         self._unet = self.unet
 
@@ -275,7 +266,7 @@ class Editor:
             output_type: ``"latent"`` decodes nothing, and ``images`` are the latents; another kind of pictures than the
                 base's needs ``background="latents"``. None is the base's.
             dense: run all steps through the dense U-Net, to see what a sparse edit should look like
-                (:class:`~fisedit_compile.editing.dense_run.DenseRun`). No mask is looked for: without one given the
+                (:class:`~fisedit_compile.editing.dense_edit.DenseEdit`). No mask is looked for: without one given the
                 whole picture is free.
             cross_replace: with ``dense``: the share of the steps, in [0, 1], that take the base's attention maps; None
                 is the config's. The base keeps those of the first steps, as many as the config's ``cross_replace``
@@ -298,90 +289,123 @@ class Editor:
                 the base has; other words with the base's embeddings; an argument that an edit does not take; words in
                 ``weights`` that the prompt has not; or pictures whose background cannot be the base's in pixels.
         """
-        if isinstance(base, Edit):
-            base = self.base_of(base)
-        if not isinstance(base, Base):
-            raise ValueError(f"base is of type {type(base).__name__}: pass what editor.generate(...) returned")
-        prompts = check_prompts(prompt)
-        changes = changed_arguments(self.pipe, base, without_return_dict(arguments))
-        each_weights = weights_of_samples(weights, len(prompts))
-        controlled = count_controlled_steps(base, dense=dense, cross_replace=cross_replace)
-        check_request(
-            base,
-            prompts,
-            changes,
-            each_weights,
-            mask,
-            combine=combine,
-            largest_mask=largest_mask,
-            background=background,
-            dense=dense,
-            controlled=base.controlled_steps if controlled is None else controlled,
+        request = EditRequest(
+            base, prompt, mask, weights=weights, combine=combine, largest_mask=largest_mask, **arguments
         )
-        check_embeddings(self.pipe, prompts, {**base.arguments, **changes}, controlled=base.controlled_steps > 0)
-        check_as_many_tokens(self.pipe, base.arguments, changes)
-        check_output(base, output_type, background)
-        if output_type == "latent":
-            background = "latents"
-        callback = self._callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        if base.callback and callback is None:
-            raise BaseMismatchError(
-                f"the base was generated with the callback {base.callback}: give edit the same callback_on_step_end"
-            )
-        samples, _, *size = base.latents.shape
-        given = None
-        if mask is not None:
-            if base.frame is not None:
-                mask = base.frame.mask_of_model(mask, (size[0], size[1]))
-            given = as_mask(mask, samples=samples, size=(size[0], size[1]), device="cpu")
+        [edit] = self._make(
+            [request],
+            Failures(1, kept=False),
+            background=background,
+            output_type=output_type,
+            callback=self._callback(callback_on_step_end, callback_on_step_end_tensor_inputs),
+            dense=dense,
+            cross_replace=cross_replace,
+        )
+        assert isinstance(edit, Edit)
+        return edit
+
+    @overload
+    def edit_many(
+        self,
+        requests: Sequence[EditRequest],
+        *,
+        background: Background = ...,
+        output_type: Output | None = ...,
+        return_exceptions: Literal[False] = ...,
+    ) -> list[Edit]: ...
+
+    @overload
+    def edit_many(
+        self,
+        requests: Sequence[EditRequest],
+        *,
+        background: Background = ...,
+        output_type: Output | None = ...,
+        return_exceptions: Literal[True],
+    ) -> list[Edit | Exception]: ...
+
+    def edit_many(
+        self,
+        requests: Sequence[EditRequest],
+        *,
+        background: Background = "pixels",
+        output_type: Output | None = None,
+        return_exceptions: bool = False,
+    ) -> Sequence[Edit | Exception]:
+        """Make several edits in one run of the pipeline, each as :meth:`edit` makes it alone, up to rounding.
+
+        Their bases may be different ones or the same, with any words, masks and numbers of pictures; one mask may be
+        given and another found. What a pipeline takes one of they have in common: size, steps, scheduler, guidance
+        scale, and all other arguments that they were generated with.
+
+        Args:
+            requests: the edits.
+            background, output_type: of all of them, see :meth:`edit`.
+            return_exceptions: return the error of an edit that cannot be made in its place, and make the others. Errors
+                that are not of one edit alone are raised all the same.
+
+        Returns:
+            An :class:`Edit` for each request, in their order; with ``return_exceptions`` some may be exceptions.
+
+        Raises:
+            ValueError: no requests; a difference that keeps two edits from being made together, by the places of both
+                (from 0); a base that was recorded with a callback that changed its loop, or by a pipeline that starts
+                from pictures.
+            BaseMismatchError, MaskError, ValueError: see :meth:`edit`; the message names the edit's place.
+            BaseMemoryError, PipelineInterruptedError: see :meth:`edit`; nothing is kept of any edit.
+        """
+        if not requests or not all(isinstance(each, EditRequest) for each in requests):
+            raise ValueError("edit_many takes a list of EditRequest(base, prompt, ...), at least one")
+        return self._make(
+            requests,
+            Failures(len(requests), kept=return_exceptions),
+            background=background,
+            output_type=output_type,
+        )
+
+    def _make(
+        self,
+        requests: Sequence[EditRequest],
+        failures: Failures,
+        *,
+        background: Background,
+        output_type: Output | None,
+        callback: StepCallback | None = None,
+        dense: bool = False,
+        cross_replace: float | None = None,
+    ) -> list[Edit | Exception]:
+        """The edits of one run, or the error of each that failed."""
+        checked: list[CheckedEdit] = []
+        for index, request in enumerate(requests):
+            with failures.of(index):
+                base = self.base_of(request.base) if isinstance(request.base, Edit) else request.base
+                checked.append(
+                    CheckedEdit.of(
+                        self.pipe,
+                        request,
+                        base,
+                        index,
+                        background=background,
+                        output_type=output_type,
+                        has_callback=(request.callback or callback) is not None,
+                        dense=dense,
+                        cross_replace=cross_replace,
+                    )
+                )
+        if not checked:
+            return [failures.errors[index] for index in range(len(requests))]
+        check_together(self.pipe, checked)
         with self._in_turn() as (unet, unet_state):
-            start_from = (unet, self.pipe, self._tokenizers, callback, base, prompts, changes, each_weights, given)
-            run = DenseRun(*start_from, controlled) if dense else EditRun(*start_from, combine, largest_mask)
-            state = self._watch.look(run.pipe, unet_state, base.prompts)
-            base.check(state, Schedule.of(self.pipe.scheduler), self.config)
-            keep = None
-            if background == "pixels":
-                keep = PixelBackground.of(self.pipe, base.pictures, base.latents, base.arguments)
-            run.decoding = self._decoders.editing(self.pipe, state, base, keep)
-            run.staging = self._staging_for(base)
-            start = time.perf_counter()
-            # Where an edit visits all steps, as many as were asked for: Heun's scheduler makes two of each.
-            steps = base.arguments["num_inference_steps"] if base.visits_all else len(base.visits)
-            output = {} if output_type is None else {"output_type": output_type}
-            repeated = owned({**base.arguments, **changes, **output, "num_inference_steps": steps})
-            self._texts.serve(run.pipe, state.models, repeated)
-            images, nsfw = run.draw(prompts, base.rewound_generators(), repeated)
-            uncomposed: tuple[int, ...] = ()
-            if keep is not None:
-                flags = {"base_flags": base.nsfw, "edit_flags": nsfw}
-                images, uncomposed = keep.compose(base.pictures, images, run.host_mask, **flags)
-            if base.frame is not None and output_type != "latent":
-                images = base.frame.restored(images)
-            seconds = time.perf_counter() - start
-            source = "found" if given is None else "given" if combine == "replace" else f"found {combine} given"
-            report = EditReport.of(
-                run,
-                base,
-                prompts,
-                mask_source="none" if dense and given is None else source,
-                seconds=seconds,
-                background=background,
-                uncomposed=uncomposed,
+            made = self._maker.make(
+                self.pipe,
+                EditRun(unet, self.pipe, self._tokenizers, callback, failures),
+                unet_state,
+                checked,
+                failures,
+                composed=background == "pixels" and output_type != "latent",
+                output={} if output_type is None else {"output_type": output_type},
             )
-            trajectory = Trajectory(
-                prompts=prompts,
-                arguments=FrozenMapping({**base.arguments, **owned({**changes, **output})}),
-                generators=base.generators,
-                pipeline=state.of_prompts(run.pipe, prompts),
-                schedule=base.schedule,
-                steps=base.num_inference_steps,
-                visits=base.visits,
-                latents=tuple(run.latents),
-                config=self.config,
-                callback=run.callback_changes,
-                frame=base.frame,
-            )
-        return Edit(images, nsfw, run.mask, run.latents[-1], report, trajectory)
+        return [failures.errors.get(index) or made[index] for index in range(len(requests))]
 
     def base_of(self, edit: Edit) -> Base:
         """A base of an edit's picture, which :meth:`edit` makes where it is given an edit: a second round, and further.
@@ -462,20 +486,11 @@ class Editor:
             if self._unet is not None:
                 self._unet.free()
             self._texts = TextMemo(self._watch.of)
+            self._maker = EditMaker(self._watch, self._decoders, self._texts)
             self._bases_of_edits.clear()
-            self._staging = None
             gc.collect()  # graphs refer to each other in circles
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
-
-    def _staging_for(self, base: Base) -> Staging | None:
-        """What brings the calls of a base in host memory to the device; kept, as its memory serves all edits."""
-        if base.tier == "device":
-            return None
-        device = base.latents.device
-        if self._staging is None or self._staging.device != device:
-            self._staging = Staging(device)
-        return self._staging
 
     @property
     def _controls(self) -> bool:

@@ -20,7 +20,7 @@ import torch
 from fisedit_compile.editing.host_timesteps import keep_on_host
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.editing.quick_pictures import quick
-from fisedit_compile.errors import PipelineInterruptedError
+from fisedit_compile.errors import FiseditError, PipelineInterruptedError
 from fisedit_compile.vae.decoder import can_be_sparse
 
 _turns: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary()
@@ -152,10 +152,11 @@ class PipelineCall:
 
         Raises:
             PipelineInterruptedError: see :meth:`raise_if_interrupted`, which the handlers of the call have to ask.
+            FiseditError: what the handlers raise.
         """
         try:
             return self.pipe(**arguments)
-        except PipelineInterruptedError:
+        except FiseditError:
             self._original.maybe_free_model_hooks()  # the pipeline's loop was left before it could
             raise
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fisedit_compile.editing.base import Base
 from fisedit_compile.editing.prompt_alignment import changed_words
 from fisedit_compile.editing.rounds import Trajectory
 from fisedit_compile.editing.step_macs import StepMacs
 
 if TYPE_CHECKING:
     from fisedit_compile.editing.edit_run import EditRun
+    from fisedit_compile.editing.running_edit import RunningEdit
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class EditReport:
             safety checker blackened it, or the base's.
         decoder: ``"sparse"``: the VAE's decoder computed what the edit changed, and around it; ``"dense (why)"``: the
             whole picture; ``"none"``: nothing was decoded.
+        made_together: edits that one run made, this one among them (:meth:`~fisedit_compile.Editor.edit_many`):
+            ``unet_ms``, ``plan_ms`` and ``seconds`` are of all of them together.
     """
 
     mask_area: float
@@ -54,40 +56,42 @@ class EditReport:
     background: str
     uncomposed: tuple[int, ...]
     decoder: str
+    made_together: int
     step_macs: StepMacs = field(repr=False, compare=False)
 
     @classmethod
     def of(
         cls,
         run: EditRun,
-        base: Base,
-        prompts: tuple[str, ...],
+        edit: RunningEdit,
+        latents: Tensor,
         *,
-        mask_source: str,
         seconds: float,
         background: str,
         uncomposed: tuple[int, ...],
     ) -> EditReport:
-        """Of a run that has ended."""
-        outside_same = (run.latents[-1] == base.latents) | run.mask[:, None]
+        """Of one edit of a run that has ended; ``latents`` are its final ones."""
+        base, prompts = edit.base, edit.asked.prompts
+        outside_same = (latents == base.latents) | edit.mask[:, None]
         times = run.timer.milliseconds()
         words = [changed_words(old, new) for old, new in zip(base.prompts, prompts, strict=True)]
         return cls(
-            mask_area=float(run.host_mask.float().mean()),
-            mask_source=mask_source,
+            mask_area=edit.area,
+            mask_source=edit.asked.mask_source,
             removed_words=tuple(tuple(removed) for removed, _ in words),
             added_words=tuple(tuple(added) for _, added in words),
-            dense_steps=run.steps[0],
-            sparse_steps=run.steps[1],
+            dense_steps=edit.steps[0],
+            sparse_steps=edit.steps[1],
             unet_ms=summarise_times(times["dense"], times["sparse"]),
             plan_ms=run.plan_ms,
             seconds=seconds,
-            ran_dense=run.ran_dense,
+            ran_dense=edit.ran_dense,
             background_identical=bool(outside_same.all()),
             background=background,
             uncomposed=uncomposed,
-            decoder=run.decoding.how,
-            step_macs=run.step_macs(),
+            decoder=edit.decoding.how,
+            made_together=len(run.edits),
+            step_macs=edit.step_macs(),
         )
 
     @property
@@ -115,7 +119,9 @@ class EditReport:
             f"{self.dense_steps} dense and {self.sparse_steps} sparse steps"
             + (f"; a sparse step takes {' and '.join(savings)}" if savings else "")
             + (" (the mask is so large that they ran the dense U-Net)" if self.ran_dense and self.sparse_steps else "")
-            + f"; {self.seconds:.1f} s; background "
+            + f"; {self.seconds:.1f} s"
+            + (f" for {self.made_together} edits" if self.made_together > 1 else "")
+            + "; background "
             + (f"identical in {self.background}" if self.background_identical else "CHANGED")
             + (f" (not in sample(s) {', '.join(map(str, self.uncomposed))}: blackened)" if self.uncomposed else "")
             + f"; decoder {self.decoder}"

@@ -18,7 +18,7 @@ from fisedit_compile.utils.frozen_mapping import FrozenMapping
 _LEFT_OVER = ("dt",)
 
 #: The option of schedulers with noise of their own that makes it the same each time.
-_SEED = "noise_sampler_seed"
+OWN_SEED = "noise_sampler_seed"
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ def refuse_unseeded(scheduler: Any) -> None:
     Raises:
         ValueError: it has a seed of its own, which is not set.
     """
-    if dict(scheduler.config).get(_SEED, 0) is None:
+    if dict(scheduler.config).get(OWN_SEED, 0) is None:
         raise ValueError(_own_noise(scheduler))
 
 
@@ -102,7 +102,7 @@ def refuse_noise_of_its_own(scheduler: Any) -> None:
 
 
 def _own_noise(scheduler: Any) -> str:
-    what_to_do = f"set its {_SEED}" if _SEED in scheduler.config else "take another scheduler"
+    what_to_do = f"set its {OWN_SEED}" if OWN_SEED in scheduler.config else "take another scheduler"
     return (
         f"{type(scheduler).__name__} draws noise that does not come from the pipeline's generator, so that no edit "
         f"could repeat it: {what_to_do}"

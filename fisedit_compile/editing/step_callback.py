@@ -1,4 +1,4 @@
-"""A user's ``callback_on_step_end``, called as the pipeline itself would, and what it changed."""
+"""A user's ``callback_on_step_end``, called as the pipeline itself would, and what it changed; or one of each edit."""
 
 from __future__ import annotations
 
@@ -73,6 +73,39 @@ class StepCallback:
         self.changed |= {name for name, each in before.items() if not _same(each, now[name])}
         self.changed |= _differing(loop, vars(call.pipe)) - {"_interrupt"}
         return returned
+
+
+class BatchCallback:
+    """Callbacks of several edits as one of all their samples.
+
+    Args:
+        parts: the callback of each edit, None without one, and its first sample and the one behind its last.
+
+    Attributes:
+        callbacks: those that there are.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Callable[..., Any] | None, tuple[int, int]]]) -> None:
+        self.callbacks = [callback for callback, _ in parts if callback is not None]
+        self._parts = parts
+
+    def __call__(self, pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        """The latents of all samples, with those that callbacks returned in the place of others.
+
+        Raises:
+            ValueError: one returned other tensors, or latents of another shape.
+        """
+        latents = values["latents"]
+        for callback, (first, end) in self._parts:
+            if callback is None:
+                continue
+            own = latents[first:end].clone()
+            returned = callback(pipe, index, timestep, {"latents": own}) or {}
+            now = returned.get("latents", own)
+            if set(returned) - {"latents"} or now.shape != own.shape:
+                raise ValueError(f"{_name(callback)} of an edit among several may return its latents alone")
+            latents[first:end] = now
+        return {"latents": latents}
 
 
 def _name(callback: Any) -> str:

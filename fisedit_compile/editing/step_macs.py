@@ -17,17 +17,18 @@ class StepMacs:
 
     Args:
         lowered: the graphs that the edit ran.
-        mask: what was recomputed, bool ``[n, h, w]``.
+        mask: what was recomputed of the edit's samples, bool ``[n, h, w]``.
         dense: the steps behind the mask ran the dense U-Net.
+        share: of the edit's samples in the batch that the graphs are for.
 
     Attributes:
         counted: the result of :meth:`count`; None before.
     """
 
-    def __init__(self, lowered: Lowered, mask: Tensor, *, dense: bool) -> None:
+    def __init__(self, lowered: Lowered, mask: Tensor, *, dense: bool, share: float = 1.0) -> None:
         self.counted: dict[str, float] | None = None
         self._lowered: weakref.ref[Lowered] | None = weakref.ref(lowered)
-        self._mask, self._dense = mask.cpu(), dense
+        self._mask, self._dense, self._share = mask.cpu(), dense, share
 
     def count(self) -> dict[str, float]:
         """Of a dense and a sparse call (``"dense_step"``, ``"sparse_step"``), and their ratio.
@@ -46,8 +47,11 @@ class StepMacs:
 
             costs = RowCosts.of(lowered) if lowered.config.blocks == "measured" else None
             counter = MacCounter(lowered, check=False)
-            dense = counter.dense.total
-            sparse = dense if self._dense else counter.step(lowered.plan(self._mask.cpu(), costs=costs)).total
+            dense = counter.dense.total * self._share
+            # A batch of samples that are all edited like these; one by one, where it is no multiple of them.
+            masks = self._mask.split(1) if lowered.batch % len(self._mask) else [self._mask]
+            steps = [] if self._dense else [counter.step(lowered.plan(mask, costs=costs)).total for mask in masks]
+            sparse = self._share * sum(steps) / len(steps) if steps else dense
             self.counted = {"dense_step": dense, "sparse_step": sparse, "ratio": dense / max(sparse, 1)}
         return self.counted
 

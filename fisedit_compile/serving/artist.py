@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fisedit_compile.editing.edit_request import EditRequest
 from fisedit_compile.serving.partial_pictures import StepWatch
 from fisedit_compile.serving.picture_files import of_png
 from fisedit_compile.serving.requests import Settings
@@ -45,9 +46,22 @@ class Artist:
             of_png(photo), prompt, num_inference_steps=settings.steps, guidance_scale=settings.guidance
         )
 
-    def edit(
-        self, base: Base, prompt: str, mask: bytes | None, before: Settings, after: Settings, steps: StepWatch | None
-    ) -> Edit:
+    def edit(self, base: Base, prompt: str, mask: bytes | None, before: Settings, after: Settings) -> Edit:
+        """A picture with other words; arguments as of :meth:`request`."""
+        [edit] = self._editor.edit_many([self.request(base, prompt, mask, before, after, None)])
+        return edit
+
+    def request(
+        self,
+        base: Base,
+        prompt: str,
+        mask: bytes | None,
+        before: Settings,
+        after: Settings,
+        steps: StepWatch | None,
+        *,
+        largest_mask: float = 1.0,
+    ) -> EditRequest:
         """A picture with other words, within a mask (PNG) or one that is found.
 
         Args:
@@ -55,6 +69,7 @@ class Artist:
             prompt, after: of the edit; the settings may differ in guidance and negative prompt.
             mask: where to edit; None has it found.
             steps: watches.
+            largest_mask: share of the picture that a mask which is found may cover.
         """
         changes: dict[str, Any] = {}
         if after.guidance != before.guidance:
@@ -62,7 +77,8 @@ class Artist:
         if after.negative_prompt != before.negative_prompt:
             changes["negative_prompt"] = after.negative_prompt or None
         given = None if mask is None else of_png(mask)
-        return self._editor.edit(base, prompt, given, **changes, **step_callback(steps, len(base.visits)))
+        watched = step_callback(steps, len(base.visits))
+        return EditRequest(base, prompt, given, largest_mask=largest_mask, **changes, **watched)
 
 
 def step_callback(steps: StepWatch | None, count: int) -> dict[str, Any]:

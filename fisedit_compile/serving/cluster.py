@@ -27,8 +27,9 @@ logger = logging.getLogger(__name__)
 
 _APP = "fisedit"
 
-#: Requests that are sent to one replica: the one that it draws, and some that wait there for the bases that it holds.
-#: Others go to the next replica that has room, which has to read these bases, or wait for any.
+#: Requests that are sent to one replica: those that it draws, and some that wait there for the bases that it holds, as
+#: many as it makes together at least. Others go to the next replica that has room, which has to read these bases, or
+#: wait for any.
 _AT_ONCE = 4
 
 #: Seconds behind which a request that waits asks again at the latest: a picture may take less than Serve's own 0.5.
@@ -196,7 +197,7 @@ def running_replicas(options: ReplicaOptions, least: int) -> Iterator[Replicas]:
             scale = {"autoscaling_config": {"min_replicas": least, "max_replicas": options.replicas}}
         deployment = serve.deployment(Replica).options(
             **scale,
-            max_ongoing_requests=_AT_ONCE,
+            max_ongoing_requests=max(_AT_ONCE, 2 * options.batch),
             ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
             request_router_config={
                 "request_router_class": _ROUTER,

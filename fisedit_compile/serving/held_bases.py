@@ -87,6 +87,11 @@ class HeldBases:
         self._hold(name, base)
         return base
 
+    def holds(self, name: str) -> bool:
+        """Whether a base is in memory."""
+        with self._lock:
+            return name in self._held
+
     def add(self, name: str, base: Base) -> None:
         """Hold a base in memory, and write it to the store in the background."""
         self._hold(name, base)

@@ -42,6 +42,7 @@ class ReplicaOptions:
         device, dtype: of the pipeline, by torch's names.
         threads: of torch.
         replicas: how many there may be, which share the host's memory.
+        batch: edits that are made together at most, a power of two.
         write_bases: whether bases go to the disk: not where no picture is reused.
         config: fields of the editor's config.
     """
@@ -54,6 +55,7 @@ class ReplicaOptions:
     dtype: str
     threads: int
     replicas: int
+    batch: int = 1
     write_bases: bool = True
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -84,13 +86,13 @@ def build_worker(options: ReplicaOptions) -> Worker:
     editor = Editor(pipe, SparsityConfig.of(options.config))
     folder = Path(options.folder)
     library, store = open_library(folder), open_store(folder, options.store_bytes)
-    _warm_up(editor, facts_of(editor).side)
+    _warm_up(editor, facts_of(editor).side, options.batch)
     memory = options.memory_bytes
     if memory is None:
         kind = pipe.device.type
         memory = int(_SHARES[kind] * free_bytes(pipe.device) / (options.replicas if kind == "cpu" else 1))
     bases = HeldBases(editor, store, library, memory, write=options.write_bases)
-    return Worker(Engine(editor, bases, library))
+    return Worker(Engine(editor, bases, library), options.batch)
 
 
 def facts_of(editor: Editor) -> PipelineFacts:
@@ -101,17 +103,26 @@ def facts_of(editor: Editor) -> PipelineFacts:
     return PipelineFacts(editor.digest(), (side if isinstance(side, int) else max(side)) * factor, math.lcm(8, factor))
 
 
-def _warm_up(editor: Editor, side: int) -> None:
-    """Draw a picture and edit it, within a mask and in a mask that is found, so that graphs and kernels are there."""
+def _warm_up(editor: Editor, side: int, batch: int) -> None:
+    """Draw a picture and edit it, within a mask and in a mask that is found, so that graphs and kernels are there.
+
+    Args:
+        editor: the editor.
+        side: of the picture.
+        batch: edits that will be made together at most; there are graphs for each number of them.
+    """
     from PIL import Image
+
+    from fisedit_compile.editing.edit_request import EditRequest
 
     base = editor.generate(
         _WORDS[0], num_inference_steps=_STEPS, generator=torch.Generator().manual_seed(0), width=side, height=side
     )
     mask = Image.new("L", (8, 8))
     mask.paste(255, (0, 0, 4, 4))
-    for given in (mask, None):
-        try:
-            editor.edit(base, _WORDS[1], given)
-        except (FiseditError, ValueError) as error:  # a model to which both are one word, or that changes nothing
-            logger.info("an edit before the first request: %s", error)
+    for count in (2**i for i in range(batch.bit_length())):
+        for given in (mask, None):
+            try:
+                editor.edit_many([EditRequest(base, _WORDS[1], given)] * count)
+            except (FiseditError, ValueError) as error:  # a model to which both are one word, or that changes nothing
+                logger.info("edits before the first request: %s", error)

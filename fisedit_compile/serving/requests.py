@@ -129,6 +129,13 @@ class Job:
     embedding: np.ndarray | None = None
     encoder: str = ""
 
+    @property
+    def changes(self) -> str | None:
+        """Name of the picture that is changed, if one is."""
+        if isinstance(self.request, EditRequest):
+            return self.request.base
+        return None if self.similar is None else self.similar.base
+
 
 @dataclass(frozen=True)
 class Reuse:

@@ -78,6 +78,7 @@ def test_users_of_a_service(tmp_path: Path, editor: Editor, rate: float | None) 
     assert (report["requests"], report["answered"], report["errors"]) == (8, 8, [])
     assert report["requests_per_second"] == 4
     assert report["reused"]["edit"] >= 1
+    assert report["made_together"] == {1: report["reused"]["edit"]}
     assert report["latency"]["all"]["p50"] > 0
     assert 0 <= report["shows_what_was_asked"] <= 1
     assert summarise(again, 1.0, None)["reused"] == {"stored": 8}

@@ -12,7 +12,8 @@ import torch
 from support.pipelines import CONFIG, EDIT, generate, left_half, tiny_pipeline
 
 import fisedit_compile.editing.record_run as record_run
-from fisedit_compile import Base, Editor, SparsityConfig
+from fisedit_compile import Base, Editor, EditRequest, SparsityConfig
+from fisedit_compile.testing import assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,6 +42,31 @@ def test_edits_from_host_memory_are_those_from_the_device(tmp_path: Path, cache:
     again = [made_by.edit(made_by.edit(each, EDIT, left_half()), "a cat on the left", left_half())
              for made_by, each in ((editor, base), (other, away))]  # fmt: skip
     assert torch.equal(*(each.latents for each in again))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache", ["exact", "balanced", "small"])
+def test_edits_made_together_from_host_memory_and_the_device(cache: str) -> None:
+    editor, base = made("device", cache=cache)
+    other, away = made("host", cache=cache)
+    second = generate(editor, "a dog on the apple", num_inference_steps=8, generator=torch.Generator().manual_seed(4))
+    further = generate(other, "a dog on the apple", num_inference_steps=8, generator=torch.Generator().manual_seed(4))
+    for masks in ((left_half(), ~left_half(), left_half()), (None, None, None), (None, left_half(), None)):
+        prompts = (EDIT, "a cat on the apple", "an apple on the left")
+        near, far = (
+            [EditRequest(each, words, mask) for each, words, mask in zip(bases, prompts, masks, strict=True)]
+            for bases in ((base, second, base), (away, further, away))
+        )
+        want = editor.edit_many(near)
+        for _ in range(2):
+            for one, other_one in zip(other.edit_many(far), want, strict=True):
+                assert torch.equal(one.latents, other_one.latents)
+        for request, edit in zip(near, want, strict=True):
+            alone = editor.edit(request.base, request.prompt, request.mask)
+            outside = ~edit.mask[:, None].expand_as(edit.latents)
+            assert torch.equal(edit.latents[outside], request.base.latents[outside])
+            if request.mask is not None:  # one that is found may be off by a cell, as latents round otherwise
+                assert_close(edit.latents, alone.latents)
 
 
 @pytest.mark.gpu

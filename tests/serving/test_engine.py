@@ -16,7 +16,6 @@ from support.pipelines import CONFIG, tiny_pipeline
 from support.services import CAT, DOG, SETTINGS, Service, request, service
 
 from fisedit_compile import BaseMemoryError, Editor, MaskError, PipelineInterruptedError
-from fisedit_compile.serving.engine import Stop
 from fisedit_compile.serving.errors import BusyError, OtherPipelineError, PictureGoneError, WithheldPictureError
 from fisedit_compile.serving.picture_files import as_png, of_png
 from fisedit_compile.serving.picture_id import new_picture_id
@@ -29,6 +28,7 @@ from fisedit_compile.serving.requests import (
     Request,
     Similar,
 )
+from fisedit_compile.serving.tasks import Stop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -22,7 +22,8 @@ def summarise(outcomes: Sequence[Outcome], wall_seconds: float, judge: Judge | N
         judge: says what pictures show; None where there is none.
 
     Returns:
-        A dict for JSON; latencies in seconds, of all answers and of each kind of reuse.
+        A dict for JSON; latencies in seconds, of all answers and of each kind of reuse; of edits, how many were made
+        together with how many.
     """
     answers = [each for each in outcomes if not each.error]
     kinds = Counter(each.picture["reuse"]["kind"] for each in answers)
@@ -37,6 +38,7 @@ def summarise(outcomes: Sequence[Outcome], wall_seconds: float, judge: Judge | N
         "requests_per_second": len(answers) / wall_seconds,
         "latency": {"all": _latencies(answers), **{kind: _latencies(of_kind) for kind, of_kind in by_kind.items()}},
         "reused": dict(kinds),
+        "made_together": Counter(each.picture["report"].get("made_together", 1) for each in by_kind.get("edit", [])),
         "mask_area": float(np.mean(areas)) if areas else None,
         "why_new": Counter(_short(each.picture["reuse"]["why"]) for each in by_kind.get("none", [])),
         "shows_what_was_asked": _success(answers, judge) if judge else None,
