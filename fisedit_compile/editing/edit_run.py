@@ -177,7 +177,7 @@ class EditRun(PipelineRun):
         for edit in self.edits:
             dense = self.step < edit.dense_steps
             # Alone one of a large mask runs dense (``dense_above``), and beside others, too.
-            large = not dense and len(self.edits) > 1 and edit.area > edit.base.config.dense_above
+            large = not dense and len(self.edits) > 1 and edit.is_large
             kinds.setdefault((dense, large), []).append(edit)
         return [group for group in kinds.values() if not all(edit.failed for edit in group)]
 

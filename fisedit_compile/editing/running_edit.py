@@ -144,6 +144,11 @@ class RunningEdit:
         return float(self.host_mask.float().mean())
 
     @property
+    def is_large(self) -> bool:
+        """Whether the mask is so large that sparse steps of this edit alone run dense."""
+        return self.area > self.base.config.dense_above
+
+    @property
     def steps(self) -> tuple[int, int]:
         """How many steps are dense, and how many come behind the mask."""
         return self.dense_steps, len(self.base.visits) - self.dense_steps
