@@ -176,8 +176,8 @@ class EditRun(PipelineRun):
         kinds: dict[Any, list[RunningEdit]] = {}
         for edit in self.edits:
             dense = self.step < edit.dense_steps
-            # Alone one of a large region runs dense (``dense_above``), and beside others, too.
-            large = not dense and len(self.edits) > 1 and _share(edit.region) > edit.base.config.dense_above
+            # Alone one of a large mask runs dense (``dense_above``), and beside others, too.
+            large = not dense and len(self.edits) > 1 and edit.is_large
             kinds.setdefault((dense, large), []).append(edit)
         return [group for group in kinds.values() if not all(edit.failed for edit in group)]
 
@@ -269,7 +269,3 @@ class EditRun(PipelineRun):
         if all(each.failed for each in self.edits):
             raise NothingLeftError("all edits have failed")
         return edit.finish_step(self.step, latents, before)
-
-
-def _share(region: Tensor) -> float:
-    return float(region.float().mean())

@@ -150,6 +150,11 @@ class RunningEdit:
         return float(self.host_mask.float().mean())
 
     @property
+    def is_large(self) -> bool:
+        """Whether so much is to be computed that sparse steps of this edit alone run dense."""
+        return float(self.region.float().mean()) > self.base.config.dense_above
+
+    @property
     def steps(self) -> tuple[int, int]:
         """How many steps are dense, and how many come behind the mask."""
         return self.dense_steps, len(self.base.visits) - self.dense_steps
