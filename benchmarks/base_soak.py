@@ -162,7 +162,7 @@ class Soak:
         data[self._chance.randrange(len(data))] ^= 1 << self._chance.randrange(8)
         path.write_bytes(data)
         try:
-            self.editor.load(self._store.folder / name)
+            self.editor.load(self._store.folder / name).wait()
             self.faults.append(f"wrong: {name} was loaded with a flipped bit in {path.name}")
         except DamagedBaseError:
             self.done["refused: damaged"] += 1

@@ -187,9 +187,9 @@ class EditRun(PipelineRun):
         return StepMacs(self._first_stepped.lowered, self.host_mask, dense=self.ran_dense)
 
     def _cache(self, call: Call) -> Recorded:
-        """What the base keeps of the call that this one repeats, where the U-Net runs."""
+        """What the base keeps of the call that this one repeats, where the U-Net runs; waits until it is in memory."""
         recorded, behind = self._recorded_call(call), self._base.calls[self.calls_made + 1 :]
-        following = behind[0].cache if behind else None
+        following = behind[0].cache if behind and behind[0].is_in else None  # one on its way from the disk comes later
         return recorded.cache if self.staging is None else self.staging.bring(recorded.cache, following)
 
     def _recorded_call(self, call: Call) -> RecordedCall:

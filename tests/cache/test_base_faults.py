@@ -223,7 +223,7 @@ class TestReading:
         change(saved.base / name)
         message = rf"base: {re.escape(name)} {words}.*: remove the folder and generate the base again"
         with pytest.raises(DamagedBaseError, match=message):
-            tiny_editor.load(saved.base)
+            tiny_editor.load(saved.base).wait()
         with open_base(saved.base) as opened, pytest.raises(DamagedBaseError, match=message):
             opened.verify()
         remove_base(saved.base)
@@ -387,7 +387,7 @@ def test_a_forged_base(saved: Saved, tiny_editor: Editor, forgery: str) -> None:
     change, message = FORGERIES[forgery]
     change(saved.base)
     with pytest.raises(DamagedBaseError, match=message):
-        tiny_editor.load(saved.base)
+        tiny_editor.load(saved.base).wait()
 
 
 def test_a_manifest_that_is_absurdly_large_itself(saved: Saved, tiny_editor: Editor) -> None:
