@@ -7,19 +7,21 @@ import logging
 import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 
 from fisedit_compile.cache.memory import promise
-from fisedit_compile.cache.read_base import WORKERS
 from fisedit_compile.cache.step_cache import Recorded
 from fisedit_compile.errors import FiseditError, SavedBaseError
 
 logger = logging.getLogger(__name__)
+
+#: Threads of a reading: no more than processors, or the first shard would come as late as the last.
+_READERS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,15 @@ class Reading:
     """
 
     def __init__(self, name: str, shards: Sequence[Shard], folder: ExitStack) -> None:
-        self._work = _Work(name, len(shards), folder)
-        weakref.finalize(self, self._work.stop)  # the threads hold the work alone
-        workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="read-base")
-        for index, shard in enumerate(shards):
-            promise(shard.nbytes, shard.device)
-            workers.submit(self._work.do, index, shard)
-        workers.shutdown(wait=False)
+        work = self._work = _Work(name, shards, folder)
+        weakref.finalize(self, work.stop)  # the threads hold the work alone
+        try:
+            for _ in range(min(_READERS, len(shards))):
+                threading.Thread(target=work.do, name="read-base").start()
+        except RuntimeError:  # the system has no more threads
+            work.stop()
+            work.do()
+            raise
 
     def is_in(self, index: int) -> bool:
         """Whether a shard was read."""
@@ -86,20 +90,32 @@ class Reading:
 class _Work:
     """What the threads share with who waits for them."""
 
-    def __init__(self, name: str, count: int, folder: ExitStack) -> None:
+    def __init__(self, name: str, shards: Sequence[Shard], folder: ExitStack) -> None:
         self.read: dict[int, Recorded] = {}
-        self._name, self._left, self._folder = name, count, folder
+        self._name, self._left, self._folder = name, len(shards), folder
+        self._waiting = deque(enumerate(shards))
         self._changed, self._process = threading.Condition(), os.getpid()
         self._failure: BaseException | None = None
         self._stopped = False
-        if not count:
+        for shard in shards:
+            promise(shard.nbytes, shard.device)
+        if not shards:
             folder.close()
 
     def stop(self) -> None:
         """Read no further. No lock is taken: a garbage collection may call this within any other call."""
         self._stopped = True
 
-    def do(self, index: int, shard: Shard) -> None:
+    def do(self) -> None:
+        """Read shards as long as there are any, in turns with other threads."""
+        while self._waiting:
+            try:
+                index, shard = self._waiting.popleft()
+            except IndexError:  # another thread was faster
+                return
+            self._do(index, shard)
+
+    def _do(self, index: int, shard: Shard) -> None:
         """Read a shard, unless that is of no use any more."""
         found: Recorded | None = None
         failure: BaseException | None = None
@@ -142,7 +158,8 @@ class _Work:
             raise copy.copy(self._failure)
 
     def _go_on(self) -> None:
-        if self._stopped or self._failure is not None or not threading.main_thread().is_alive():
+        exits = not threading.main_thread().is_alive()  # it ends before these threads are waited for
+        if self._stopped or self._failure is not None or exits:
             raise SavedBaseError(f"{self._name} was not read to its end, because the interpreter exits: load it again")
 
 
