@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fisedit_compile.cache.step_cache import Recorded
+from fisedit_compile.errors import BaseMemoryError
 from fisedit_compile.ir.requests import CacheEntry
 
 _ALIGNMENT = 256  # bytes, as torch's own allocator aligns
@@ -96,7 +97,14 @@ class HostMemory:
         return self._taken + _aligned(nbytes) <= len(self._chunk)
 
     def _begin_chunk(self, nbytes: int) -> None:
-        self._chunk = torch.empty(max(_CHUNK, _aligned(nbytes)), dtype=torch.uint8, pin_memory=self._cuda)
+        size = max(_CHUNK, _aligned(nbytes))
+        try:
+            self._chunk = torch.empty(size, dtype=torch.uint8, pin_memory=self._cuda)
+        except RuntimeError as error:  # torch has no error of its own for it
+            raise BaseMemoryError(
+                f"the host gives no {size / 2**20:.0f} MiB more for a base: let go of others, or generate one of fewer "
+                f"steps ({error})"
+            ) from error
         self._taken = 0
 
 

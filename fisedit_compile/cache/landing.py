@@ -99,6 +99,8 @@ class Landing:
         """Within the context memory is allocated; what torch says of that is an error of the base."""
         try:
             yield
+        except BaseMemoryError:
+            raise
         except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, too
             raise BaseMemoryError(
                 f"{self._opened.folder} does not fit beside what {self._device} and the host hold: free some of their "
