@@ -20,7 +20,7 @@ from fisedit_compile.errors import BaseFormatError, DamagedBaseError
 if TYPE_CHECKING:
     from fisedit_compile.cache.shard_file import Part
 
-#: Shards that are read or written at once. Most of the time goes into their checksums, at some 1 GB/s a processor.
+#: Files that are written or verified at once. Most of the time goes into their checksums, at some 1 GB/s a processor.
 WORKERS = max(4, min(8, os.cpu_count() or 4))
 
 #: Bytes that are read at once. Between two pieces a thread needs the interpreter's lock, for which it may have to wait.

@@ -138,9 +138,9 @@ class _Work:
             self._changed.notify_all()
 
     def get(self, index: int) -> Recorded:
-        if index not in self.read:
+        while (found := self.read.get(index)) is None:
             self._wait(lambda: index in self.read)
-        return self.read[index]
+        return found
 
     def wait(self) -> None:
         self._wait(lambda: False)

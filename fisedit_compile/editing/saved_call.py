@@ -57,5 +57,8 @@ class SavedCall(RecordedCall):
     def wait(self) -> None:
         self._reading.wait()
 
+    def __repr__(self) -> str:
+        return f"SavedCall(step={self.step}, is_in={self.is_in})"  # that of a dataclass would wait
+
     def __reduce__(self) -> tuple[Any, ...]:
         return RecordedCall, (self.step, self.cache)

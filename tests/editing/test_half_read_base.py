@@ -164,6 +164,7 @@ class TestWhatIsSaidOfIt:
         assert base.tier == tiny_base.tier
         assert [call.step for call in base.calls] == [call.step for call in tiny_base.calls]
         assert [call.nbytes for call in base.calls] == [call.nbytes for call in tiny_base.calls]
+        assert "SavedCall(step=3, is_in=False)" in repr(base)
         assert not any(call.is_in for call in base.calls)
         assert all(isinstance(call, SavedCall) for call in base.calls)
         gate.open()
