@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.pipelines import CONFIG, EDIT, generate, left_half, tiny_pipeline
 
+import fisedit_compile.cache.landing as landing
 import fisedit_compile.editing.record_run as record_run
 from fisedit_compile import Base, Editor, SparsityConfig
 
@@ -41,6 +42,22 @@ def test_edits_from_host_memory_are_those_from_the_device(tmp_path: Path, cache:
     again = [made_by.edit(made_by.edit(each, EDIT, left_half()), "a cat on the left", left_half())
              for made_by, each in ((editor, base), (other, away))]  # fmt: skip
     assert torch.equal(*(each.latents for each in again))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tier", ["device", "host"])
+def test_edits_begin_while_a_base_is_read(tmp_path: Path, tier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new editor captures its graphs meanwhile, which must not meet the copies of the reading threads."""
+    editor, base = made(tier)
+    want = editor.edit(base, EDIT, left_half()).latents
+    base.save(tmp_path / "base")
+    monkeypatch.setattr(landing, "PIECE", 2**14)  # so that reading takes a while
+    for each in (editor, *(Editor(editor.pipe, editor.config) for _ in range(3))):
+        loaded = each.load(tmp_path / "base")
+        got = each.edit(loaded, EDIT, left_half()).latents
+        assert torch.equal(got, want)
+        assert loaded.tier == tier
+        del loaded
 
 
 @pytest.mark.gpu
