@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import time
@@ -46,6 +47,16 @@ class BaseFolder:
             ) from None
         self.manifest = Manifest.of_json(data, folder)
         self._files = {file.name: file for file in self.manifest.files}
+
+    @contextmanager
+    def again(self) -> Iterator[BaseFolder]:
+        """The same folder for somebody else, locked for as long as either of the two contexts lasts."""
+        other = copy.copy(self)
+        other._descriptor = os.dup(self._descriptor)
+        try:
+            yield other
+        finally:
+            os.close(other._descriptor)
 
     def check_sizes(self) -> None:
         """Look at all files, without reading them.

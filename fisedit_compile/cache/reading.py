@@ -78,6 +78,11 @@ class Reading:
         """
         return self._work.get(index)
 
+    def stop(self) -> None:
+        """Read no further; returns when nothing of the folder is needed any more."""
+        self._work.stop()
+        self._work.end()
+
     def wait(self) -> None:
         """Wait until all shards are in, and nothing of the folder is needed any more.
 
@@ -144,6 +149,10 @@ class _Work:
 
     def wait(self) -> None:
         self._wait(lambda: False)
+
+    def end(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._left)
 
     def _wait(self, enough: Callable[[], bool]) -> None:
         """Wait until enough is in, or all, or until one has failed and nobody reads in the folder any more."""

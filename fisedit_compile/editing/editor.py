@@ -436,16 +436,20 @@ class Editor:
             DamagedBaseError: files that are not what was written, as far as they were read.
             BaseMemoryError: the base would take more memory than is free.
         """
-        with contextlib.ExitStack() as stack:
-            opened = stack.enter_context(open_base(Path(folder)))
+        with open_base(Path(folder)) as opened:
             saved = SavedBase(opened, self.pipe.device)
-            with self._in_turn() as (_, unet_state):
-                pipe = self._tokenizers.within(self.pipe)
-                state = self._watch.look(pipe, unet_state, saved.base.prompts)
-                saved.base.check(state, Schedule.of(pipe.scheduler), self.config)
-                state.read_weights()
+            begun = saved.begin()
+            try:
+                with self._in_turn() as (_, unet_state):
+                    pipe = self._tokenizers.within(self.pipe)
+                    state = self._watch.look(pipe, unet_state, saved.base.prompts)
+                    saved.base.check(state, Schedule.of(pipe.scheduler), self.config)
+                    state.read_weights()
+            except BaseException:
+                begun.reading.stop()
+                raise
             opened.note_use()
-            base = saved.begin(state, stack)
+            base = saved.whole(begun, state)
         self._loaded.add(base)
         return base
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import torch
@@ -37,6 +38,21 @@ from fisedit_compile.vae.decoded import Decoded
 _HOST = torch.device("cpu")
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A base whose calls are being read.
+
+    Attributes:
+        reading: of the calls; they are read no further once nobody holds it.
+        calls: of each call its step, the call without what it keeps, and how that is read; None where it keeps nothing.
+        decoded: what is kept of the decoder.
+    """
+
+    reading: Reading
+    calls: list[tuple[int, Recorded, Shard | None]]
+    decoded: Decoded | None
+
+
 class SavedBase:
     """A base whose folder is open and whose first shard is read.
 
@@ -66,40 +82,44 @@ class SavedBase:
                     "generate it with one on the CPU"
                 )
 
-    def begin(self, pipeline: PipelineState, folder: ExitStack) -> Base:
-        """The whole base, whose calls are read from now on.
-
-        Args:
-            pipeline: the state of the pipeline that it is read for, equal to its own.
-            folder: closes the folder; taken over, and closed when nothing is read there any more.
+    def begin(self) -> Begun:
+        """Begin to read what the U-Net's calls keep.
 
         Raises:
             BaseMemoryError: it would take more memory than is free.
             DamagedBaseError: a file is not what was written, as far as that is known by now.
         """
-        decoded = self._decoded(self._content["decoded"])
-        if decoded is not None:
-            decoded.cache.model = pipeline.models["vae"]
-        landing = Landing(self._opened, self.base.latents.device)
-        calls = self._formed(
-            lambda: [self._call(*each, landing, pipeline) for each in enumerate(self._content["calls"])]
-        )
-        shards = [shard for _, _, shard in calls if shard is not None]
-        needed: dict[torch.device, int] = {}
-        for shard in shards:
-            needed[shard.device] = needed.get(shard.device, 0) + shard.nbytes
+        decoded = self._decoded()
         name = str(self._opened.folder)
-        for device, count in needed.items():
-            require_room(count, device, name, ["fewer bases at a time", "a base of fewer steps"])
-        reading = Reading(name, shards, folder.pop_all())
-        positions = iter(range(len(shards)))
-        made = tuple(
-            RecordedCall(step, empty)
-            if shard is None
-            else SavedCall(step, reading, next(positions), shard.nbytes, shard.device)
-            for step, empty, shard in calls
-        )
-        return replace(self.base, calls=made, pipeline=pipeline, decoded=decoded)
+        with ExitStack() as folder:
+            landing = Landing(folder.enter_context(self._opened.again()), self.base.latents.device)
+            calls = self._formed(lambda: [self._call(*each, landing) for each in enumerate(self._content["calls"])])
+            shards = [shard for _, _, shard in calls if shard is not None]
+            needed: dict[torch.device, int] = {}
+            for shard in shards:
+                needed[shard.device] = needed.get(shard.device, 0) + shard.nbytes
+            for device, nbytes in needed.items():
+                require_room(nbytes, device, name, ["fewer bases at a time", "a base of fewer steps"])
+            return Begun(Reading(name, shards, folder.pop_all()), calls, decoded)
+
+    def whole(self, begun: Begun, pipeline: PipelineState) -> Base:
+        """The base, whose calls are in or on their way.
+
+        Args:
+            begun: what :meth:`begin` returned.
+            pipeline: the state of the pipeline that it is read for, equal to its own.
+        """
+        positions, calls = count(), list[RecordedCall]()
+        for step, empty, shard in begun.calls:
+            empty.model = pipeline.models["unet"]
+            calls.append(
+                RecordedCall(step, empty)
+                if shard is None
+                else SavedCall(step, begun.reading, next(positions), shard, empty.model)
+            )
+        if begun.decoded is not None:
+            begun.decoded.cache.model = pipeline.models["vae"]
+        return replace(self.base, calls=tuple(calls), pipeline=pipeline, decoded=begun.decoded)
 
     def _without_calls(self) -> Base:
         fetch = self._fetch(FIRST, self._first)
@@ -122,14 +142,10 @@ class SavedBase:
             **{each: values[each] for each in PLAIN},
         )
 
-    def _call(
-        self, index: int, form: Any, landing: Landing, pipeline: PipelineState
-    ) -> tuple[int, Recorded, Shard | None]:
-        """The step of a call, the call without what it keeps, and how that is read; None where it keeps nothing."""
+    def _call(self, index: int, form: Any, landing: Landing) -> tuple[int, Recorded, Shard | None]:
         about, entries = form
         step, tree, leaves, timesteps = from_plain(about, self._fetch(FIRST, self._first))
         empty = Recorded(Signature(tree, leaves), timesteps, {})
-        empty.model = pipeline.models["unet"]
         if not entries:
             return step, empty, None
         name = call_shard(index)
@@ -141,7 +157,8 @@ class SavedBase:
 
         return step, empty, Shard(read, self._opened.shard_nbytes(name), next(iter(devices.values())))
 
-    def _decoded(self, form: Any) -> Decoded | None:
+    def _decoded(self) -> Decoded | None:
+        form = self._formed(lambda: self._content["decoded"])
         if form is None:
             return None
         fetch = self._fetch(DECODER, self._shard(DECODER))

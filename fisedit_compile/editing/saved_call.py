@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from fisedit_compile.cache.reading import Reading
+from fisedit_compile.cache.reading import Reading, Shard
 from fisedit_compile.cache.step_cache import Recorded
 from fisedit_compile.editing.base import RecordedCall
+from fisedit_compile.runtime.model_state import ModelState
 
 
 class SavedCall(RecordedCall):
@@ -20,17 +21,19 @@ class SavedCall(RecordedCall):
         step: the denoising step.
         reading: of the base.
         index: of the shard among those that are read.
-        nbytes: of the shard's tensors.
-        device: where these lie.
+        shard: the shard.
+        model: the state of the U-Net, which was not known yet when the reading began.
     """
 
     _reading: Reading
     _index: int
     _nbytes: int
     _device: torch.device
+    _model: ModelState
 
-    def __init__(self, step: int, reading: Reading, index: int, nbytes: int, device: torch.device) -> None:
-        vars(self).update(step=step, _reading=reading, _index=index, _nbytes=nbytes, _device=device)
+    def __init__(self, step: int, reading: Reading, index: int, shard: Shard, model: ModelState) -> None:
+        vars(self).update(step=step, _reading=reading, _index=index, _model=model)
+        vars(self).update(_nbytes=shard.nbytes, _device=shard.device)  # the shard itself holds what reads it
 
     @property
     def cache(self) -> Recorded:
@@ -40,7 +43,9 @@ class SavedCall(RecordedCall):
             BaseMemoryError, BaseStorageError, DamagedBaseError, SavedBaseError: see
                 :meth:`fisedit_compile.cache.reading.Reading.get`.
         """
-        return self._reading.get(self._index)
+        found = self._reading.get(self._index)
+        found.model = self._model
+        return found
 
     @property
     def is_in(self) -> bool:

@@ -372,6 +372,14 @@ FORGERIES: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda base: forge_content(base, lambda content: content.pop("visits")),
         r"base.json does not describe a base \('visits'\)",
     ),
+    "nothing of its decoder": (
+        lambda base: forge_content(base, lambda content: content.pop("decoded")),
+        r"base.json does not describe a base \('decoded'\)",
+    ),
+    "no calls": (
+        lambda base: forge_content(base, lambda content: content.pop("calls")),
+        r"base.json does not describe a base \('calls'\)",
+    ),
     "nothing": (lambda base: forge(base, "base.json", b"null"), "base.json does not describe a base"),
     "no JSON": (lambda base: forge(base, "base.json", b"\x80"), "base.json is no JSON"),
     "a file elsewhere": (

@@ -149,12 +149,11 @@ class TestSteps:
         assert torch.equal(results[0].latents, expected.latents)
         assert torch.equal(results[0].mask, expected.mask)
 
-    def test_another_pipeline_is_refused_before_a_call_is_in(
-        self, tiny_editor: Editor, folder: Path, gate: Gate
-    ) -> None:
-        with pytest.raises(BaseMismatchError, match="the base was kept for"):
+    def test_nothing_is_read_for_another_pipeline(self, tiny_editor: Editor, folder: Path) -> None:
+        with pytest.raises(BaseMismatchError, match="the base was kept for") as refused:
             Editor(tiny_editor.pipe, {"dense_steps": 1}).load(folder)
         assert why_kept(folder) == ""
+        assert refused.value.__traceback__  # which holds the frames
 
 
 class TestWhatIsSaidOfIt:
