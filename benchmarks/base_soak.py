@@ -1,11 +1,12 @@
-"""Random operations on saved bases: record, edit, save, load, evict, remove, damage, and killed processes.
+"""Random operations on saved bases: record, edit, chain, save, load, evict, remove, damage, and killed processes.
 
     python benchmarks/base_soak.py --operations 1000
 
 After each operation the store is held to what ought to lie in it: a base that is missing without having been removed,
 or evicted for want of room, is lost. A base that is loaded is held, bit for bit, to what was recorded, and its edit to
-the edit made when it was recorded: another one is wrong. Both have to be none, or the exit status is 1. The model has
-random weights and is very small, and runs on the CPU.
+the edit made when it was recorded: another one is wrong. Both have to be none, or the exit status is 1. Bases are kept
+in every way that ``SparsityConfig(cache=...)`` knows, on a GPU in both tiers. The model has random weights and is very
+small. Processes are killed on the CPU alone, since none can be forked from one that uses a GPU.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ from typing import Any
 import torch
 
 from fisedit_compile.cache.read_base import open_base
+from fisedit_compile.cache.remove_base import why_kept
 from fisedit_compile.cache.store import BaseStore
 from fisedit_compile.editing.base import Base
 from fisedit_compile.editing.editor import Editor
+from fisedit_compile.editing.result import Edit
 from fisedit_compile.errors import BaseInUseError, BaseStorageError, DamagedBaseError
 
 PROMPT, EDIT = "a cat on the left", "a dog on the left"
@@ -43,18 +46,19 @@ IN_MEMORY, IN_STORE = 4, 5
 
 @dataclass
 class Known:
-    """What is known of a base since it was recorded: a digest of all that it holds, and one of its edit."""
+    """What is known of a base since it was recorded: its editor, a digest of all that it holds, and one of its edit."""
 
+    editor: Editor
     holds: str
     edit: str
 
 
 @dataclass
 class Soak:
-    """Random operations on bases of one editor, in a folder of their own.
+    """Random operations on bases, in a folder of their own.
 
     Args:
-        editor: makes and edits the bases.
+        editors: make and edit the bases.
         arguments: of ``editor.generate``, beside prompt and generator.
         folder: where the store and single bases lie; empty.
         seed: of what is done.
@@ -65,7 +69,7 @@ class Soak:
         faults: what was lost or wrong, in words.
     """
 
-    editor: Editor
+    editors: list[Editor]
     arguments: dict[str, Any]
     folder: Path
     seed: int
@@ -77,14 +81,17 @@ class Soak:
         self._chance = random.Random(self.seed)
         self._memory: list[tuple[Base, Known]] = []
         self._stored: dict[str, Known] = {}  # the least recently used first
-        self._record()
-        room = IN_STORE * self._memory[0][0].pack().nbytes
+        room = 0
+        for editor in self.editors:
+            self._remember(editor, self._recorded(editor))
+            room = max(room, IN_STORE * self._memory[-1][0].pack().nbytes)
         self._store = BaseStore(self.folder / "store", room)
 
     def run(self, operations: int) -> None:
         """Do so many operations."""
         always: list[Callable[[], None]] = [
             self._record,
+            self._chain,
             self._edit,
             *[self._save] * 4,
             self._save_alone,
@@ -92,6 +99,7 @@ class Soak:
         ]
         always += [self._kill] * 3 if self.kills else []
         of_stored: list[Callable[[], None]] = [*[self._load] * 2, self._evict, self._remove, self._damage, self._use]
+        of_stored += [self._edit_half_read, self._let_go_half_read, self._damage_half_read]
         for _ in range(operations):
             operation = self._chance.choice([*always, *(of_stored if self._stored else [])])
             operation()
@@ -99,9 +107,21 @@ class Soak:
             self._check_store()
 
     def _record(self) -> None:
+        editor = self._chance.choice(self.editors)
+        self._remember(editor, self._recorded(editor))
+
+    def _recorded(self, editor: Editor) -> Base:
         noise = torch.Generator().manual_seed(self._chance.randrange(2**32))
-        base = self.editor.generate(PROMPT, generator=noise, **self.arguments)
-        self._memory = [*self._memory, (base, Known(digest_of_base(base), self._edited(base)))][-IN_MEMORY:]
+        return editor.generate(PROMPT, generator=noise, **self.arguments)
+
+    def _chain(self) -> None:
+        """The base of an edit, which later ones are made of."""
+        base, known = self._chance.choice(self._memory)
+        self._remember(known.editor, known.editor.base_of(self._edit_of(known.editor, base)))
+
+    def _remember(self, editor: Editor, base: Base) -> None:
+        known = Known(editor, digest_of_base(base), self._edited(editor, base))
+        self._memory = [*self._memory, (base, known)][-IN_MEMORY:]
 
     def _edit(self) -> None:
         self._hold(*self._chance.choice(self._memory), "in memory")
@@ -116,8 +136,45 @@ class Soak:
     def _load(self) -> None:
         name = self._any()
         with self._store.get(name) as folder:
-            self._hold(self.editor.load(folder), self._stored[name], name)
+            self._hold(self._load_from(folder, name), self._stored[name], name)
         self._stored[name] = self._stored.pop(name)
+
+    def _load_from(self, folder: Path, name: str) -> Base:
+        return self._stored[name].editor.load(folder)
+
+    def _edit_half_read(self) -> None:
+        """The edit begins before the last call is in."""
+        name = self._any()
+        known, base = self._stored[name], self._load_from(self._store.folder / name, name)
+        self.done["half read"] += not all(call.is_in for call in base.calls)
+        if self._edited(known.editor, base) != known.edit:
+            self.faults.append(f"wrong: the edit of {name}, half read, is another one")
+        self._stored[name] = self._stored.pop(name)
+
+    def _let_go_half_read(self) -> None:
+        """A base that nobody holds is read no further, and may be removed."""
+        name = self._any()
+        self._load_from(self._store.folder / name, name)
+        self._stored[name] = self._stored.pop(name)
+        until = time.monotonic() + 10
+        while why := why_kept(self._store.folder / name):
+            if time.monotonic() > until:
+                self.faults.append(f"wrong: nobody reads {name}, and {why}")
+                break
+            time.sleep(0.001)
+
+    def _damage_half_read(self) -> None:
+        """A bit of a shard is flipped while the base is read: its edit is an error, or right."""
+        name = self._any()
+        known, base = self._stored[name], self._load_from(self._store.folder / name, name)
+        self._flip(self._chance.choice(sorted((self._store.folder / name).glob("call-*.safetensors"))))
+        try:
+            if self._edited(known.editor, base) != known.edit:
+                self.faults.append(f"wrong: the edit of {name}, damaged while it was read, is another one")
+        except DamagedBaseError:
+            self.done["refused: damaged while it was read"] += 1
+        self._store.remove(name)
+        del self._stored[name]
 
     def _save_alone(self) -> None:
         base, known = self._chance.choice(self._memory)
@@ -125,7 +182,7 @@ class Soak:
         base.save(folder)
         with open_base(folder) as opened:
             opened.verify()
-        self._hold(self.editor.load(folder), known, "alone")
+        self._hold(known.editor.load(folder), known, "alone")
         for path in folder.iterdir():
             path.unlink()
         folder.rmdir()
@@ -152,22 +209,29 @@ class Soak:
                     self.faults.append(f"lost: {name} was removed while it was in use")
                 except BaseInUseError:
                     self.done["refused: in use"] += 1
-            self._hold(self.editor.load(folder), self._stored[name], name)
+            self._hold(self._load_from(folder, name), self._stored[name], name)
         self._stored[name] = self._stored.pop(name)
 
     def _damage(self) -> None:
         name = self._any()
         path = self._chance.choice(sorted((self._store.folder / name).glob("*.safetensors")))
-        data = bytearray(path.read_bytes())
-        data[self._chance.randrange(len(data))] ^= 1 << self._chance.randrange(8)
-        path.write_bytes(data)
+        self._flip(path)
         try:
-            self.editor.load(self._store.folder / name)
+            self._load_from(self._store.folder / name, name).wait()
             self.faults.append(f"wrong: {name} was loaded with a flipped bit in {path.name}")
         except DamagedBaseError:
             self.done["refused: damaged"] += 1
         self._store.remove(name)
         del self._stored[name]
+
+    def _flip(self, path: Path) -> None:
+        """One bit of a file, where it lies."""
+        with path.open("r+b") as file:
+            place = self._chance.randrange(path.stat().st_size)
+            file.seek(place)
+            (old,) = file.read(1)
+            file.seek(place)
+            file.write(bytes([old ^ 1 << self._chance.randrange(8)]))
 
     def _fill_disk(self) -> None:
         base, known = self._chance.choice(self._memory)
@@ -244,15 +308,19 @@ class Soak:
     def _hold(self, base: Base, known: Known, name: str) -> None:
         if digest_of_base(base) != known.holds:
             self.faults.append(f"wrong: {name} does not hold what was recorded")
-        if self._edited(base) != known.edit:
+        if self._edited(known.editor, base) != known.edit:
             self.faults.append(f"wrong: the edit of {name} is another one")
 
-    def _edited(self, base: Base) -> str:
+    def _edited(self, editor: Editor, base: Base) -> str:
+        edit = self._edit_of(editor, base)
+        return digest_of([edit.latents]) + edit.image.tobytes().hex()[:64]
+
+    def _edit_of(self, editor: Editor, base: Base) -> Edit:
         height, width = base.latents.shape[-2:]
         mask = torch.zeros(height, width, dtype=torch.bool)
         mask[: height // 2, : width // 2] = True
-        edit = self.editor.edit(base, EDIT, mask)
-        return digest_of([edit.latents]) + edit.image.tobytes().hex()[:64]
+        words = EDIT if base.prompts[0] == PROMPT else PROMPT
+        return editor.edit(base, words, mask)
 
     def _any(self) -> str:
         return self._chance.choice(list(self._stored)) if self._stored else ""
@@ -293,7 +361,7 @@ def digest_of(tensors: list[torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -302,17 +370,26 @@ def main() -> None:
     parser.add_argument("--operations", type=int, default=1000, metavar="N", help="default: 1000")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is done (default: 0)")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="empty folder to work in (default: a temporary one)")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default: cpu")
     args = parser.parse_args()
 
     from fisedit_compile.bench.edit.random_pipeline import random_pipeline
 
     torch.set_num_threads(1)  # a fork has none of the threads
-    cpu = torch.device("cpu")
-    pipe = random_pipeline("tiny", size=128, words=[PROMPT, EDIT], scheduler="ddim", device=cpu, dtype=torch.float32)
+    cuda = args.device.type == "cuda"
+    dtype = torch.float16 if cuda else torch.float32
+    words = [PROMPT, EDIT]
+    pipe = random_pipeline("tiny", size=128, words=words, scheduler="ddim", device=args.device, dtype=dtype)
+    tiers = ("device", "host") if cuda else ("device",)
+    editors = [
+        Editor(pipe, {"dense_steps": 2, "cache": cache, "tier": tier})
+        for cache in ("exact", "balanced", "small")
+        for tier in tiers
+    ]
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         arguments = {"num_inference_steps": 4, "height": 128, "width": 128}
-        soak = Soak(Editor(pipe, {"dense_steps": 2}), arguments, args.folder or Path(temporary), args.seed)
+        soak = Soak(editors, arguments, args.folder or Path(temporary), args.seed, kills=not cuda)
         soak.run(args.operations)
     lost, wrong = (sum(fault.startswith(kind) for fault in soak.faults) for kind in ("lost", "wrong"))
     done = dict(sorted(soak.done.items()))

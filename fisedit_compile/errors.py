@@ -31,7 +31,7 @@ class LargeMaskError(MaskError):
 
 
 class BaseMemoryError(FiseditError, MemoryError):
-    """A base would take more memory than is free; raised before its first step."""
+    """A base would take more memory than is free; raised before its first step, or while a saved one is read."""
 
 
 class PipelineInterruptedError(FiseditError):

@@ -17,9 +17,14 @@ from fisedit_compile.errors import BaseFormatError, BaseMismatchError, BaseVersi
 MANIFEST = "manifest.json"
 CONTENT = "base.json"
 
-#: Names of the files of a base: the first shard holds latents and pictures, the second what is kept of the decoder, the
-#: others what a U-Net call keeps each.
+#: The shard that is read first (latents, pictures, arguments, all but what follows), and what is kept of the decoder.
+FIRST, DECODER = "base.safetensors", "decoder.safetensors"
+
+#: Names of the files of a base; :func:`call_shard` gives those of the shards that hold what a U-Net call keeps each.
 OWN_FILES = re.compile(r"manifest\.json|base\.json|(base|decoder|call-\d{4,})\.safetensors")
+
+#: Bytes at the beginning of a shard that say how long its header is, little-endian.
+LENGTH = 8
 
 #: How hidden folders end in which a base is being written or removed; before it a dot, the base's name, eight digits.
 PARTIAL, REMOVED = ".partial", ".removed"
@@ -75,7 +80,7 @@ class Manifest:
         return (json.dumps({**head, **self._values()}, indent=1) + "\n").encode()
 
     @classmethod
-    def of_json(cls, data: bytes, folder: Path) -> Manifest:
+    def of_json(cls, data: bytes | bytearray, folder: Path) -> Manifest:
         """The manifest of a file's content; ``folder`` is for messages.
 
         Raises:
@@ -120,6 +125,11 @@ class Manifest:
 
     def _values(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def call_shard(index: int) -> str:
+    """The name of the shard of a U-Net call, counted from 0."""
+    return f"call-{index:04}.safetensors"
 
 
 def checksum(data: bytes | memoryview) -> str:

@@ -9,8 +9,9 @@ Bases whose memory is not pinned, such as copies, are brought as well, but the h
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from weakref import WeakKeyDictionary
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fisedit_compile.cache.step_cache import Recorded
+from fisedit_compile.errors import BaseMemoryError
 from fisedit_compile.ir.requests import CacheEntry
 
 _ALIGNMENT = 256  # bytes, as torch's own allocator aligns
@@ -39,6 +41,18 @@ class HostMemory:
         self._stream = torch.cuda.Stream(device) if self._cuda else None
         self._chunk = torch.empty(0, dtype=torch.uint8)
         self._taken = 0
+        self._turn = threading.Lock()
+
+    def room(self, sizes: Sequence[int]) -> list[Tensor]:
+        """Host memory for the tensors of one call, uint8, as many bytes each as asked for; any thread may ask."""
+        rooms = []
+        with self._turn:
+            for nbytes in sizes:
+                if not self._fits(nbytes):
+                    self._begin_chunk(nbytes)
+                rooms.append(self._chunk[self._taken : self._taken + nbytes])
+                self._taken += _aligned(nbytes)
+        return rooms
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -69,16 +83,29 @@ class HostMemory:
         entries: dict[CacheEntry, int] = {}
         start = self._taken
         for entry, tensor in cache.items():
-            nbytes = _aligned(tensor.nbytes)
-            if self._taken + nbytes > len(self._chunk):
+            if not self._fits(tensor.nbytes):
                 if entries:
                     yield self._chunk[start : self._taken], entries
-                self._chunk = torch.empty(max(_CHUNK, nbytes), dtype=torch.uint8, pin_memory=self._cuda)
-                entries, start, self._taken = {}, 0, 0
+                self._begin_chunk(tensor.nbytes)
+                entries, start = {}, 0
             entries[entry] = self._taken - start
-            self._taken += nbytes
+            self._taken += _aligned(tensor.nbytes)
         if entries:
             yield self._chunk[start : self._taken], entries
+
+    def _fits(self, nbytes: int) -> bool:
+        return self._taken + _aligned(nbytes) <= len(self._chunk)
+
+    def _begin_chunk(self, nbytes: int) -> None:
+        size = max(_CHUNK, _aligned(nbytes))
+        try:
+            self._chunk = torch.empty(size, dtype=torch.uint8, pin_memory=self._cuda)
+        except RuntimeError as error:  # torch has no error of its own for it
+            raise BaseMemoryError(
+                f"the host gives no {size / 2**20:.0f} MiB more for a base: let go of others, or generate one of fewer "
+                f"steps ({error})"
+            ) from error
+        self._taken = 0
 
 
 @dataclass(frozen=True)

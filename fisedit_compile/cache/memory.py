@@ -1,7 +1,9 @@
-"""Whether there is room for what a base will keep, asked before its first step."""
+"""Whether there is room for what a base will keep, asked before its first step, or before its shards are read."""
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -20,17 +22,29 @@ _CONTAINERS = [
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 ]
 
+#: Bytes on each device that bases will take whose shards are being read.
+_promised: Counter[torch.device] = Counter()
+_promising = threading.Lock()
+
 
 def free_bytes(device: torch.device) -> int:
     """Memory that can still be allocated on ``device``, in bytes.
 
     On a GPU what the driver has and what torch's allocator holds unused; on the CPU what the kernel calls available, or
-    what the container may still take, if that is less.
+    what the container may still take, if that is less. What was promised is taken.
     """
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(_available(), _left_to_container())
+        left, _ = torch.cuda.mem_get_info(device)
+        left += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    else:
+        left = min(_available(), _left_to_container())
+    return left - _promised[device]
+
+
+def promise(nbytes: int, device: torch.device) -> None:
+    """Count memory as taken that will be, until it is; a negative number takes that back."""
+    with _promising:
+        _promised[device] += nbytes
 
 
 def require_room(needed: int, device: torch.device, what: str, options: list[str]) -> None:

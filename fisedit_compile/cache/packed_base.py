@@ -1,22 +1,18 @@
-"""A base on its way to disk: what JSON holds, and tensors in shards, each of which is written and read as one."""
+"""A base on its way to disk: what JSON holds, and tensors in shards, each of which is a file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from fisedit_compile.cache.plain_form import Keep
+from fisedit_compile.cache.shard_file import ALIGNMENT, is_storable
 from fisedit_compile.errors import SavedBaseError
-
-#: Where the tensors of a shard begin, in bytes: pages of the file system, which direct reads need.
-ALIGNMENT = 4096
 
 #: At most what the header of a shard says of a tensor beside its name, and what a file takes beside its content.
 _TENSOR_OVERHEAD, _FILE_OVERHEAD = 256, 2 * ALIGNMENT
@@ -40,7 +36,7 @@ class PackedBase:
         """What puts tensors into the shard of this name, for :func:`~fisedit_compile.cache.plain_form.to_plain`."""
 
         def keep(tensor: Tensor, path: str) -> dict[str, Any]:
-            if tensor.layout is not torch.strided or tensor.is_meta or not _is_storable(tensor.dtype):
+            if tensor.layout is not torch.strided or tensor.is_meta or not is_storable(tensor.dtype):
                 raise SavedBaseError(
                     f"{path} is a tensor of {tensor.dtype}, {tensor.layout}, on {tensor.device}, which a saved base "
                     "cannot hold: use a dense one of a common dtype"
@@ -74,47 +70,7 @@ def memory_order(tensor: Tensor) -> list[int]:
     return order if tensor.permute(order).is_contiguous() else list(range(tensor.ndim))
 
 
-def shard_chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The file of a shard in pieces: safetensors, whose tensors begin at a multiple of :data:`ALIGNMENT`."""
-    on_host: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        dense = tensor.resolve_conj().resolve_neg().cpu().contiguous()
-        on_host[name] = dense.clone() if dense.data_ptr() in seen else dense  # safetensors refuses shared memory
-        seen.add(on_host[name].data_ptr())
-    data = memoryview(safetensors.torch.save(on_host))
-    header = int.from_bytes(data[:8], "little")
-    padding = -(8 + header) % ALIGNMENT  # spaces behind the header's JSON are part of the format
-    yield (header + padding).to_bytes(8, "little")
-    yield data[8 : 8 + header]
-    yield b" " * padding
-    yield data[8 + header :]
-
-
-def shard_tensors(data: bytes) -> dict[str, Tensor]:
-    """The tensors of a shard's file by name, on the CPU.
-
-    Raises:
-        ValueError: not such a file.
-    """
-    try:
-        return safetensors.torch.load(data)
-    except Exception as error:  # the library's own, KeyError for an unknown dtype, RuntimeError of torch
-        raise ValueError(f"no safetensors: {error}") from error
-
-
 def place(tensor: Tensor, reference: Mapping[str, Any], device: torch.device) -> Tensor:
-    """A tensor that was read, in memory of its own on ``device``, its dimensions in memory as they were."""
+    """A tensor of a shard on ``device``, its dimensions in memory as they were."""
     order = reference["order"]
-    inverse = [order.index(dim) for dim in range(tensor.ndim)]
-    # torch's own memory begins at multiples of 64 bytes, on which the last bits of matrix products depend.
-    return tensor.to(device, copy=True).permute(inverse)
-
-
-@cache
-def _is_storable(dtype: torch.dtype) -> bool:
-    try:
-        safetensors.torch.save({"": torch.empty(0, dtype=dtype)})
-    except Exception:  # whatever the library says of a dtype that it has no name for
-        return False
-    return True
+    return tensor.to(device).permute([order.index(dim) for dim in range(tensor.ndim)])

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
-import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fisedit_compile.cache.base_manifest import (
-    CONTENT,
-    MANIFEST,
-    MOST_JSON,
-    WHAT_TO_DO,
-    BaseFile,
-    Manifest,
-    checksum,
-)
+from fisedit_compile.cache.base_manifest import CONTENT, LENGTH, MANIFEST, MOST_JSON, BaseFile, Manifest
+from fisedit_compile.cache.checked_file import CheckedFile, check_status, damaged
 from fisedit_compile.cache.folder_lock import folder_lock
-from fisedit_compile.errors import BaseFormatError, BaseStorageError, DamagedBaseError
+from fisedit_compile.errors import BaseFormatError, DamagedBaseError
 
-#: Shards that are read or written at once. Most of the time goes into their checksums, at some 1 GB/s a processor.
+if TYPE_CHECKING:
+    from fisedit_compile.cache.shard_file import Part
+
+#: Files that are written or verified at once. Most of the time goes into their checksums, at some 1 GB/s a processor.
 WORKERS = max(4, min(8, os.cpu_count() or 4))
+
+#: Bytes that are read at once. Between two pieces a thread needs the interpreter's lock, for which it may have to wait.
+PIECE = 4 * 2**20
 
 
 class BaseFolder:
@@ -40,13 +39,24 @@ class BaseFolder:
     def __init__(self, folder: Path, descriptor: int) -> None:
         self.folder, self._descriptor = folder, descriptor
         try:
-            data = self._read(MANIFEST, most=MOST_JSON)
+            with CheckedFile(folder, descriptor, MANIFEST) as file:
+                data = self._json(MANIFEST, file)
         except FileNotFoundError:
             raise BaseFormatError(
                 f"{folder} is no folder of a saved base (no {MANIFEST} in it): give one that base.save(...) wrote"
             ) from None
         self.manifest = Manifest.of_json(data, folder)
         self._files = {file.name: file for file in self.manifest.files}
+
+    @contextmanager
+    def again(self) -> Iterator[BaseFolder]:
+        """The same folder for somebody else, locked for as long as either of the two contexts lasts."""
+        other = copy.copy(self)
+        other._descriptor = os.dup(self._descriptor)
+        try:
+            yield other
+        finally:
+            os.close(other._descriptor)
 
     def check_sizes(self) -> None:
         """Look at all files, without reading them.
@@ -56,9 +66,8 @@ class BaseFolder:
         """
         for file in self.manifest.files:
             try:
-                self._check_status(
-                    file.name, os.stat(file.name, dir_fd=self._descriptor, follow_symlinks=False), file.bytes
-                )
+                status = os.stat(file.name, dir_fd=self._descriptor, follow_symlinks=False)
+                check_status(self.folder, file.name, status, file.bytes)
             except FileNotFoundError:
                 raise self.damaged(file.name, "is missing") from None
 
@@ -68,27 +77,46 @@ class BaseFolder:
         Raises:
             DamagedBaseError: it is not what was written.
         """
+        with self._file(CONTENT) as (about, file):
+            data = self._json(CONTENT, file)
+            file.check(about.blake2b)
         try:
-            return json.loads(self.read(CONTENT, most=MOST_JSON))
+            return json.loads(data)
         except (ValueError, RecursionError):
             raise self.damaged(CONTENT, "is no JSON") from None
 
-    def read(self, name: str, *, most: int | None = None) -> bytes:
-        """The content of a file that the manifest names, which may be held to ``most`` bytes.
+    def shard_nbytes(self, name: str) -> int:
+        """Bytes of the tensors in a shard, of which no more is read than that.
 
         Raises:
-            DamagedBaseError: the file is missing, of another size, or not what was written.
+            DamagedBaseError: the file is missing, of another size, or no shard.
         """
-        if name not in self._files:
-            raise self.damaged(MANIFEST, f"names no {name}")
-        file = self._files[name]
-        try:
-            data = self._read(name, size=file.bytes, most=most)
-        except FileNotFoundError:
-            raise self.damaged(name, "is missing") from None
-        if checksum(data) != file.blake2b:
-            raise self.damaged(name, "is not what was written")
-        return data
+        with self._file(name) as (_, file):
+            return file.size - LENGTH - self._header_nbytes(name, file)
+
+    def read_shard(self, name: str, receive: Callable[[list[Part]], Iterable[memoryview]]) -> None:
+        """Read a shard into memory that is there already.
+
+        Args:
+            name: of the file.
+            receive: gives the memory for all parts in pieces, each of which is filled before the next is asked for.
+
+        Raises:
+            DamagedBaseError: the file is missing, of another size, or not what was written. That is known behind the
+                last piece: what was read is of no use then.
+        """
+        from fisedit_compile.cache.shard_file import parts_of  # loads torch, which a list of bases does not need
+
+        with self._file(name) as (about, file):
+            header = bytearray(self._header_nbytes(name, file))
+            file.fill(memoryview(header))
+            try:
+                parts = parts_of(header, file.size - LENGTH - len(header))
+            except ValueError as error:
+                raise self.damaged(name, str(error)) from None
+            for piece in receive(parts):
+                file.fill(piece)
+            file.check(about.blake2b)
 
     def verify(self) -> None:
         """Read all files.
@@ -111,38 +139,44 @@ class BaseFolder:
             note_use(self._descriptor)
 
     def damaged(self, name: str, how: str) -> DamagedBaseError:
-        return DamagedBaseError(f"{self.folder}: {name} {how}: {WHAT_TO_DO}")
+        """The error for a file of the base."""
+        return damaged(self.folder, name, how)
 
     def _check(self, file: BaseFile) -> None:
-        self.read(file.name)
+        memory = memoryview(bytearray(min(file.bytes, PIECE)))
+        with self._file(file.name) as (about, opened):
+            for start in range(0, file.bytes, PIECE):
+                opened.fill(memory[: min(PIECE, file.bytes - start)])
+            opened.check(about.blake2b)
 
-    def _check_status(self, name: str, status: os.stat_result, size: int | None) -> None:
-        if stat.S_ISLNK(status.st_mode):
-            raise self.damaged(name, "is a symbolic link")
-        if not stat.S_ISREG(status.st_mode):
-            raise self.damaged(name, "is no regular file")
-        if size is not None and status.st_size != size:
-            raise self.damaged(name, f"has {status.st_size} bytes instead of {size}")
-
-    def _read(self, name: str, *, size: int | None = None, most: int | None = None) -> bytes:
-        """A file's content; nothing is allocated for it before it is known to be a file of that size."""
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    @contextmanager
+    def _file(self, name: str) -> Iterator[tuple[BaseFile, CheckedFile]]:
+        """What the manifest says of a file, and the file."""
+        if name not in self._files:
+            raise self.damaged(MANIFEST, f"names no {name}")
+        about = self._files[name]
         try:
-            descriptor = os.open(name, flags, dir_fd=self._descriptor)
+            file = CheckedFile(self.folder, self._descriptor, name, about.bytes)
         except FileNotFoundError:
-            raise
-        except OSError as error:
-            self._check_status(name, os.stat(name, dir_fd=self._descriptor, follow_symlinks=False), size)
-            raise BaseStorageError(f"{self.folder / name} cannot be read ({error.strerror})") from error
-        with open(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            self._check_status(name, status, size)
-            if most is not None and status.st_size > most:
-                raise self.damaged(name, f"has {status.st_size} bytes, more than a base's can have")
-            try:
-                return file.read(status.st_size)  # one large read, which maps no pages
-            except OSError as error:
-                raise BaseStorageError(f"{self.folder / name} cannot be read ({error.strerror})") from error
+            raise self.damaged(name, "is missing") from None
+        with file:
+            yield about, file
+
+    def _json(self, name: str, file: CheckedFile) -> bytearray:
+        if file.size > MOST_JSON:
+            raise self.damaged(name, f"has {file.size} bytes, more than a base's can have")
+        data = bytearray(file.size)
+        file.fill(memoryview(data))
+        return data
+
+    def _header_nbytes(self, name: str, file: CheckedFile) -> int:
+        """How long the header of a shard is, which its first bytes say."""
+        length = bytearray(min(file.size, LENGTH))
+        file.fill(memoryview(length))
+        count = int.from_bytes(length, "little")
+        if count > min(MOST_JSON, file.size - LENGTH):
+            raise self.damaged(name, f"no safetensors: a header of {count} bytes")
+        return count
 
 
 def note_use(folder: Path | int) -> None:

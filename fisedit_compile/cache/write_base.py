@@ -20,8 +20,9 @@ from pathlib import Path
 
 from fisedit_compile.cache.base_manifest import CONTENT, MANIFEST, MOST_JSON, PARTIAL, BaseFile, Manifest
 from fisedit_compile.cache.folder_lock import folder_lock
-from fisedit_compile.cache.packed_base import PackedBase, shard_chunks
+from fisedit_compile.cache.packed_base import PackedBase
 from fisedit_compile.cache.read_base import WORKERS, note_use
+from fisedit_compile.cache.shard_file import shard_chunks
 from fisedit_compile.errors import BaseFormatError, BaseInUseError, BaseStorageError, SavedBaseError
 
 

@@ -52,7 +52,9 @@ class KeptBases:
         try:
             with self._store.get(name) as folder:
                 logger.info("loading the base %s ...", folder)
-                return editor.load(folder)
+                base = editor.load(folder)
+                base.wait()  # so that a damaged one is made again
+                return base
         except (BaseFormatError, BaseMismatchError, DamagedBaseError) as error:
             logger.warning("the base %s is made again: %s", name, error)
         try:

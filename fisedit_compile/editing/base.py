@@ -14,6 +14,7 @@ from fisedit_compile.cache.packed_base import PackedBase
 from fisedit_compile.cache.step_cache import Recorded
 from fisedit_compile.cache.write_base import write_base
 from fisedit_compile.config import SparsityConfig
+from fisedit_compile.editing.pack_base import pack
 from fisedit_compile.editing.photo_frame import PhotoFrame
 from fisedit_compile.editing.pipeline_state import PipelineState
 from fisedit_compile.editing.schedule import Schedule
@@ -30,8 +31,22 @@ class RecordedCall:
     cache: Recorded
 
     @property
+    def is_in(self) -> bool:
+        """Whether what it keeps can be had without waiting."""
+        return True
+
+    @property
     def nbytes(self) -> int:
+        """Memory of what it keeps."""
         return sum(tensor.nbytes for tensor in self.cache.values())
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where what it keeps lies; None where that is nothing."""
+        return next((tensor.device for tensor in self.cache.values()), None)
+
+    def wait(self) -> None:
+        """Wait until all calls of the base are in."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,8 +130,8 @@ class Base:
     @property
     def tier(self) -> str:
         """Where what it keeps of the U-Net lies: on the ``"device"`` of its latents, or in ``"host"`` memory."""
-        kept = (tensor.device for call in self.calls for tensor in call.cache.values())
-        return "device" if next(kept, self.latents.device) == self.latents.device else "host"
+        devices = {call.device for call in self.calls} - {None, self.latents.device}
+        return "host" if devices else "device"
 
     @property
     def visits_all(self) -> bool:
@@ -129,10 +144,22 @@ class Base:
 
     @property
     def nbytes(self) -> int:
-        """Memory of everything kept for edits."""
+        """Memory of everything kept for edits, or on its way from the disk."""
         decoder = 0 if self.decoded is None else self.decoded.nbytes
         latents = sum(latents.nbytes for latents in self.step_latents)
         return sum(call.nbytes for call in self.calls) + latents + decoder
+
+    def wait(self) -> None:
+        """Wait until a base that was loaded is in memory as a whole, and nothing of its folder is needed any more.
+
+        Raises:
+            BaseMemoryError: there is no memory left for it.
+            BaseStorageError: the file system does not give a file.
+            DamagedBaseError: a file is not what was written.
+            SavedBaseError: it was not read to its end, in a process that was forked meanwhile, or that ends.
+        """
+        for call in self.calls:
+            call.wait()
 
     def save(self, folder: str | Path) -> None:
         """Write the base to disk, whole or not at all; :meth:`fisedit_compile.Editor.load` reads it.
@@ -143,6 +170,7 @@ class Base:
         Raises:
             SavedBaseError: something lies there already, or an argument of the pipeline cannot be kept.
             BaseStorageError: the file system is full, read-only or forbidden; nothing is left of what was written.
+            BaseMemoryError, DamagedBaseError: the base is still being read itself, see :meth:`wait`.
         """
         write_base(self.pack(), Path(folder))
 
@@ -152,8 +180,6 @@ class Base:
         Raises:
             SavedBaseError: an argument of the pipeline that cannot be kept, by name.
         """
-        from fisedit_compile.editing.saved_base import pack  # it makes bases of what it reads
-
         return pack(self)
 
     def rewound_generators(self) -> list[torch.Generator]:

@@ -212,9 +212,10 @@ class EditRun(PipelineRun):
         return self._controls[key]
 
     def _cache(self, call: Call, edits: Sequence[RunningEdit], *, maps_alone: bool = False) -> Recorded:
-        """What the bases keep of the call that this one repeats, where the U-Net runs."""
+        """What the bases keep of the call that this one repeats, where the U-Net runs; waits until it is in memory."""
         sources = [edit.base.calls[self.calls_made].cache for edit in edits]
-        later = [each.cache for each in edits[0].base.calls[self.calls_made + 1 :][:1]]
+        # One that is on its way from the disk is brought later.
+        later = [each.cache for each in edits[0].base.calls[self.calls_made + 1 :][:1] if each.is_in]
         following: list[Recorded | None] = [*sources[1:], *later, None]
 
         def bring(i: int) -> Recorded:

@@ -6,13 +6,14 @@ latents outside the mask to the base's.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, overload
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
@@ -52,7 +53,7 @@ from fisedit_compile.editing.step_callback import StepCallback
 from fisedit_compile.editing.step_ends import WITHOUT_CALLBACK
 from fisedit_compile.editing.text_memo import TextMemo
 from fisedit_compile.editing.word_weights import Weights
-from fisedit_compile.errors import CaptureError
+from fisedit_compile.errors import CaptureError, FiseditError
 from fisedit_compile.masks.user_mask import MaskLike
 from fisedit_compile.runtime.model_state import ModelState
 from fisedit_compile.sparse_unet import SparseUNet, sparsify
@@ -95,6 +96,7 @@ class Editor:
         self._texts = TextMemo(self._watch.of)
         self._maker = EditMaker(self._watch, self._decoders, self._texts)
         self._bases_of_edits: WeakKeyDictionary[Edit, Base] = WeakKeyDictionary()
+        self._loaded: WeakSet[Base] = WeakSet()
         self._unet: SparseUNet | None = None
         self._unet = self.unet
 
@@ -443,7 +445,10 @@ class Editor:
     def load(self, folder: str | Path) -> Base:
         """Read a base that :meth:`Base.save` wrote. Its edits are those of the base that was saved.
 
-        Its tensors come to the device on which they were made, or to the pipeline's where that one is not here.
+        Its tensors come to the device on which they were made, or to the pipeline's where that one is not here. What
+        its U-Net calls keep is read behind the return, in the order of the steps: each step of an edit waits for its
+        own call, and raises what cannot be read of it (:meth:`Base.wait` waits for all). Nobody can remove the folder
+        until then.
 
         Args:
             folder: of the base.
@@ -452,19 +457,25 @@ class Editor:
             BaseMismatchError: a base of another model, tokenizer, scheduler or config, or one that other versions of
                 this package, torch or diffusers wrote.
             BaseFormatError: no saved base, or one of another format.
-            DamagedBaseError: files that are not what was written.
+            DamagedBaseError: files that are not what was written, as far as they were read.
             BaseMemoryError: the base would take more memory than is free.
         """
         with open_base(Path(folder)) as opened:
             saved = SavedBase(opened, self.pipe.device)
-            with self._in_turn() as (_, unet_state):
-                pipe = self._tokenizers.within(self.pipe)
-                state = self._watch.look(pipe, unet_state, saved.base.prompts)
-                saved.base.check(state, Schedule.of(pipe.scheduler), self.config)
-                state.read_weights()
-            base = saved.read_calls(state)
+            begun = saved.begin()
+            try:
+                with self._in_turn() as (_, unet_state):
+                    pipe = self._tokenizers.within(self.pipe)
+                    state = self._watch.look(pipe, unet_state, saved.base.prompts)
+                    saved.base.check(state, Schedule.of(pipe.scheduler), self.config)
+                    state.read_weights()
+            except BaseException:
+                begun.reading.stop()
+                raise
             opened.note_use()
-            return base
+            base = saved.whole(begun, state)
+        self._loaded.add(base)
+        return base
 
     def digest(self) -> str:
         """A hexadecimal key of all that decides a picture beside the arguments of a call, the same in every process.
@@ -479,9 +490,13 @@ class Editor:
     def free(self) -> None:
         """Let go of all graphs and of their memory on the device.
 
-        Bases stay as they are, and the next call exports graphs anew. Multiply-accumulates of edits that nobody has
-        asked for before (``report.macs``) cannot be counted any more.
+        Bases stay as they are; one that is being read is waited for, so that its folder is let go of. The next call
+        exports graphs anew. Multiply-accumulates of edits that nobody has asked for before (``report.macs``) cannot be
+        counted any more.
         """
+        for base in list(self._loaded):
+            with contextlib.suppress(FiseditError):  # its next edit says so
+                base.wait()
         with self._turn:
             if self._unet is not None:
                 self._unet.free()

@@ -30,7 +30,7 @@ from fisedit_compile.editing.stride import (
     watch_steps,
     why_not,
 )
-from fisedit_compile.errors import CaptureError
+from fisedit_compile.errors import BaseMemoryError, CaptureError
 from fisedit_compile.ir.call import Call
 from fisedit_compile.sparse_unet import SparseUNet
 from fisedit_compile.utils.frozen_mapping import FrozenMapping
@@ -85,6 +85,9 @@ class RecordRun(PipelineRun):
             state: of the pipeline's models; their weights are read after the run.
             photos: the base's pictures where they are not what the pipeline decodes.
             frame: what of them the pipeline draws, where that is not all of them.
+
+        Raises:
+            BaseMemoryError: memory ran out, though there was enough when the first step began; nothing is kept.
         """
         self._prompts = prompts
         states = tuple((each.get_state(), each.device) for each in generators)
@@ -92,7 +95,15 @@ class RecordRun(PipelineRun):
         output = {}
         if photos is not None:  # what their latents are decoded to is not shown, but read by edits
             output["output_type"] = "pt" if isinstance(self.decoding, RecordDecoding) else "latent"
-        images, nsfw = self.draw(prompts, generators, {**self._arguments, **output})
+        try:
+            images, nsfw = self.draw(prompts, generators, {**self._arguments, **output})
+        except torch.OutOfMemoryError as error:
+            self.calls.clear()
+            raise BaseMemoryError(
+                f"memory ran out at step {self.step} of a base of {self._steps}: let go of other bases and graphs "
+                f"(editor.free()), or keep it in host memory or in fewer bits (Editor(pipe, {{'tier': 'host'}}) or "
+                f"{{'cache': 'small'}}); {error}"
+            ) from error
         if self._host is not None:
             self._host.finish()
         seconds = time.perf_counter() - start

@@ -72,6 +72,7 @@ class HeldBases:
         try:
             with self._store.get(name) as folder:
                 base = self._editor.load(folder)
+                base.wait()  # so that a damaged one is drawn again, before anybody edits it
         except DamagedBaseError as error:
             logger.warning("base %s is damaged, and removed: %s", name, error)
             with contextlib.suppress(SavedBaseError):  # somebody else met it, too

@@ -204,7 +204,8 @@ def test_edits_of_a_stored_base(tiny_editor: Editor, tiny_base: Base, tmp_path: 
     name = store.put(tiny_base)
     with store.get(name) as folder:
         loaded = tiny_editor.load(folder)
-    store.remove(name)  # a loaded base is in memory
+    loaded.wait()
+    store.remove(name)  # a base that was read is in memory
     want, got = (tiny_editor.edit(base, EDIT, left_half()).latents for base in (tiny_base, loaded))
     assert torch.equal(got, want)
 
@@ -213,7 +214,8 @@ def test_edits_of_a_stored_base(tiny_editor: Editor, tiny_base: Base, tmp_path: 
 def test_random_operations_lose_no_base_and_change_none(tiny_editor: Editor, tmp_path: Path) -> None:
     """The short form of ``benchmarks/base_soak.py``; processes that are killed are in the tests above."""
     soak = runpy.run_path(str(ROOT / "benchmarks" / "base_soak.py"))["Soak"]
-    short = soak(tiny_editor, {"num_inference_steps": 4}, tmp_path, seed=0, kills=False)
-    short.run(40)
+    short = soak([tiny_editor], {"num_inference_steps": 4}, tmp_path, seed=0, kills=False)
+    short.run(60)
     assert not short.faults
-    assert min(short.done[name] for name in ("save", "load", "evict", "damage", "fill_disk", "use")) > 0
+    names = ("chain", "save", "load", "evict", "damage", "fill_disk", "use")
+    assert min(short.done[name] for name in (*names, "edit_half_read", "let_go_half_read", "damage_half_read")) > 0

@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.pipelines import generate
+from support.pipelines import EDIT, generate, left_half
 
+import fisedit_compile.cache.host_tier as host_tier
 import fisedit_compile.cache.memory as memory
-from fisedit_compile import BaseMemoryError, Editor
+from fisedit_compile import Base, BaseMemoryError, Editor
+from fisedit_compile.cache.host_tier import HostMemory
+from fisedit_compile.editing.record_run import RecordRun
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,6 +53,58 @@ def test_options_that_would_not_help_are_not_named(tiny_editor: Editor, monkeypa
         generate(editor)
     for option in ("pictures", "'masked'", "cross_replace"):
         assert option not in str(refused.value)
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+def test_memory_that_runs_out_while_a_base_is_recorded(
+    tiny_editor: Editor, tiny_base: Base, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else may take it behind the look; other bases are edited as ever, and the next one is recorded."""
+    want = tiny_editor.edit(tiny_base, EDIT, left_half()).latents
+    fail_after(monkeypatch, tiny_editor, "record", calls)
+    with pytest.raises(BaseMemoryError, match=rf"memory ran out at step {calls} of a base of 4: let go of other bases"):
+        generate(tiny_editor)
+    assert torch.equal(tiny_editor.edit(tiny_base, EDIT, left_half()).latents, want)
+    monkeypatch.undo()
+    assert torch.equal(generate(tiny_editor).latents, tiny_base.latents)
+
+
+def test_host_memory_that_runs_out_while_a_base_is_recorded(
+    tiny_editor: Editor, tiny_base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = tiny_editor.edit(tiny_base, EDIT, left_half()).latents
+    monkeypatch.setattr(RecordRun, "_choose_tier", lambda run, call: HostMemory(torch.device("cpu")))
+    monkeypatch.setattr(host_tier, "_CHUNK", 2**50)
+    with pytest.raises(BaseMemoryError, match=r"the host gives no 1073741824 MiB more for a base: let go of others"):
+        generate(tiny_editor)
+    monkeypatch.undo()
+    assert torch.equal(tiny_editor.edit(tiny_base, EDIT, left_half()).latents, want)
+
+
+def test_memory_that_runs_out_while_an_edit_runs(
+    tiny_editor: Editor, tiny_base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base stays what it was, and the edit can be made again."""
+    want = tiny_editor.edit(tiny_base, EDIT, left_half()).latents
+    fail_after(monkeypatch, tiny_editor, "step", 2)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        tiny_editor.edit(tiny_base, EDIT, left_half())
+    monkeypatch.undo()
+    assert torch.equal(tiny_editor.edit(tiny_base, EDIT, left_half()).latents, want)
+
+
+def fail_after(monkeypatch: pytest.MonkeyPatch, editor: Editor, method: str, calls: int) -> None:
+    """Let a method of the editor's U-Net find no memory, some calls later."""
+    kind, left = type(editor.unet), [calls]
+    real = getattr(kind, method)
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise torch.OutOfMemoryError("no memory")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(kind, method, failing)
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.pipelines import CONFIG, EDIT, generate, left_half, tiny_pipeline
 
+import fisedit_compile.cache.landing as landing
 import fisedit_compile.editing.record_run as record_run
 from fisedit_compile import Base, Editor, EditRequest, SparsityConfig
 from fisedit_compile.testing import assert_close
@@ -67,6 +68,22 @@ def test_edits_made_together_from_host_memory_and_the_device(cache: str) -> None
             assert torch.equal(edit.latents[outside], request.base.latents[outside])
             if request.mask is not None:  # one that is found may be off by a cell, as latents round otherwise
                 assert_close(edit.latents, alone.latents)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tier", ["device", "host"])
+def test_edits_begin_while_a_base_is_read(tmp_path: Path, tier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new editor captures its graphs meanwhile, which must not meet the copies of the reading threads."""
+    editor, base = made(tier)
+    want = editor.edit(base, EDIT, left_half()).latents
+    base.save(tmp_path / "base")
+    monkeypatch.setattr(landing, "PIECE", 2**14)  # so that reading takes a while
+    for each in (editor, *(Editor(editor.pipe, editor.config) for _ in range(3))):
+        loaded = each.load(tmp_path / "base")
+        got = each.edit(loaded, EDIT, left_half()).latents
+        assert torch.equal(got, want)
+        assert loaded.tier == tier
+        del loaded
 
 
 @pytest.mark.gpu

@@ -21,12 +21,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from support.packed import packed_base
 
-from fisedit_compile.cache.packed_base import PackedBase, shard_tensors
+from fisedit_compile.cache.landing import Landing
+from fisedit_compile.cache.packed_base import PackedBase
 from fisedit_compile.cache.read_base import open_base
 from fisedit_compile.cache.store import BaseStore
 from fisedit_compile.errors import BaseFormatError, BaseInUseError
 
 KIB = 64
+CPU = torch.device("cpu")
 
 
 class Small:
@@ -60,7 +62,7 @@ def work(folder: Path, rounds: int, seed: int) -> None:
                 with store.get(chance.choice(names)) as base, open_base(base) as opened:
                     time.sleep(chance.uniform(0, 0.005))
                     assert (base / "manifest.json").exists(), "a base in use was removed"
-                    read = shard_tensors(opened.read("call-0001.safetensors"))["noise"]
+                    read = Landing(opened, CPU).read("call-0001.safetensors", lambda _: CPU)["noise"]
                     want = Small(int(base.name.partition("-")[2])).pack().shards["call-0001.safetensors"]["noise"]
                     assert torch.equal(read, want), "another base's tensors"
                     opened.verify()
