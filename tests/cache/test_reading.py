@@ -184,6 +184,24 @@ class TestReading:
         assert not made.begun[2].is_set()
         assert not made.reading.is_in(0)
 
+    def test_one_that_fails_just_behind_another_that_is_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        made = Gates(2)
+        assert made.reading is not None
+        made.errors[1] = DamagedBaseError("call 1 is damaged")
+        work = made.reading._work
+        real = work._wait
+
+        def slow(enough: Callable[[], bool]) -> None:
+            made.gates[0].set()
+            real(enough)
+            made.gates[1].set()
+            while work.read:
+                time.sleep(0.001)
+
+        monkeypatch.setattr(work, "_wait", slow)
+        with pytest.raises(DamagedBaseError, match="call 1 is damaged"):
+            made.reading.get(0)
+
     def test_nobody_wants_it_any_more(self) -> None:
         made = Gates(3)
         assert made.begun[0].wait(5)
