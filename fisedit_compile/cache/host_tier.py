@@ -23,6 +23,10 @@ from fisedit_compile.cache.step_cache import Recorded
 from fisedit_compile.errors import BaseMemoryError
 from fisedit_compile.ir.requests import CacheEntry
 
+#: Of streams that copy: torch hands the streams of a priority out in turns, and of the common one are those on which
+#: graphs are captured, where nothing else may run meanwhile.
+_PRIORITY = -1
+
 _ALIGNMENT = 256  # bytes, as torch's own allocator aligns
 
 #: Bytes of a piece of pinned memory. The allocator rounds pieces up to a power of two, so one of that size wastes none.
@@ -38,7 +42,7 @@ class HostMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._cuda = device, device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if self._cuda else None
+        self._stream = torch.cuda.Stream(device, priority=_PRIORITY) if self._cuda else None
         self._chunk = torch.empty(0, dtype=torch.uint8)
         self._taken = 0
         self._turn = threading.Lock()
@@ -174,7 +178,7 @@ class Staging:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device, priority=_PRIORITY) if device.type == "cuda" else None
         self._current, self._other = _Slot(), _Slot()
 
     @torch.inference_mode(False)  # what is made here is written to in later edits
