@@ -83,6 +83,14 @@ def test_a_compiled_module_holds_the_one_that_it_was_made_of() -> None:
     assert torch.compile(module)._orig_mod is module
 
 
+@uses("_compiled_call_impl")
+def test_a_module_that_was_compiled_in_place_says_so() -> None:
+    module = nn.Linear(2, 2)
+    assert vars(module).get("_compiled_call_impl") is None
+    module.compile()
+    assert vars(module)["_compiled_call_impl"] is not None
+
+
 @uses("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
 def test_a_module_keeps_its_parts_in_dictionaries() -> None:
     module = nn.Sequential(nn.BatchNorm1d(2))
