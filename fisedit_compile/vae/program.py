@@ -41,8 +41,8 @@ class DecoderProgram(Program):
         if lowered.output is None or maps != [lowered.output[0].node]:
             raise CaptureError(f"not all of the decoder of {type(decoder.vae).__name__} can run on rows ({maps})")
         super().__init__(lowered, call, plan_on_device=True)
-        # Of the pool of higher priority: torch hands the streams of a pool out in turns, and of the common one are those
-        # on which graphs are captured, where nothing else may run meanwhile.
+        # Of the pool of higher priority: torch hands the streams of a pool out in turns, and those on which graphs are
+        # captured, where nothing else may run meanwhile, are of the common one.
         self._aside = torch.cuda.Stream(self._device, priority=-1) if self._device.type == "cuda" else None
         self._packed: torch.cuda.Event | None = None
         # Not a CUDA graph: it runs once a base, and would hold the memory of a whole decode.
