@@ -294,7 +294,7 @@ if {how!r} != "ends":
                 assert "is in use" in why_kept(tmp_path / "base")
                 child.send_signal(signal.SIGINT if how == "is interrupted" else signal.SIGKILL)
             try:
-                _, errors = child.communicate(timeout=20)
+                _, errors = child.communicate(timeout=120)
             finally:
                 child.kill()
         assert (child.returncode == 0) == (how == "ends"), errors

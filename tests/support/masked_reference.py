@@ -1,7 +1,8 @@
 """What an edit under a mask computes, by the plain pipeline: a second implementation, slow and without any graph.
 
 While the pipeline draws the base's words, what each layer of the U-Net reads is noted. While it draws other words, each
-layer at a resolution that is sparse reads that outside the mask, and group norms take the base's statistics.
+layer at a resolution that is sparse reads that outside the mask and the cells around it, and group norms take the
+base's statistics. Behind each step all that lies outside the mask is the base's.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from fisedit_compile.editing.running_edit import RIM
 from fisedit_compile.editing.step_ends import end_steps
+from fisedit_compile.masks.grown import grown
 
 _KINDS = (nn.Conv2d, nn.Linear, nn.GroupNorm)
 
@@ -31,6 +34,7 @@ class MaskedReference:
 
     def __init__(self, pipe: Any, mask: Tensor, dense_below: int) -> None:
         self._pipe, self._mask, self._dense_below = pipe, mask, dense_below
+        self._region = grown(mask[None], RIM)[0]
         # What makes a map larger reads all of the smaller one, which is whole.
         self._layers = {
             id(module)
@@ -79,12 +83,12 @@ class MaskedReference:
             yield
 
     def _tokens(self, values: Tensor) -> Tensor | None:
-        """The mask in the form of a map or of tokens of a sparse resolution; None for anything else."""
+        """What is computed in the form of a map or of tokens of a sparse resolution; None for anything else."""
         height, width = self._mask.shape
         if values.ndim == 4 and values.shape[2:] == (height, width) and min(height, width) >= self._dense_below:
-            return self._mask
+            return self._region
         if values.ndim == 3 and values.shape[1] == height * width:
-            return self._mask.flatten()[:, None]
+            return self._region.flatten()[:, None]
         return None
 
     def _note(self, module: Any, forward: Any, values: Tensor) -> Tensor:
