@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 PASSES = sorted((ROOT / "passes").glob("*/*.py"))
+SCRIPTS = sorted([*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "examples").rglob("*.py")])
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 
 
@@ -24,6 +27,23 @@ def imports(path: Path) -> Iterator[tuple[str, str]]:
 
 def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=name)
+def test_scripts_import_what_is_there(path: Path) -> None:
+    """Few of them run in tests, and types are checked for the package alone."""
+    nodes = ast.walk(ast.parse(path.read_text()))
+    found = [node for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    ours = [(node.module, each.name) for node in found for each in node.names if _is_ours(node.module)]
+    assert [each for each in ours if not _exists(*each)] == []
+
+
+def _is_ours(module: str | None) -> bool:
+    return module is not None and module.partition(".")[0] == "fisedit_compile"
+
+
+def _exists(module: str, name: str) -> bool:
+    return hasattr(import_module(module), name) or find_spec(f"{module}.{name}") is not None
 
 
 @pytest.mark.parametrize("path", PASSES, ids=name)

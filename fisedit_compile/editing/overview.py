@@ -32,7 +32,7 @@ def draw_overview(base: Image.Image, edit: Image.Image, mask: Any, *, prompt: st
     Args:
         base: the picture before.
         edit: the picture after, of the same size.
-        mask: what was recomputed, bool ``[h, w]`` at latent resolution; a tensor has to be on the CPU.
+        mask: what was edited, bool ``[h, w]`` at latent resolution; a tensor has to be on the CPU.
         prompt, edit_prompt: the captions of the first two panels.
 
     Raises:

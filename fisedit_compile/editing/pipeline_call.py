@@ -141,7 +141,8 @@ class PipelineCall:
         if (processor := state.get("image_processor")) is not None:
             state["image_processor"] = quick(processor)
         kind: Any = type(pipe)
-        self.pipe.__class__ = _with_one_device(kind)
+        if isinstance(kind._execution_device, property):
+            self.pipe.__class__ = _with_one_device(kind)
         state["scheduler"] = copy.deepcopy(pipe.scheduler)
         keep_on_host(self.pipe.scheduler)
         # Offloading hooks belong to the pipeline itself, which sets them up anew at the end of each call.

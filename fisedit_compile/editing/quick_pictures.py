@@ -13,11 +13,11 @@ from torch import Tensor
 def quick(processor: Any) -> Any:
     """A copy of diffusers' ``VaeImageProcessor`` that makes PIL images of the same values faster.
 
-    Any other object, subclasses included, is returned as it is.
+    Any other object, subclasses included, and one whose methods were replaced, is returned as it is.
     """
     from diffusers.image_processor import VaeImageProcessor  # imported here: it takes a second
 
-    if type(processor) is not VaeImageProcessor:
+    if type(processor) is not VaeImageProcessor or any(callable(each) for each in vars(processor).values()):
         return processor
     own = copy.copy(processor)
     postprocess = own.postprocess

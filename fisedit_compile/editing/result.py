@@ -22,7 +22,7 @@ class EditReport:
     """How an edit was made and what it saved: numbers and words, which keep no cache alive and pickle.
 
     Attributes:
-        mask_area: share of the latents that was recomputed, of all samples.
+        mask_area: share of the latents that was edited, of all samples; steps compute a cell around it, too.
         mask_source: ``"found"``, ``"given"``, or ``"found and given"`` / ``"found or given"``; ``"none"`` for a dense
             edit without one, which recomputes the whole picture.
         removed_words, added_words: what changed in the prompt of each sample.
@@ -136,7 +136,7 @@ class Edit:
         images: one picture a sample, of the kind that the pipeline returns; ``report.background`` says what is the
             base's in them.
         nsfw: of each picture, whether the safety checker blackened it; None without a checker.
-        mask: what was recomputed, bool ``[n, h, w]`` at latent resolution.
+        mask: what was edited, bool ``[n, h, w]`` at latent resolution.
         latents: the final latents ``[n, c, h, w]``; outside the mask they are the base's, bit for bit.
         report: how it was made.
         trajectory: what it went through, from which :meth:`~fisedit_compile.Editor.edit` records it to edit it again.

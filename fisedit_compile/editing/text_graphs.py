@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,8 +16,20 @@ from fisedit_compile.runtime.model_state import ModelState
 
 logger = logging.getLogger(__name__)
 
+#: Runs an encoder on the tensors that it is called with.
+_Run = Callable[[list[Tensor]], Any]
+
 #: Graphs of one encoder: one for each number of texts that are encoded at once.
 _MOST_GRAPHS = 8
+
+
+@dataclass
+class _Known:
+    """Calls of an encoder in one state: those that were made, and the graphs of some; None where there can be none."""
+
+    state: ModelState
+    calls: set[Hashable] = field(default_factory=set)
+    graphs: dict[Hashable, _Run | None] = field(default_factory=dict)
 
 
 class TextGraphs:
@@ -26,7 +39,7 @@ class TextGraphs:
     """
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[ModelState, dict[Hashable, Callable[[list[Tensor]], Any] | None]]] = {}
+        self._known: dict[str, _Known] = {}
         self._capturers: dict[torch.device, GraphCapturer] = {}
 
     def run(self, name: str, encoder: nn.Module, state: ModelState, args: Any, kwargs: Any) -> Any:
@@ -38,28 +51,24 @@ class TextGraphs:
             state: of the encoder as it is.
             args, kwargs: of its call.
         """
-        known, graphs = self._known.get(name, (None, {}))
-        if known is not state:  # weights that were exchanged lie elsewhere
-            graphs = {}
-            self._known[name] = state, graphs
+        known = self._known.get(name)
+        if known is None or known.state is not state:  # weights that were exchanged lie elsewhere
+            known = self._known[name] = _Known(state)
         leaves, tree = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        shapes = (_shape(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        key = (str(tree), tuple(shapes))
-        if key not in graphs:
-            if len(graphs) < _MOST_GRAPHS and self._captures(encoder, tensors):
-                graphs[key] = None
-            return encoder(*args, **kwargs)
-        graph = graphs[key]
-        if graph is None:
-            graph = graphs[key] = self._graph(encoder, leaves, tree)
-        return graph(tensors)
+        key = str(tree), tuple(_shape(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        if key not in known.calls:
+            known.calls.add(key)
+        elif key not in known.graphs and len(known.graphs) < _MOST_GRAPHS:
+            known.graphs[key] = self._graph(encoder, leaves, tree) if self._captures(encoder, tensors) else None
+        graph = known.graphs.get(key)
+        return encoder(*args, **kwargs) if graph is None else graph(tensors)
 
     def _captures(self, encoder: nn.Module, tensors: list[Tensor]) -> bool:
         return bool(tensors) and all(each.is_cuda for each in tensors) and is_plain(encoder)
 
-    def _graph(self, encoder: nn.Module, leaves: list[Any], tree: Any) -> Callable[[list[Tensor]], Any]:
-        """What runs the encoder on tensors in the place of those among ``leaves``."""
+    def _graph(self, encoder: nn.Module, leaves: list[Any], tree: Any) -> _Run | None:
+        """What runs the encoder on tensors in the place of those among ``leaves``; None where it cannot be captured."""
         device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
         capturer = self._capturers.setdefault(device, GraphCapturer(device))
         with capturer.in_turn():
@@ -67,19 +76,12 @@ class TextGraphs:
         inputs = [leaf for leaf in own if isinstance(leaf, Tensor)]
         args, kwargs = pytree.tree_unflatten(own, tree)
 
-        def run_as_it_is(tensors: list[Tensor]) -> Any:
-            given = iter(tensors)
-            args, kwargs = pytree.tree_unflatten(
-                [next(given) if isinstance(leaf, Tensor) else leaf for leaf in own], tree
-            )
-            return encoder(*args, **kwargs)
-
         try:
             with capturer.in_turn():
                 replay = capturer.capture(lambda: encoder(*args, **kwargs))
         except RuntimeError as error:  # it reads a value of the device, for example
             logger.info("%s is not captured as a CUDA graph: %s", type(encoder).__name__, error)
-            return run_as_it_is
+            return None
 
         def run_graph(tensors: list[Tensor]) -> Any:
             with capturer.in_turn():

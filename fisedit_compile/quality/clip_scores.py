@@ -7,6 +7,7 @@ words than to the old ones.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ class Clip:
 
     def __init__(self, model: Any, images: Any, tokenizer: Any) -> None:
         self._model, self._images, self._tokenizer = model.eval(), images, tokenizer
+        self._tokenizing = threading.Lock()  # a fast tokenizer keeps how it is to pad, which threads must not share
 
     @classmethod
     def load(cls, folder: Path) -> Clip:
@@ -92,7 +94,8 @@ class Clip:
     def _embed(self, pictures: Sequence[Any], texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Unit vectors ``[n, d]`` of each."""
         pixels = self._images([picture.convert("RGB") for picture in pictures], return_tensors="pt")
-        words = self._tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True)
+        with self._tokenizing:
+            words = self._tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True)
         output = self._model(
             input_ids=words.input_ids, attention_mask=words.attention_mask, pixel_values=pixels.pixel_values
         )

@@ -39,6 +39,13 @@ def test_other_kinds_of_pictures_are_left_to_diffusers() -> None:
     assert np.array_equal(np.asarray(gray), np.asarray(processor.postprocess(decoded[:, :1])[0]))
 
 
+@pytest.mark.parametrize("name", ["postprocess", "numpy_to_pil"])
+def test_a_processor_whose_methods_were_replaced_is_left_alone(name: str) -> None:
+    processor = VaeImageProcessor()
+    setattr(processor, name, lambda *_, **__: [])
+    assert quick(processor) is processor
+
+
 def test_a_processor_of_another_class_is_left_alone() -> None:
     processor = PixArtImageProcessor()
     assert quick(processor) is processor
