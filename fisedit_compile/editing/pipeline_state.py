@@ -99,9 +99,8 @@ class PipelineWatch:
         if any(getattr(pipe, name, None) is not None for name in _WITHOUT_EFFECT):  # nobody looks at these
             return
         watches = [state.live.watch() for state in models.values() if state.live is not None]
-        looks = [
-            watch.descriptions for watch in watches if watch is not None
-        ]  # offloading hooks are no part of a state
+        # Hooks that offload are no part of a state.
+        looks = [watch.descriptions for watch in watches if watch is not None]
         if self._searched is not None:
             before, then, device = self._searched
             same = all(before.get(name) is state for name, state in models.items())

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 #: Edits that are kept in memory, without their bases, to be recorded if somebody edits them again.
 _MOST_EDITS = 64
 
-#: By how many of 255 levels a pixel of an edit may be off that is made again: more than roundings are not seen as such.
+#: By how many of 255 levels a pixel may be off of an edit that was made beside others and is made again alone: more is
+#: no rounding.
 MOST_OFF = 16
 
 #: Edits in a row that are made again where all their bases are gone.
@@ -103,7 +104,8 @@ class Recall:
             edit: the edit.
             record: the picture, where the edit was made again.
         """
-        stored = None if record is None else _stored_pixels(record, edit)
+        most_off = MOST_OFF if record is not None and self._was_beside_others(record) else 0
+        stored = None if record is None else _stored_pixels(record, edit, most_off)
         base = self._editor.base_of(edit)
         if stored is not None:
             base = replace(base, images=[stored], pictures=[stored.copy()])
@@ -111,6 +113,15 @@ class Recall:
         self._library.note_base(name, BasePlace.HELD)
         self._bases.add(name, base)
         return base
+
+    def _was_beside_others(self, record: Picture) -> bool:
+        """Whether an edit, or one that it was made from, was made beside others, whose number rounds otherwise."""
+        line: Picture | None = record
+        while line is not None:
+            if line.report.get("made_together", 1) > 1:
+                return True
+            line = self._library.get(line.parent) if line.parent else None
+        return False
 
     def _drawn_again(self, record: Picture) -> Base:
         if record.kind == "photo":
@@ -123,10 +134,13 @@ class Recall:
         return base
 
 
-def _stored_pixels(record: Picture, edit: Edit) -> Any:
+def _stored_pixels(record: Picture, edit: Edit, most_off: int) -> Any:
     """The pixels of an edit that was made again, where these are others: for edits of it to be of what was answered.
 
-    It may have been made beside others, whose number rounds otherwise; so does what is made from it.
+    Args:
+        record: of the edit as it was.
+        edit: made again.
+        most_off: by how many of 255 levels a pixel may differ.
 
     Raises:
         PictureGoneError: they differ by more than that.
@@ -136,7 +150,7 @@ def _stored_pixels(record: Picture, edit: Edit) -> Any:
         return None
     stored = of_png(record.png).convert(image.mode)
     off = np.asarray(stored, dtype=int) - np.asarray(image) if stored.size == image.size else np.inf
-    if np.abs(off).max() > MOST_OFF or edit.trajectory.frame is not None:
+    if np.abs(off).max() > most_off or edit.trajectory.frame is not None:
         raise PictureGoneError(
             f"the base of picture {record.id} is gone, and what is drawn again from its own base is another picture: "
             "generate a new one"
