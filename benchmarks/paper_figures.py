@@ -58,7 +58,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=whole_number(2), default=50, metavar="N", help="denoising steps (default: 50)")
     parser.add_argument("--guidance", type=finite, default=5.0, metavar="X", help="guidance scale (default: 5)")
     parser.add_argument(
-        "--workers", type=whole_number(1), default=1, metavar="N", help="processes that share the device (default: 1)"
+        "--workers",
+        type=whole_number(1),
+        default=1,
+        metavar="N",
+        help="processes, which take the CUDA devices in turns (default: 1)",
     )
     parser.add_argument(
         "--timed", type=whole_number(1), default=2, metavar="N", help="cases that are timed alone (default: 2)"

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
 from tabulate import tabulate
 from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -24,6 +24,8 @@ from fisedit_compile import Base, Edit, Editor
 
 MODEL = Path(__file__).parents[1] / "examples" / "demo_model"
 GUIDANCE = 5.0
+
+SCHEDULERS = {"ddim": DDIMScheduler, "dpm++2m": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler}
 
 #: A prompt and the words of its edit.
 PAIRS = [
@@ -61,41 +63,41 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seeds", type=int, nargs="+", default=[7, 21])
     parser.add_argument("--strides", type=int, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--schedulers", nargs="+", choices=SCHEDULERS, default=list(SCHEDULERS))
     args = parser.parse_args()
     pipe = StableDiffusionPipeline.from_pretrained(MODEL).to(args.device)
     pipe.set_progress_bar_config(disable=True)
+    config = pipe.scheduler.config
+    editors = {stride: Editor(pipe, {"stride": stride}) for stride in (1, *args.strides)}
     rows = []
-    for scheduler in (pipe.scheduler, DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)):
-        pipe.scheduler = scheduler
+    for name in args.schedulers:
+        pipe.scheduler = SCHEDULERS[name].from_config(config)
         found = {stride: [] for stride in args.strides}
         for pair in PAIRS:
             for seed in args.seeds:
-                whole_base, whole = edited(pipe, 1, pair, seed, args.steps)
+                whole_base, whole = edited(editors[1], pair, seed, args.steps)
                 for stride in args.strides:
-                    found[stride].append(compared(pipe, stride, pair, seed, args.steps, whole_base, whole))
+                    found[stride].append(compared(editors[stride], pair, seed, args.steps, whole_base, whole))
         for stride, figures in found.items():
             ssim, psnr, iou, size, made = zip(*figures, strict=True)
-            rows.append(
-                [type(scheduler).__name__, stride, made[0], mean(ssim), min(ssim), mean(psnr), mean(iou), mean(size)]
-            )
+            rows.append([name, stride, made[0], mean(ssim), min(ssim), mean(psnr), mean(iou), mean(size)])
     heads = ["scheduler", "stride", "steps made", "SSIM", "lowest", "PSNR", "found IoU", "base"]
     print(tabulate(rows, heads, floatfmt=("", "", "", ".4f", ".4f", ".1f", ".2f", ".2f")))
 
 
-def edited(pipe: Any, stride: int, pair: tuple[str, str], seed: int, steps: int, mask: Any = None) -> tuple[Base, Edit]:
+def edited(editor: Editor, pair: tuple[str, str], seed: int, steps: int, mask: Any = None) -> tuple[Base, Edit]:
     """A base and its edit, the whole picture as the decoder gives it."""
-    editor = Editor(pipe, {"stride": stride})
     generator = torch.Generator().manual_seed(seed)
     base = editor.generate(pair[0], num_inference_steps=steps, guidance_scale=GUIDANCE, generator=generator)
     return base, editor.edit(base, pair[1], mask=mask, background="latents")
 
 
 def compared(
-    pipe: Any, stride: int, pair: tuple[str, str], seed: int, steps: int, whole_base: Base, whole: Edit
+    editor: Editor, pair: tuple[str, str], seed: int, steps: int, whole_base: Base, whole: Edit
 ) -> tuple[float, float, float, float, int]:
     """SSIM and PSNR inside the mask, IoU of the mask that is found, share of the base's bytes, and steps made."""
-    base, edit = edited(pipe, stride, pair, seed, steps, mask=whole.mask[0].float())
-    found = edited(pipe, stride, pair, seed, steps)[1].mask
+    base, edit = edited(editor, pair, seed, steps, mask=whole.mask[0].float())
+    found = edited(editor, pair, seed, steps)[1].mask
     picture, reference = pixels(edit), pixels(whole)
     scale = picture.shape[-1] // whole.mask.shape[-1]
     inside = whole.mask[0].cpu().repeat_interleave(scale, 0).repeat_interleave(scale, 1).expand_as(picture)

@@ -1,4 +1,4 @@
-"""Edits cases by all methods, in one process or several that share a device."""
+"""Edits cases by all methods, in one process or several that share the devices."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from fisedit_compile.editing.plain_pipeline import load_pipeline
 from fisedit_compile.quality.cases import Case
 from fisedit_compile.quality.clip_scores import Clip
 from fisedit_compile.quality.judge import Judge
+from fisedit_compile.quality.workers import device_of_worker
 from tradeoffs.curves import CURVES, Models, Setting, settings_of
 from tradeoffs.figures import Figures, Measure
 from tradeoffs.own import OwnEdits
@@ -164,7 +165,8 @@ def run_cases(conditions: Conditions, cases: Sequence[Case], workers: int) -> It
         yield from map(editor.run, cases)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(cases)), context, _open, (conditions,)) as pool:
+    begun = context.Value("i", 0)
+    with ProcessPoolExecutor(min(workers, len(cases)), context, _open, (conditions, begun)) as pool:
         try:
             for done in as_completed([pool.submit(_run, case) for case in cases]):
                 yield done.result()
@@ -181,9 +183,9 @@ def _told(error: Exception) -> str:
 _EDITOR: CaseEditor | None = None
 
 
-def _open(conditions: Conditions) -> None:
+def _open(conditions: Conditions, begun: Any) -> None:
     global _EDITOR
-    _EDITOR = CaseEditor(conditions)
+    _EDITOR = CaseEditor(replace(conditions, device=device_of_worker(conditions.device, begun)))
 
 
 def _run(case: Case) -> CaseResult:

@@ -81,7 +81,7 @@ def add_parser(subparsers: Any) -> None:
         type=whole_number(1),
         default=1,
         metavar="N",
-        help="draw in N processes, each with a model of its own on the device (default: 1)",
+        help="draw in N processes, each with a model of its own; CUDA devices are taken in turns (default: 1)",
     )
     add_runtime_options(parser)
     add_json_option(parser)

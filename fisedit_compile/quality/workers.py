@@ -6,7 +6,7 @@ import multiprocessing
 import pickle
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class Drawing:
         Args:
             pipe: from :meth:`pipeline`; what this process draws with where it is the only one.
             cases: what to draw.
-            workers: processes; 1 is this one alone. More share its threads and the device, and read the model again.
+            workers: processes; 1 is this one alone. More share its threads and the devices, and read the model again.
         """
         if workers == 1:
             runner = CaseRunner(pipe, self.settings)
@@ -55,13 +55,32 @@ class Drawing:
             return
         threads = max(1, torch.get_num_threads() // workers)
         spawn = multiprocessing.get_context("spawn")  # a process that used CUDA cannot be forked
-        with ProcessPoolExecutor(workers, spawn, initializer=_begin, initargs=(self, threads)) as pool:
+        begun = spawn.Value("i", 0)
+        with ProcessPoolExecutor(workers, spawn, initializer=_begin, initargs=(self, threads, begun)) as pool:
             yield from zip(cases, map(pickle.loads, pool.map(_draw, cases)), strict=True)
 
 
-def _begin(drawing: Drawing, threads: int) -> None:
+def device_of_worker(device: torch.device, begun: Any) -> torch.device:
+    """The device of the worker that calls it: all CUDA devices in turns, where ``device`` names none of them.
+
+    Args:
+        device: of all workers.
+        begun: a ``multiprocessing.Value`` of an integer that the workers share, 0 before the first one begins.
+    """
+    with begun.get_lock():
+        place = begun.value
+        begun.value += 1
+    if device.type != "cuda" or device.index is not None:
+        return device
+    device = torch.device("cuda", place % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _begin(drawing: Drawing, threads: int, begun: Any) -> None:
     global _runner
     torch.set_num_threads(threads)
+    drawing = replace(drawing, device=device_of_worker(drawing.device, begun))
     _runner = CaseRunner(drawing.pipeline(), drawing.settings)
 
 
