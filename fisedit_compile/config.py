@@ -20,8 +20,11 @@ Tier = Literal["auto", "device", "host"]
 #: A value of ``dense_below`` with which every resolution is computed whole: the dense U-Net, by operations on rows.
 EVERY_RESOLUTION = sys.maxsize
 
-#: Shares of the steps under control with ``cross_replace="auto"``: of edits that only add words, and of all others.
-ADDING, REPLACING = 0.2, 0.8
+#: What an edit does to the words of its base: it only adds some, or only takes some away, or there are others then.
+WordChange = Literal["adds", "replaces", "removes"]
+
+#: Share of the steps under control with ``cross_replace="auto"`` (docs/measurements/quality.md).
+CONTROLLED: dict[WordChange, float] = {"adds": 0.2, "replaces": 0.5, "removes": 0.8}
 
 
 def is_whole(size: tuple[int, int], dense_below: int) -> bool:
@@ -69,11 +72,11 @@ class SparsityConfig:
             none; with 0 every edit must bring one.
         cross_replace: share of all denoising steps, counted from the first, that take the cross-attention maps of
             unchanged words from the base (Prompt-to-Prompt, paper 3.1), dense and sparse alike; 0 turns that off.
-            ``"auto"`` is 0.8 where words are replaced or removed, and 0.2 where words are only added, which longer
-            control keeps out of the picture (docs/measurements/quality.md).
+            ``"auto"`` is 0.8 where words are removed, 0.5 where they are replaced, and 0.2 where words are only added,
+            which longer control keeps out of the picture (docs/measurements/quality.md).
         stride: an edit visits every ``stride``-th step of its base and lets the scheduler make longer ones, which
-            divides its time and the base's memory by about as much; 1 visits all. ``"auto"`` takes 3 from 48 steps on
-            and 2 from 32 on where the scheduler can make longer steps, else 1. Dense and controlled steps are counted
+            divides its time and the base's memory by about as much; 1 visits all. ``"auto"`` takes 3 from 45 steps on
+            and 2 from 30 on where the scheduler can make longer steps, else 1. Dense and controlled steps are counted
             among those visited.
         cache: how a base keeps activations of the U-Net. ``"exact"`` as they are; ``"balanced"`` in four bits a value,
             which takes 0.28 of the memory in half precision; ``"small"`` in two bits, keys and values by the mean of
@@ -154,16 +157,16 @@ class SparsityConfig:
             return min(self.dense_steps, steps)
         return min(-int(-self.dense_steps * steps // 1), steps)
 
-    def count_controlled_steps(self, steps: int, *, adds: bool = False) -> int:
+    def count_controlled_steps(self, steps: int, change: WordChange | None = None) -> int:
         """How many of ``steps`` denoising steps run under Prompt-to-Prompt control.
 
         Args:
             steps: all that an edit makes.
-            adds: the edit only adds words.
+            change: what the edit does to the words; None: whatever that is, at most.
         """
-        if self.cross_replace == "auto":
-            return round((ADDING if adds else REPLACING) * steps)
-        return round(self.cross_replace * steps)
+        if self.cross_replace != "auto":
+            return round(self.cross_replace * steps)
+        return round((max(CONTROLLED.values()) if change is None else CONTROLLED[change]) * steps)
 
     def packing(self, device: torch.device, dtype: torch.dtype) -> Packing | None:
         """How bases of a U-Net on ``device`` keep activations of ``dtype``; None: as they are."""

@@ -142,6 +142,31 @@ def align_prompts(
     return _stack(alignments[0], device)
 
 
+def removed_tokens(
+    pipe: Any, base_prompts: Sequence[str], edit_prompts: Sequence[str], arguments: Mapping[str, Any]
+) -> torch.Tensor:
+    """Positions of the tokens of words that an edit takes away or puts others in the place of, bool ``[n, T]``.
+
+    Args:
+        pipe, base_prompts, edit_prompts, arguments: see :func:`align_prompts`; the first text encoder's tokens count.
+    """
+    (tokenizer, old_texts), *_ = pipeline_prompts(pipe, base_prompts, arguments)
+    (_, new_texts), *_ = pipeline_prompts(pipe, edit_prompts, arguments)
+    removed = []
+    for old_text, new_text in zip(old_texts, new_texts, strict=True):
+        old, new = tokenize(tokenizer, old_text), tokenize(tokenizer, new_text)
+        positions = [
+            position
+            for operation, first, last, _, _ in _differences(old, new)
+            if operation in ("replace", "delete")
+            for unit in old.units[first:last]
+            for position in unit.positions
+        ]
+        removed.append(torch.zeros(old.length, dtype=torch.bool))
+        removed[-1][positions] = True
+    return torch.stack(removed)
+
+
 def changed_words(base_prompt: str, edit_prompt: str) -> tuple[list[str], list[str]]:
     """Words (and punctuation) of the base that went, and those that came, in order; letter case is ignored.
 
@@ -190,8 +215,7 @@ def _check_change(
 
 def _align(base: PromptTokens, edit: PromptTokens) -> TokenAlignment:
     mapper = torch.zeros(base.length, edit.length)
-    old_keys, new_keys = ([unit.key for unit in tokens.units] for tokens in (base, edit))
-    for operation, b0, b1, e0, e1 in SequenceMatcher(None, old_keys, new_keys, autojunk=False).get_opcodes():
+    for operation, b0, b1, e0, e1 in _differences(base, edit):
         if operation not in ("equal", "replace") or b1 - b0 != e1 - e0:
             continue
         for old, new in zip(base.units[b0:b1], edit.units[e0:e1], strict=True):
@@ -203,6 +227,12 @@ def _align(base: PromptTokens, edit: PromptTokens) -> TokenAlignment:
     shared = sorted(base.padding & edit.padding)
     mapper[shared, shared] = 1.0
     return TokenAlignment(mapper=mapper, keep=(mapper.sum(dim=0) > 0).float())
+
+
+def _differences(base: PromptTokens, edit: PromptTokens) -> Sequence[tuple[str, int, int, int, int]]:
+    """What makes the words of one prompt those of another, as :meth:`difflib.SequenceMatcher.get_opcodes` has it."""
+    old_keys, new_keys = ([unit.key for unit in tokens.units] for tokens in (base, edit))
+    return SequenceMatcher(None, old_keys, new_keys, autojunk=False).get_opcodes()
 
 
 def _stack(

@@ -7,16 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisedit_compile.config import WordChange
 from fisedit_compile.editing.decoding import Decoding
 from fisedit_compile.editing.edit_checks import edited_samples
 from fisedit_compile.editing.edit_request import CheckedEdit
-from fisedit_compile.editing.prompt_alignment import align_prompts, changed_words
+from fisedit_compile.editing.prompt_alignment import align_prompts, changed_words, removed_tokens
 from fisedit_compile.editing.step_macs import StepMacs
 from fisedit_compile.editing.stride import StrideError
 from fisedit_compile.editing.word_weights import token_weights
 from fisedit_compile.errors import LargeMaskError, MaskError
 from fisedit_compile.masks.difference_mask import difference_mask
 from fisedit_compile.masks.grown import grown
+from fisedit_compile.masks.old_words import attention_to, with_old_words
 from fisedit_compile.runtime.prepared import Prepared
 
 #: Cells around the mask that sparse steps compute with it: convolutions at the mask's rim then read what the new words
@@ -80,7 +82,7 @@ class RunningEdit:
         self._words = tuple(each.repeat_interleave(copies, 0) for each in (mapper, keep, weight))
         # Of each sample, how many steps are controlled.
         self._controlled = [
-            base.config.count_controlled_steps(len(base.visits), adds=_only_adds(*pair))
+            base.config.count_controlled_steps(len(base.visits), _word_change(*pair))
             for pair in zip(base.prompts, prompts, strict=True)
             for _ in range(copies)
         ]
@@ -91,6 +93,9 @@ class RunningEdit:
         if asked.given is not None and asked.combine == "replace":
             self._know_mask(self._of_edited(asked.given))
             self.dense_steps = 0
+            return
+        removed = removed_tokens(pipe, base.prompts, prompts, base.arguments)
+        self._removed = removed.repeat_interleave(copies, 0)[self._edited]  # bool [edited samples, T], on the host
 
     def begin(self, scheduler: Any) -> None:
         """Called before the first step, with the scheduler of the run, its timesteps set."""
@@ -130,7 +135,7 @@ class RunningEdit:
         if not self._knows_mask:
             if step < self.dense_steps - 1:
                 return latents
-            self._know_mask(self._found_mask([*before, latents]))
+            self._know_mask(self._found_mask(step, [*before, latents]))
         # Outside the mask the picture is the base's, bit for bit, whatever the scheduler remembers of other steps.
         return torch.where(self.mask[:, None], latents, after)
 
@@ -176,9 +181,9 @@ class RunningEdit:
         self.region = grown(mask, RIM)
         self._knows_mask = True
 
-    def _found_mask(self, latents: list[Tensor]) -> Tensor:
-        """The mask of what the dense steps changed, joined with the one given; on the host."""
-        mask = self._find_mask(latents)
+    def _found_mask(self, step: int, latents: list[Tensor]) -> Tensor:
+        """The mask of what the dense steps up to this one changed, joined with the one given; on the host."""
+        mask = self._find_mask(step, latents)
         if (area := float(mask.float().mean())) > (largest := self.asked.largest_mask):
             raise LargeMaskError(
                 f"the mask that was found covers {area:.0%} of the picture, and largest_mask is "
@@ -186,13 +191,16 @@ class RunningEdit:
             )
         return mask
 
-    def _find_mask(self, latents: list[Tensor]) -> Tensor:
+    def _find_mask(self, step: int, latents: list[Tensor]) -> Tensor:
         first, last = DIFFERENCE_STEPS[0] - 1, min(DIFFERENCE_STEPS[1], len(latents))
         after = [self.base.latents_after(visit) for visit in range(last)]
         edited = self._edited_samples
         base, edit = (torch.stack(each[first:last])[:, edited] for each in (after, latents))
         found = torch.zeros(latents[0][:, 0].shape, dtype=torch.bool)
-        found[self._edited] = difference_mask(base, edit).cpu()
+        changed = difference_mask(base, edit)
+        if self._removed.any():
+            changed = with_old_words(changed, self._attention_to_removed(step, changed))
+        found[self._edited] = changed.cpu()
         given, combine = self.asked.given, self.asked.combine
         if given is None:
             return found
@@ -200,6 +208,19 @@ class RunningEdit:
         if not mask[self._edited].flatten(1).any(dim=1).all():
             raise MaskError("the mask that was found and the one given do not meet: give a larger one, or combine='or'")
         return mask
+
+    def _attention_to_removed(self, step: int, like: Tensor) -> Tensor:
+        """How strongly the base attends to the words that go, ``[edited samples, h, w]``, on the device of ``like``."""
+        call = next(call for call in self.base.calls if call.step == self.base.visits[step])
+        kept = (tensor for entry, tensor in call.cache.items() if entry.kind == "attention")
+        maps = (
+            tensor.to(like.device, non_blocking=True)
+            .unflatten(0, (self.samples, -1))
+            .index_select(0, self._edited_samples)
+            .flatten(0, 1)
+            for tensor in kept
+        )
+        return attention_to(self._removed.to(like.device, non_blocking=True), maps, (like.shape[1], like.shape[2]))
 
     def _of_edited(self, mask: Tensor) -> Tensor:
         """The mask, bool ``[n, h, w]``, of the samples that change: those whose prompts stay are the base's."""
@@ -212,7 +233,9 @@ def _kept_tokens(asked: CheckedEdit, every: int) -> int:
     return next(kept, every)
 
 
-def _only_adds(old: str, new: str) -> bool:
-    """Whether a prompt has words that the old one has not, and all of those."""
+def _word_change(old: str, new: str) -> WordChange:
+    """What an edit does to the words of a prompt. Words that stay, and are weighted, count as words that went."""
     removed, added = changed_words(old, new)
-    return bool(added) and not removed
+    if not added:
+        return "removes"
+    return "replaces" if removed else "adds"

@@ -28,7 +28,7 @@ SCHEDULERS = (
 )
 
 #: The longest stride that ``"auto"`` takes, and the fewest steps that it leaves to an edit: see docs/decisions.md.
-LONGEST, FEWEST = 3, 16
+LONGEST, FEWEST = 3, 15
 
 
 class SolverStep(NamedTuple):

@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from support.small_tokenizers import LENGTH, WORDS, SlowTokenizer, byte_pairs, word_level
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from fisedit_compile.editing.prompt_alignment import align, align_batch, align_prompts, changed_words
+from fisedit_compile.editing.prompt_alignment import (
+    align,
+    align_batch,
+    align_prompts,
+    changed_words,
+    removed_tokens,
+)
 from fisedit_compile.editing.prompt_tokens import check_text_length, tokenize
 from fisedit_compile.errors import CaptureError, MaskError
 
@@ -225,6 +231,24 @@ class TestAlignBatch:
 )
 def test_changed_words(base: str, edit: str, removed: list[str], added: list[str]) -> None:
     assert changed_words(base, edit) == (removed, added)
+
+
+@pytest.mark.parametrize(
+    ("edit", "positions"),
+    [
+        ("a red cat on the left", []),  # the base's own
+        ("a cat on the left", [2]),
+        ("a red lion on the left", [3]),
+        ("a red cat at sunset", [4, 5, 6]),  # replaced by another number of words
+        ("a red cat on the left, at sunset", []),
+    ],
+)
+def test_the_tokens_of_words_that_go(edit: str, positions: list[int]) -> None:
+    pipe = SimpleNamespace(tokenizer=word_level())
+    stays, goes = removed_tokens(pipe, ["a lion", "a red cat on the left"], ["a lion", edit], {})
+    assert len(goes) == LENGTH
+    assert goes.nonzero().flatten().tolist() == positions
+    assert not stays.any()
 
 
 class Pipe(TextualInversionLoaderMixin):
