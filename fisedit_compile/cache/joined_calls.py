@@ -40,7 +40,7 @@ class JoinedCalls:
     def __init__(self, signature: Signature, specs: Specs, parts: int, device: torch.device) -> None:
         self._signature, self._specs, self._parts, self._device = signature, specs, parts, device
         self._buffers: dict[CacheEntry, Tensor] = {}
-        self._caches: dict[tuple[CacheEntry, ...], Recorded] = {}
+        self._caches: dict[tuple[CacheEntry, ...], tuple[Recorded, list[_Copies]]] = {}
 
     def fill(
         self, sources: Sequence[Recorded], bring: Callable[[int], Recorded], *, maps_alone: bool = False
@@ -61,37 +61,38 @@ class JoinedCalls:
         _check_timesteps(sources)
         if missing := [entry for entry in entries if entry not in self._buffers]:
             self._make(missing, sources)
-        starts = dict.fromkeys(entries, 0)
-        for i in range(len(sources)):
-            source = bring(i)
-            pairs: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-            for entry in entries:
-                for target, block in self._blocks(entry, source[entry], starts[entry]):
-                    if target.is_contiguous():
-                        pairs[target.dtype].append((target, block))
-                    else:
-                        target.copy_(block)
-                starts[entry] += source[entry].shape[:1].numel()
-            for of_dtype in pairs.values():  # of one dtype, so that they are few launches
-                targets, blocks = zip(*of_dtype, strict=True)
-                torch._foreach_copy_(targets, blocks)
         if entries not in self._caches:
             kept = {entry: self._buffers[entry] for entry in entries}
-            self._caches[entries] = Recorded(self._signature, sources[0].timesteps, kept)
-        cache = self._caches[entries]
+            cache = Recorded(self._signature, sources[0].timesteps, kept)
+            self._caches[entries] = cache, self._copies(entries, sources)
+        cache, copies = self._caches[entries]
+        for i, each in enumerate(copies):
+            each.run(bring(i))
         cache.timesteps, cache.model = sources[0].timesteps, sources[0].model
         return cache
 
-    def _blocks(self, entry: CacheEntry, source: Tensor, before: int) -> list[tuple[Tensor, Tensor]]:
-        """Where the rows of a base go, and the rows, part by part; ``before`` are the rows of the bases before it."""
+    def _copies(self, entries: Sequence[CacheEntry], sources: Sequence[Recorded]) -> list[_Copies]:
+        """What brings the entries of each base to their places."""
+        starts = dict.fromkeys(entries, 0)
+        copies = []
+        for source in sources:
+            copies.append(_Copies())
+            for entry in entries:
+                rows, before = source[entry].shape[:1].numel(), starts[entry]
+                starts[entry] += rows
+                targets = self._targets(entry, source[entry], before)
+                copies[-1].add(entry, targets, rows // self._parts if len(targets) > 1 else rows)
+        return copies
+
+    def _targets(self, entry: CacheEntry, source: Tensor, before: int) -> list[Tensor]:
+        """Where the rows of a base go, part by part; ``before`` are the rows of the bases before it."""
         buffer = self._buffers[entry]
         if entry.kind == "attention":  # of the conditional part alone
-            return [(buffer[before : before + len(source), :, : source.shape[2]], source)]
+            return [buffer[before : before + len(source), :, : source.shape[2]]]
         if self._is_shared(entry, source):
-            return [(buffer, source)]
+            return [buffer]
         start, rows, every = (count // self._parts for count in (before, len(source), len(buffer)))
-        firsts = range(start, len(buffer), every)
-        return [(buffer[first : first + rows], block) for first, block in zip(firsts, source.split(rows), strict=True)]
+        return [buffer[first : first + rows] for first in range(start, len(buffer), every)]
 
     def _make(self, entries: Sequence[CacheEntry], sources: Sequence[Recorded]) -> None:
         shapes = {entry: self._shape(entry, [source[entry] for source in sources]) for entry in entries}
@@ -125,6 +126,37 @@ class JoinedCalls:
     def _is_shared(self, entry: CacheEntry, tensor: Tensor) -> bool:
         """Whether an entry is the same for all samples: it depends on the timestep alone, and has no row for each."""
         return entry.kind == "value" and tensor.shape == self._specs[entry][0]
+
+
+class _Copies:
+    """Copies of the entries of one base to where they lie beside those of others, the same at each step.
+
+    Between two steps the device would wait for views that are made anew, so those of the places are made once.
+    """
+
+    def __init__(self) -> None:
+        # Of one dtype, so that they are few launches.
+        self._targets: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+        self._entries: dict[torch.dtype, list[tuple[CacheEntry, int]]] = defaultdict(list)
+        self._with_gaps: list[tuple[CacheEntry, Tensor]] = []
+
+    def add(self, entry: CacheEntry, targets: Sequence[Tensor], rows: int) -> None:
+        """Copy an entry's rows to ``targets``, as many to each."""
+        if targets[0].is_contiguous():
+            self._targets[targets[0].dtype].extend(targets)
+            self._entries[targets[0].dtype].append((entry, rows if len(targets) > 1 else 0))
+        else:
+            self._with_gaps += [(entry, target) for target in targets]
+
+    def run(self, source: Recorded) -> None:
+        """Copy the entries of a call, which lies on the device of the places."""
+        for dtype, targets in self._targets.items():
+            blocks: list[Tensor] = []
+            for entry, rows in self._entries[dtype]:
+                blocks += source[entry].split(rows) if rows else (source[entry],)
+            torch._foreach_copy_(targets, blocks)
+        for entry, target in self._with_gaps:
+            target.copy_(source[entry])
 
 
 def _common_entries(sources: Sequence[Recorded], *, maps_alone: bool) -> tuple[CacheEntry, ...]:
