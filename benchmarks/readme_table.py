@@ -24,8 +24,12 @@ CALLS = (
     ("SDXL, 1024x1024, one U-Net call, H200", "sdxl_1024_h200.json", "ms", 1.0),
     ("SD 1.5, 512x512, one U-Net call, two cores", "sd15_512_cpu.json", "s", 1000.0),
 )
-#: Whole edits: the file of the edits, and that of the compiled pipeline, measured in a run of its own.
-EDIT = ("SD 2.1, 768x768, a whole edit, 50 steps, H200", "edit_sd2_768_h200.json", "edit_sd2_768_h200_opponent.json")
+#: Whole edits, beside the compiled pipeline of as many steps as the base has.
+EDITS = (
+    ("SD 2.1, 768x768, a whole edit, 50 steps, H200", "edit_sd2_768_h200.json"),
+    ("SD 2.1, 768x768, a whole edit, 20 steps, H200", "edit_sd2_768_dpm20_h200.json"),
+    ("SD 1.5, 512x512, a whole edit, 50 steps, H200", "edit_sd15_512_h200.json"),
+)
 
 ATTENTION = "full"
 HEADS = ("", "compiled dense", "5 %", "15 %", "30 %", "real masks")
@@ -44,8 +48,7 @@ def headline() -> str:
 
 def table() -> str:
     """The table of figures, in Markdown."""
-    lines = [_call_line(*call) for call in CALLS]
-    lines.append(_edit_line(*EDIT))
+    lines = [*(_call_line(*call) for call in CALLS), *(_edit_line(*edit) for edit in EDITS)]
     return tabulate(lines, HEADS, tablefmt="github", disable_numparse=True)
 
 
@@ -61,9 +64,9 @@ def _call_line(title: str, file: str, unit: str, scale: float) -> list[str]:
     return [*cells, _cell(real[0], unit, scale) + f" at {real[0]['active']:.0%}".replace("%", " %") if real else "-"]
 
 
-def _edit_line(title: str, file: str, opponent: str) -> list[str]:
+def _edit_line(title: str, file: str) -> list[str]:
     result = _read(file)
-    dense = _read(opponent)["compiled_ms"][str(result["steps"])]
+    dense = result["compiled_ms"][str(result["steps"])]
     edits = {row["edit_size"]: row["edit_ms"] for row in result["rows"] if row["source"] == "square"}
     sizes = (0.05, 0.15, 0.30)
     cells = [f"{edits[size]:.0f} ms, {dense / edits[size]:.1f}x" if size in edits else "-" for size in sizes]
