@@ -222,7 +222,9 @@ def _figures(folder: Path, values: Mapping[str, Any]) -> None:
     """Draw A2, A3 and the page in a folder that has the pictures, from what :func:`_values` made."""
     rows, failed = values["summary"], values["failed"]
     judged = {each["case"] for each in values["figures"] if each["judged"]}
-    drawn = [case for case in load_cases("all", values["cases"]) if picture_file(folder, case.id, BASE).exists()]
+    known = {each["case"] for each in values["figures"]}  # not one that was being drawn when the run was cut off
+    cases = [case for case in load_cases("all", values["cases"]) if case.id in known]
+    drawn = [case for case in cases if picture_file(folder, case.id, BASE).exists()]
     settings = [Setting(row["method"], row["value"]) for row in rows]
     methods = dict.fromkeys(row["method"] for row in rows)
     title = f"cases: {len(drawn)}, {values['steps']} steps, guidance {values['guidance']:g}"
