@@ -145,8 +145,9 @@ def _wrong(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, o
 
 def _is_right(answered: Outcome, again: Image.Image) -> bool:
     off = ImageChops.difference(of_png(answered.png), again).getextrema()
-    together = answered.picture.get("report", {}).get("made_together", 1)
-    return max(most for _, most in off) <= (MOST_OFF if together > 1 else 0)
+    report = answered.picture["report"]
+    rounds_otherwise = report.get("made_together", 1) > 1 or not report.get("recorded", True)
+    return max(most for _, most in off) <= (MOST_OFF if rounds_otherwise else 0)
 
 
 def _again(args: argparse.Namespace, editor: Editor, made: dict[str, Outcome], name: str) -> Image.Image:

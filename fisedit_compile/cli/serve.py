@@ -75,7 +75,12 @@ def add_parser(subparsers: Any) -> None:
         "--reuse",
         choices=("auto", "never"),
         default="auto",
-        help="never draws each picture anew and writes no bases (default: auto)",
+        help="never draws each picture anew, by the pipeline as it is, and keeps no bases (default: auto)",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="with --reuse never: the U-Net runs under torch.compile, which takes about a minute at the start",
     )
     parser.add_argument(
         "--similar",
@@ -104,11 +109,14 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Serve until the process is told to end."""
-    if missing := [name for name in ("ray", "fastapi", "uvicorn", "gradio") if find_spec(name) is None]:
+    needed = ("ray", "fastapi", "uvicorn", *(["gradio"] if args.page else []))
+    if missing := [name for name in needed if find_spec(name) is None]:
         raise ValueError(f"serve needs {', '.join(missing)}: install this package's optional group 'serve'")
     token = _read_token(args.token_file) if args.token_file else None
     if args.host not in _LOCAL and token is None:
         raise ValueError(f"--host {args.host} lets others in: give --token-file")
+    if args.compile and args.reuse != "never":
+        raise ValueError("--compile: an editor records by graphs of its own; give it with --reuse never")
     device, dtype = start(args)
 
     import torch
@@ -133,7 +141,8 @@ def run(args: argparse.Namespace) -> None:
         threads=args.threads or max(1, (os.cpu_count() or 1) // most),
         replicas=most,
         batch=args.batch or (4 if gpus else 1),
-        write_bases=args.reuse == "auto",
+        keep_bases=args.reuse == "auto",
+        compile=args.compile,
         config={"attention": args.attention},
     )
     similar = SIMILAR if args.similar is None else args.similar

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fisedit_compile.editing.edit_request import EditRequest
+from fisedit_compile.editing.pipeline_call import in_turn
+from fisedit_compile.errors import PipelineInterruptedError
 from fisedit_compile.serving.partial_pictures import StepWatch
 from fisedit_compile.serving.picture_files import of_png
 from fisedit_compile.serving.requests import Settings
@@ -29,16 +31,20 @@ class Artist:
 
     def new_picture(self, prompt: str, settings: Settings, seed: int, steps: StepWatch | None) -> Base:
         """The base of a new picture, whose noise is that of a seed; ``steps`` watches it being drawn."""
-        return self._editor.generate(
-            prompt,
-            num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance,
-            generator=torch.Generator().manual_seed(seed),  # on the CPU: the same noise for every device
-            negative_prompt=settings.negative_prompt or None,
-            width=settings.width,
-            height=settings.height,
-            **step_callback(steps, settings.steps),
-        )
+        return self._editor.generate(prompt, **_arguments(settings, seed, steps))
+
+    def unrecorded(self, prompt: str, settings: Settings, seed: int, steps: StepWatch | None) -> tuple[Any, Any]:
+        """A new picture that no base is kept of, by the pipeline as it is, and what its safety checker says of it.
+
+        Raises:
+            PipelineInterruptedError: ``pipe._interrupt`` was set.
+        """
+        pipe = self._editor.pipe
+        with in_turn(pipe):
+            output = pipe(prompt, **_arguments(settings, seed, steps))
+            if getattr(pipe, "_interrupt", False):  # its loop has ended early, and what it had was decoded
+                raise PipelineInterruptedError("stopped before the last step")
+        return output.images[0], getattr(output, "nsfw_content_detected", None)
 
     def invert(self, photo: bytes, prompt: str, settings: Settings) -> Base:
         """The base of a picture that the editor did not draw, PNG, whose size is the settings'."""
@@ -79,6 +85,19 @@ class Artist:
         given = None if mask is None else of_png(mask)
         watched = step_callback(steps, len(base.visits))
         return EditRequest(base, prompt, given, largest_mask=largest_mask, **changes, **watched)
+
+
+def _arguments(settings: Settings, seed: int, steps: StepWatch | None) -> dict[str, Any]:
+    """Of a pipeline's or an editor's call for a new picture."""
+    return {
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance,
+        "generator": torch.Generator().manual_seed(seed),  # on the CPU: the same noise for every device
+        "negative_prompt": settings.negative_prompt or None,
+        "width": settings.width,
+        "height": settings.height,
+        **step_callback(steps, settings.steps),
+    }
 
 
 def step_callback(steps: StepWatch | None, count: int) -> dict[str, Any]:

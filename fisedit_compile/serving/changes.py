@@ -42,7 +42,7 @@ class _Change:
         chosen = task.job.similar
         reuse = Reuse("edit", self.record.id, chosen.similarity if chosen else None, edit.report.mask_area)
         kind, seed = ("reused" if chosen else "edit"), self.record.seed
-        return Drawn(kind, edit.image, self.settings, seed, reuse, edit=edit, report=_report(edit, task))
+        return Drawn(kind, edit.image, self.settings, seed, reuse, edit.nsfw, edit=edit, report=_report(edit, task))
 
 
 class Changes:
@@ -127,7 +127,9 @@ class Changes:
         if found is None or held is None:
             self._library.note_base(job.similar.base, BasePlace.NOWHERE)
             raise PictureGoneError("the base of the similar picture is not there any more")
-        largest = self._editor.config.dense_above
+        # An edit of a larger mask runs dense, which is worth it where it visits fewer steps than a new picture has.
+        visits_all = len(held.visits) == len(held.step_latents)
+        largest = self._editor.config.dense_above if visits_all else 1.0
         same = (found.settings, found.settings)
         asked = self._artist.request(held, request.prompt, None, *same, task.steps, largest_mask=largest)
         return _Change(found, asked, found.settings)

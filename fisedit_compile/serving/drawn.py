@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +18,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a job comes to, before it is written down; with its base, or the edit that it is."""
+    """What a job comes to, before it is written down; with its base, or the edit that it is, or neither.
+
+    Attributes:
+        flags: of the safety checker, one a picture; None without one.
+    """
 
     kind: str
     image: Any
     settings: Settings
     seed: int
     reuse: Reuse
+    flags: Sequence[bool] | None
     base: Base | None = None
     edit: Edit | None = None
     report: dict[str, Any] = field(default_factory=dict)
@@ -40,8 +46,7 @@ class Drawn:
         Raises:
             WithheldPictureError: the safety checker blackened it.
         """
-        flags = (self.base or self.edit).nsfw  # type: ignore[union-attr]
-        if flags and any(flags):
+        if self.flags and any(self.flags):
             raise WithheldPictureError("the safety checker withheld the picture: try other words")
         saved = usual - seconds if usual is not None and self.edit is not None else None
         request = job.request
@@ -70,6 +75,6 @@ class Drawn:
     def _place(self) -> BasePlace:
         """Where its base is; one of an edit that visited every step takes as long as a new picture."""
         if self.edit is None:
-            return BasePlace.HELD
+            return BasePlace.NOWHERE if self.base is None else BasePlace.HELD
         visits_all = len(self.edit.trajectory.visits) == self.edit.trajectory.steps
         return BasePlace.NOWHERE if visits_all else BasePlace.EDIT

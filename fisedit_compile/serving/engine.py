@@ -36,10 +36,12 @@ class Engine:
         editor: the editor; nobody else may change its pipeline.
         bases: of its pictures.
         library: the pictures.
+        records: whether new pictures are drawn with their bases; if not, by the pipeline as it is. One that is edited
+            all the same is drawn again for it.
     """
 
-    def __init__(self, editor: Editor, bases: HeldBases, library: Library) -> None:
-        self.editor, self.bases, self.library = editor, bases, library
+    def __init__(self, editor: Editor, bases: HeldBases, library: Library, *, records: bool = True) -> None:
+        self.editor, self.bases, self.library, self._records = editor, bases, library, records
         self.pipeline = editor.digest()
         self.artist = Artist(editor)
         self.recall = Recall(editor, self.artist, bases, library, self.pipeline)
@@ -173,10 +175,14 @@ class Engine:
             photo = of_png(request.photo)
             settings = Settings(photo.width, photo.height, request.steps, request.guidance)
             base = self.artist.invert(request.photo, request.prompt, settings)
-            return Drawn("photo", base.image, settings, 0, Reuse("none"), base=base)
+            return Drawn("photo", base.image, settings, 0, Reuse("none"), base.nsfw, base=base)
         assert isinstance(request, GenerationRequest)
-        base = self.artist.new_picture(request.prompt, request.settings, job.seed, task.steps)
-        return Drawn("new", base.image, request.settings, job.seed, Reuse("none", why=why), base=base)
+        asked, reuse = (request.prompt, request.settings, job.seed, task.steps), Reuse("none", why=why)
+        if not self._records:
+            image, flags = self.artist.unrecorded(*asked)
+            return Drawn("new", image, request.settings, job.seed, reuse, flags, report={"recorded": False})
+        base = self.artist.new_picture(*asked)
+        return Drawn("new", base.image, request.settings, job.seed, reuse, base.nsfw, base=base)
 
     def _written(self, job: Job, drawn: Drawn, seconds: float) -> Made:
         try:

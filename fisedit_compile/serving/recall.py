@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 #: Edits that are kept in memory, without their bases, to be recorded if somebody edits them again.
 _MOST_EDITS = 64
 
-#: By how many of 255 levels a pixel may be off of an edit that was made beside others and is made again alone: more is
-#: no rounding.
+#: By how many of 255 levels a pixel may be off of a picture that is drawn again in another way (an edit that was made
+#: beside others, a picture that the pipeline drew without recording it): more is no rounding.
 MOST_OFF = 16
 
 #: Edits in a row that are made again where all their bases are gone.
@@ -104,21 +104,23 @@ class Recall:
             edit: the edit.
             record: the picture, where the edit was made again.
         """
-        most_off = MOST_OFF if record is not None and self._was_beside_others(record) else 0
-        stored = None if record is None else _stored_pixels(record, edit, most_off)
-        base = self._editor.base_of(edit)
-        if stored is not None:
-            base = replace(base, images=[stored], pictures=[stored.copy()])
+        stored = None
+        if record is not None:
+            most_off = MOST_OFF if self._rounds_otherwise(record) else 0
+            if edit.trajectory.frame is not None:
+                most_off = 0  # it is a part of its picture, whose pixels the base has
+            stored = _stored_pixels(record, edit.image, most_off)
+        base = _with_pixels(self._editor.base_of(edit), stored)
         self._edits.pop(name, None)  # the editor keeps its base for as long as the edit is kept
         self._library.note_base(name, BasePlace.HELD)
         self._bases.add(name, base)
         return base
 
-    def _was_beside_others(self, record: Picture) -> bool:
-        """Whether an edit, or one that it was made from, was made beside others, whose number rounds otherwise."""
+    def _rounds_otherwise(self, record: Picture) -> bool:
+        """Whether a picture, or one that it was made from, was made beside others or without being recorded."""
         line: Picture | None = record
         while line is not None:
-            if line.report.get("made_together", 1) > 1:
+            if line.report.get("made_together", 1) > 1 or not line.report.get("recorded", True):
                 return True
             line = self._library.get(line.parent) if line.parent else None
         return False
@@ -128,44 +130,36 @@ class Recall:
             base = self._artist.invert(record.png, record.prompt, record.settings)
         else:
             base = self._artist.new_picture(record.prompt, record.settings, record.seed, None)
-        _check_same(record, base.image)
+        most_off = MOST_OFF if self._rounds_otherwise(record) else 0
+        base = _with_pixels(base, _stored_pixels(record, base.image, most_off))
         self._library.note_base(record.id, BasePlace.HELD)
         self._bases.add(record.id, base)
         return base
 
 
-def _stored_pixels(record: Picture, edit: Edit, most_off: int) -> Any:
-    """The pixels of an edit that was made again, where these are others: for edits of it to be of what was answered.
+def _with_pixels(base: Base, stored: Any) -> Base:
+    """The base with the pixels of a stored picture, where these are others than its own."""
+    return base if stored is None else replace(base, images=[stored], pictures=[stored.copy()])
+
+
+def _stored_pixels(record: Picture, image: Any, most_off: int) -> Any:
+    """The pixels of a picture that was drawn again, where these are others: for edits of it to be of what was answered.
 
     Args:
-        record: of the edit as it was.
-        edit: made again.
+        record: of the picture as it was.
+        image: drawn again.
         most_off: by how many of 255 levels a pixel may differ.
 
     Raises:
         PictureGoneError: they differ by more than that.
     """
-    image: Any = edit.image
     if pixels_digest(image) == record.pixels:
         return None
     stored = of_png(record.png).convert(image.mode)
     off = np.asarray(stored, dtype=int) - np.asarray(image) if stored.size == image.size else np.inf
-    if np.abs(off).max() > most_off or edit.trajectory.frame is not None:
+    if np.abs(off).max() > most_off:
         raise PictureGoneError(
-            f"the base of picture {record.id} is gone, and what is drawn again from its own base is another picture: "
-            "generate a new one"
+            f"the base of picture {record.id} is gone, and what is drawn again of it is another picture: generate a "
+            "new one"
         )
     return stored
-
-
-def _check_same(record: Picture, image: Any) -> None:
-    """Hold a picture that was drawn again to what it was.
-
-    Raises:
-        PictureGoneError: it is another one.
-    """
-    if pixels_digest(image) != record.pixels:
-        raise PictureGoneError(
-            f"the base of picture {record.id} is gone, and what is drawn again from its seed is not the same to the "
-            "pixel: generate a new one"
-        )

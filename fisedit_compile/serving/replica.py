@@ -15,6 +15,7 @@ from fisedit_compile.config import SparsityConfig
 from fisedit_compile.errors import FiseditError
 from fisedit_compile.serving.engine import Engine
 from fisedit_compile.serving.held_bases import HeldBases, open_library, open_store
+from fisedit_compile.serving.requests import Settings
 from fisedit_compile.serving.worker import Worker
 
 if TYPE_CHECKING:
@@ -30,6 +31,13 @@ _SHARES = {"cuda": 0.5, "cpu": 0.25}
 _WORDS, _STEPS = ("a cat", "a dog"), 2
 
 
+#: The mode of ``torch.compile`` that draws fastest (docs/performance.md): with CUDA graphs.
+_COMPILE_MODE = "reduce-overhead"
+
+#: Pictures that a compiled pipeline draws until its CUDA graphs are captured and replayed.
+_UNTIL_REPLAY = 3
+
+
 @dataclass(frozen=True)
 class ReplicaOptions:
     """What a replica is made of; plain data, as it goes to other processes.
@@ -43,7 +51,8 @@ class ReplicaOptions:
         threads: of torch.
         replicas: how many there may be, which share the host's memory.
         batch: edits that are made together at most, a power of two.
-        write_bases: whether bases go to the disk: not where no picture is reused.
+        keep_bases: whether new pictures are drawn with bases, which go to the disk: not where no picture is reused.
+        compile: whether the pipeline's own U-Net runs under ``torch.compile``, which pictures without a base use.
         config: fields of the editor's config.
     """
 
@@ -56,7 +65,8 @@ class ReplicaOptions:
     threads: int
     replicas: int
     batch: int = 1
-    write_bases: bool = True
+    keep_bases: bool = True
+    compile: bool = False
     config: dict[str, Any] = field(default_factory=dict)
 
 
@@ -83,16 +93,21 @@ def build_worker(options: ReplicaOptions) -> Worker:
     torch.set_num_threads(options.threads)
     pipe = load_pipeline(Path(options.model), torch.device(options.device), getattr(torch, options.dtype))
     pipe.set_progress_bar_config(disable=True)
+    if options.compile:
+        pipe.unet.compile(mode=_COMPILE_MODE)
     editor = Editor(pipe, SparsityConfig.of(options.config))
     folder = Path(options.folder)
     library, store = open_library(folder), open_store(folder, options.store_bytes)
-    _warm_up(editor, facts_of(editor).side, options.batch)
     memory = options.memory_bytes
     if memory is None:
         kind = pipe.device.type
         memory = int(_SHARES[kind] * free_bytes(pipe.device) / (options.replicas if kind == "cpu" else 1))
-    bases = HeldBases(editor, store, library, memory, write=options.write_bases)
-    return Worker(Engine(editor, bases, library), options.batch)
+    bases = HeldBases(editor, store, library, memory, write=options.keep_bases)
+    engine = Engine(editor, bases, library, records=options.keep_bases)
+    worker = Worker(engine, options.batch)
+    side = facts_of(editor).side
+    worker.begin(lambda: _warm_up(editor, side, options.batch) if options.keep_bases else _draw_some(engine, side))
+    return worker
 
 
 def facts_of(editor: Editor) -> PipelineFacts:
@@ -101,6 +116,12 @@ def facts_of(editor: Editor) -> PipelineFacts:
     side = pipe.unet.config.sample_size
     factor = pipe.vae_scale_factor
     return PipelineFacts(editor.digest(), (side if isinstance(side, int) else max(side)) * factor, math.lcm(8, factor))
+
+
+def _draw_some(engine: Engine, side: int) -> None:
+    """Draw pictures without their bases, so that what is compiled is there, and recorded by CUDA graphs."""
+    for seed in range(_UNTIL_REPLAY):
+        engine.artist.unrecorded(_WORDS[0], Settings(side, side, _STEPS, guidance=5.0), seed, None)
 
 
 def _warm_up(editor: Editor, side: int, batch: int) -> None:

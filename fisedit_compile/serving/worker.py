@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Hashable
+from collections.abc import AsyncIterator, Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -63,6 +63,10 @@ class Worker:
         self._queue: deque[_Waiting] = deque()
         self._lock = threading.Lock()
         self._ending: set[asyncio.Task[None]] = set()
+
+    def begin(self, prepare: Callable[[], None]) -> None:
+        """Let the thread that draws prepare itself: what it compiles is, in part, that thread's own."""
+        self._thread.submit(prepare).result()
 
     async def draw(self, job: Job, *, progress: bool = False, partial_pictures: int = 0) -> AsyncIterator[Event]:
         """The steps of a job, where ``progress`` asks for them, and at last its answer.

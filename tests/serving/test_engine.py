@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -55,16 +56,65 @@ def left_half() -> bytes:
     return as_png(mask)
 
 
-def drawn(editor: Editor, prompt: str, seed: int = 3, **changes: Any) -> Any:
+def drawn(editor: Editor, prompt: str, seed: int = 3, steps: int = 4, **changes: Any) -> Any:
     return editor.generate(
         prompt,
-        num_inference_steps=4,
+        num_inference_steps=steps,
         guidance_scale=5.0,
         generator=torch.Generator().manual_seed(seed),
         width=32,
         height=32,
         **changes,
     )
+
+
+class TestWithoutBases:
+    """A service that reuses nothing draws by the pipeline as it is."""
+
+    def test_pictures_are_the_pipelines_and_can_be_edited(self, tmp_path: Path, tiny_editor: Editor) -> None:
+        with service(tmp_path, tiny_editor, records=False, reuse="never") as made:
+            first, again = ask(made, request()), ask(made, request())
+            assert first.id != again.id
+            assert first.png == again.png
+            assert first.report == {"recorded": False}
+            assert not made.bases.nbytes
+            assert of_png(first.png).tobytes() == plain(tiny_editor.pipe, CAT).tobytes()
+            edited = ask(made, EditRequest(first.id, DOG, left_half()))
+            off = np.asarray(of_png(edited.png), int) - np.asarray(of_png(first.png))
+            assert not off[:, 28:].any()
+            assert off[:, :12].any()
+
+    def test_one_that_comes_out_otherwise_than_by_rounding_is_not_edited(
+        self, tmp_path: Path, tiny_editor: Editor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        other = drawn(tiny_editor, CAT, seed=5)
+        with service(tmp_path, tiny_editor, records=False, reuse="never") as made:
+            first = ask(made, request())
+            monkeypatch.setattr(made.engine.artist, "new_picture", lambda *_: other)
+            with pytest.raises(PictureGoneError, match="what is drawn again of it is another picture"):
+                ask(made, EditRequest(first.id, DOG, left_half()))
+
+    def test_it_can_be_stopped(self, tmp_path: Path, tiny_editor: Editor) -> None:
+        async def leave(made: Service) -> list[int]:
+            seen = []
+            async for event in made.front.answer(request(settings=settings), progress=True):
+                assert isinstance(event, Progress)
+                seen.append(event.step)
+                break
+            while made.front.waiting or made.worker._ending:
+                await asyncio.sleep(0.01)
+            return seen
+
+        settings = dataclasses.replace(SETTINGS, steps=30)
+        with service(tmp_path, tiny_editor, records=False, reuse="never") as made:
+            assert asyncio.run(leave(made)) == [1]
+            assert not made.library.count()
+            assert of_png(ask(made, request()).png).tobytes() == plain(tiny_editor.pipe, CAT).tobytes()
+
+
+def plain(pipe: Any, prompt: str) -> Image.Image:
+    arguments = {"num_inference_steps": 4, "guidance_scale": 5.0, "width": 32, "height": 32}
+    return pipe(prompt, generator=torch.Generator().manual_seed(3), **arguments).images[0]
 
 
 class TestGeneration:
@@ -123,6 +173,17 @@ class TestGeneration:
             assert answer.reuse.kind == "none"
             assert "of the picture, and largest_mask is 1%" in answer.reuse.why
             assert of_png(answer.png).tobytes() == drawn(editor, DOG).image.tobytes()
+
+    def test_a_large_mask_is_an_edit_where_that_visits_fewer_steps(self, tmp_path: Path) -> None:
+        editor = Editor(tiny_pipeline(), {"dense_steps": 1, "dense_above": 0.01, "stride": 2})
+        settings = dataclasses.replace(SETTINGS, steps=8)
+        with service(tmp_path, editor, similar=-1.0) as made:
+            base = ask(made, request(settings=settings))
+            answer = ask(made, request(DOG, settings=settings))
+            assert (answer.reuse.kind, answer.reuse.base) == ("edit", base.id)
+            assert answer.report["ran_dense"]
+            want = editor.edit(drawn(editor, CAT, steps=8), DOG)
+            assert of_png(answer.png).tobytes() == want.image.tobytes()
 
     def test_words_that_the_encoder_does_not_tell_apart_are_a_new_picture(self, tiny: Service) -> None:
         ask(tiny, request("a zebra on the left"))
@@ -225,7 +286,7 @@ class TestEdit:
         tiny.bases.drop()
         other = drawn(tiny_editor, CAT, seed=5)  # as by a device that rounds otherwise
         monkeypatch.setattr(tiny.engine.artist, "new_picture", lambda *_: other)
-        with pytest.raises(PictureGoneError, match="not the same to the pixel"):
+        with pytest.raises(PictureGoneError, match="what is drawn again of it is another picture"):
             ask(tiny, EditRequest(base.id, DOG, left_half()))
 
     def test_a_base_that_is_damaged_is_drawn_again(self, tiny: Service, tiny_editor: Editor) -> None:

@@ -39,12 +39,13 @@ class Service:
         max_bytes: int = 2**30,
         memory: int = 2**30,
         batch: int = 1,
+        records: bool = True,
         **options: Any,
     ) -> None:
         self.store, self.library = open_store(folder, max_bytes), open_library(folder)
         self.words = WordEncoder(*copy.deepcopy((editor.pipe.tokenizer, editor.pipe.text_encoder)))
-        self.bases = HeldBases(editor, self.store, self.library, memory)
-        self.engine = Engine(editor, self.bases, self.library)
+        self.bases = HeldBases(editor, self.store, self.library, memory, write=records)
+        self.engine = Engine(editor, self.bases, self.library, records=records)
         self.worker = Worker(self.engine, batch)
         self.front = Front(
             self.library, self.store, self.words, self.engine.pipeline, self.worker, FrontOptions(**options)
