@@ -32,7 +32,7 @@ from fisedit_compile.bench.serving.clients import Outcome, run_trace
 from fisedit_compile.bench.serving.processes import ServiceProcesses, running_service
 from fisedit_compile.bench.serving.report import summarise
 from fisedit_compile.bench.serving.trace import TRACES, User
-from fisedit_compile.cli.runtime import add_runtime_options, describe, start
+from fisedit_compile.cli.runtime import add_runtime_options, describe, finite, start
 from fisedit_compile.editing.plain_pipeline import load_pipeline
 from fisedit_compile.quality.judge import Judge
 from fisedit_compile.serving.picture_files import as_png, of_png
@@ -41,7 +41,7 @@ from fisedit_compile.serving.recall import MOST_OFF
 MODEL = Path(__file__).parents[1] / "examples" / "demo_model"
 
 #: Options that a report names.
-_OPTIONS = ("trace", "rate", "clients", "reuse", "replicas", "batch", "steps", "guidance", "seed", "kill_every")
+_OPTIONS = ("trace", "rate", "clients", "reuse", "compile", "similar", "replicas", "batch", "steps", "guidance", "seed")
 
 #: No test is larger, or longer in seconds.
 MOST_REQUESTS, MOST_SECONDS = 10_000, 3600
@@ -57,6 +57,8 @@ def main(argv: list[str] | None = None) -> None:
         "--clients", type=int, default=4, metavar="N", help="users at once, without --rate (default: 4)"
     )
     parser.add_argument("--reuse", choices=("auto", "never"), default="auto")
+    parser.add_argument("--compile", action="store_true", help="see fisedit-compile serve")
+    parser.add_argument("--similar", type=finite, metavar="X", help="see fisedit-compile serve")
     parser.add_argument("--replicas", default="1", metavar="N")
     parser.add_argument("--batch", type=int, metavar="N", help="edits that are made together at most")
     parser.add_argument("--steps", type=int, default=50, metavar="N")
@@ -75,6 +77,8 @@ def main(argv: list[str] | None = None) -> None:
     options += ["--guidance", str(args.guidance), "--reuse", args.reuse, "--device", device.type, "--dtype", args.dtype]
     options += ["--threads", str(args.threads)] if args.threads else []
     options += ["--batch", str(args.batch)] if args.batch else []
+    options += ["--similar", str(args.similar)] if args.similar else []
+    options += ["--compile"] if args.compile else []
 
     with tempfile.TemporaryDirectory(prefix="serve-load-") as folder:
         begun = time.perf_counter()
@@ -89,6 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     values: dict[str, Any] = {
         **summarise(outcomes, wall, judge),
         "ready_seconds": ready,
+        "kill_every": args.kill_every,
         "killed": service.killed,
         "bases_lost": lost,
         "checked": min(args.check, len(outcomes)),

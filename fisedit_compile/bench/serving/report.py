@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,13 +22,16 @@ def summarise(outcomes: Sequence[Outcome], wall_seconds: float, judge: Judge | N
         judge: says what pictures show; None where there is none.
 
     Returns:
-        A dict for JSON; latencies in seconds, of all answers and of each kind of reuse; of edits, how many were made
-        together with how many.
+        A dict for JSON. Latencies in seconds are of all answers and of each kind of reuse; ``beyond_drawing`` is what
+        the service adds to the time in which a picture is computed, with the wait for others where several are asked
+        for at once. Shares of pictures that show what was asked for are of all, of those that were to change another,
+        and of edits; edits are also counted by how many were made together.
     """
     answers = [each for each in outcomes if not each.error]
     kinds = Counter(each.picture["reuse"]["kind"] for each in answers)
     by_kind = {kind: [each for each in answers if each.picture["reuse"]["kind"] == kind] for kind in sorted(kinds)}
-    areas = [each.picture["reuse"]["mask_area"] for each in by_kind.get("edit", [])]
+    edits = by_kind.get("edit", [])
+    areas = [each.picture["reuse"]["mask_area"] for each in edits]
     return {
         "requests": len(outcomes),
         "answered": len(answers),
@@ -36,24 +39,30 @@ def summarise(outcomes: Sequence[Outcome], wall_seconds: float, judge: Judge | N
         "refused": sum(each.refused for each in outcomes),
         "wall_seconds": wall_seconds,
         "requests_per_second": len(answers) / wall_seconds,
-        "latency": {"all": _latencies(answers), **{kind: _latencies(of_kind) for kind, of_kind in by_kind.items()}},
+        "latency": {
+            kind: latencies(each.seconds for each in some) for kind, some in {"all": answers, **by_kind}.items()
+        },
+        "beyond_drawing": latencies(each.seconds - each.picture["seconds"] for each in answers),
         "reused": dict(kinds),
-        "made_together": Counter(each.picture["report"].get("made_together", 1) for each in by_kind.get("edit", [])),
+        "made_together": Counter(each.picture["report"].get("made_together", 1) for each in edits),
+        "ran_dense": sum(each.picture["report"]["ran_dense"] for each in edits),
         "mask_area": float(np.mean(areas)) if areas else None,
         "why_new": Counter(_short(each.picture["reuse"]["why"]) for each in by_kind.get("none", [])),
-        "shows_what_was_asked": _success(answers, judge) if judge else None,
-        "of_edits": _success(by_kind["edit"], judge) if judge and "edit" in by_kind else None,
+        "shows_what_was_asked": success(answers, judge) if judge else None,
+        "of_changes": success([each for each in answers if each.asked.change], judge) if judge else None,
+        "of_edits": success(edits, judge) if judge and edits else None,
     }
 
 
-def _latencies(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    seconds = [each.seconds for each in outcomes]
+def latencies(times: Iterable[float]) -> dict[str, float]:
+    """Mean and percentiles of seconds; nothing of none."""
+    seconds = list(times)
     if not seconds:
         return {}
     return {"mean": float(np.mean(seconds)), **{f"p{at}": float(np.percentile(seconds, at)) for at in (50, 95, 99)}}
 
 
-def _success(outcomes: Sequence[Outcome], judge: Judge) -> float:
+def success(outcomes: Sequence[Outcome], judge: Judge) -> float:
     """Share of the pictures in which all stands where it should."""
     seen = [(judge.look(of_png(each.png), each.asked.scene), each.asked.scene) for each in outcomes]
     right = [sight.items == dict(scene.items) and sight.background == scene.background for sight, scene in seen]

@@ -25,11 +25,13 @@ class Asked:
         prompt: the words.
         seed: of the noise; None takes any picture of the words.
         scene: what a picture of them should show.
+        change: whether a picture is to be changed that the user has.
     """
 
     prompt: str
     seed: int | None
     scene: Scene
+    change: bool = False
 
 
 #: Requests of one user, each made when the one before is answered.
@@ -47,7 +49,7 @@ def rounds(requests: int, seed: int) -> list[User]:
         user = [world.asked(picture, noise)]
         for _ in range(count - 1):
             picture = world.change(picture, chance)
-            user.append(world.asked(picture, noise))
+            user.append(world.asked(picture, noise, change=True))
         users.append(tuple(user))
         left -= count
     return users
@@ -93,8 +95,8 @@ class World:
         others = [each for each in self.parts[part] if each != picture[part]]
         return (*picture[:part], chance.choice(others), *picture[part + 1 :])
 
-    def asked(self, picture: tuple[str, ...], seed: int | None) -> Asked:
+    def asked(self, picture: tuple[str, ...], seed: int | None, *, change: bool = False) -> Asked:
         """A request for a picture of the words."""
         left, right, background = picture
         scene = Scene({"left": self._items[left], "right": self._items[right]}, self._backgrounds[background])
-        return Asked(f"{left} on the left and {right} on the right, {background}", seed, scene)
+        return Asked(f"{left} on the left and {right} on the right, {background}", seed, scene, change)

@@ -1,0 +1,158 @@
+"""How much a service gains by reusing pictures: the same trace on one that does, and on one that draws all anew.
+
+    python benchmarks/serve_compare.py --requests 200 --clients 16 --device cuda --json out/compare.json
+
+The opponent is the same server with ``--reuse never --compile``: the pipeline itself, its U-Net under
+``torch.compile``, recording nothing. Each is started alone and plays three parts, each of other pictures: as many users
+as keep it busy (``--clients``), which is its throughput; requests at random times at half of the opponent's throughput,
+of which latencies are compared; and one user alone, whose latencies say what the service adds to the time in which a
+picture is computed. Success is the judge's of ``fisedit-compile quality``: how many answers show what was asked for, of
+the same requests on both servers: of all, of those that change a picture, and of those that the service answered by an
+edit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fisedit_compile.bench.progress import say
+from fisedit_compile.bench.serving.clients import Outcome, run_trace
+from fisedit_compile.bench.serving.processes import running_service
+from fisedit_compile.bench.serving.report import success, summarise
+from fisedit_compile.bench.serving.trace import TRACES
+from fisedit_compile.cli.runtime import add_runtime_options, describe, finite, start, whole_number
+from fisedit_compile.quality.judge import Judge
+
+MODEL = Path(__file__).parents[1] / "examples" / "demo_model"
+
+#: The parts that each server plays.
+BUSY, HALF, ALONE = "busy", "half_rate", "alone"
+
+Parts = dict[str, tuple[list[Outcome], float]]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", type=Path, default=MODEL, metavar="DIR", help="with a judge (default: the demo model)"
+    )
+    parser.add_argument("--trace", choices=sorted(TRACES), default="rounds")
+    parser.add_argument(
+        "--requests", type=whole_number(1, 10_000), default=200, metavar="N", help="of the first two parts"
+    )
+    parser.add_argument("--alone", type=whole_number(1), default=30, metavar="N", help="requests of the third part")
+    parser.add_argument(
+        "--clients", type=whole_number(1), default=16, metavar="N", help="users at once, in the first part"
+    )
+    parser.add_argument("--replicas", type=whole_number(1), default=1, metavar="N")
+    parser.add_argument("--batch", type=whole_number(1), metavar="N", help="edits that are made together at most")
+    parser.add_argument("--similar", type=finite, metavar="X", help="see fisedit-compile serve")
+    parser.add_argument("--steps", type=whole_number(2), default=50, metavar="N")
+    parser.add_argument("--guidance", type=finite, default=5.0, metavar="X")
+    parser.add_argument("--eager", action="store_true", help="the opponent's U-Net is not compiled, as on most CPUs")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the traces")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    add_runtime_options(parser)
+    args = parser.parse_args(argv)
+    device, dtype = start(args)
+    judge = Judge.load(args.model / "judge")
+
+    shared = ["--model", str(args.model), "--replicas", str(args.replicas), "--steps", str(args.steps)]
+    shared += ["--guidance", str(args.guidance), "--device", device.type, "--dtype", args.dtype]
+    shared += ["--threads", str(args.threads)] if args.threads else []
+    reusing = ["--batch", str(args.batch)] if args.batch else []
+    reusing += ["--similar", str(args.similar)] if args.similar else []
+    anew = ["--reuse", "never", *([] if args.eager else ["--compile"])]
+
+    theirs, their_ready = _play(args, "the opponent", [*shared, *anew], None)
+    rate = _throughput(theirs[BUSY]) / 2
+    ours, our_ready = _play(args, "the service", [*shared, *reusing], rate)
+    say("looking at the pictures ...")
+    values: dict[str, Any] = {
+        "throughput_ratio": _throughput(ours[BUSY]) / _throughput(theirs[BUSY]),
+        "half_rate": rate,
+        "success": compare_success(ours[BUSY][0] + ours[HALF][0], theirs[BUSY][0] + theirs[HALF][0], judge),
+        "service": {**{part: summarise(*ours[part], None) for part in ours}, "ready_seconds": our_ready},
+        "opponent": {**{part: summarise(*theirs[part], None) for part in theirs}, "ready_seconds": their_ready},
+        **{name: getattr(args, name) for name in ("trace", "clients", "replicas", "batch", "similar", "steps", "seed")},
+        "command": " ".join(sys.argv),
+        **describe(device, dtype),
+    }
+    values["p95_at_half_rate"] = {
+        who: values[who][HALF]["latency"]["all"].get("p95") for who in ("service", "opponent")
+    }
+    text = json.dumps(values, indent=2)
+    print(text)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(text + "\n")
+    if any(values[who][part]["errors"] for who in ("service", "opponent") for part in (BUSY, HALF, ALONE)):
+        sys.exit("requests failed")
+
+
+def compare_success(ours: Sequence[Outcome], theirs: Sequence[Outcome], judge: Judge) -> dict[str, Any]:
+    """Shares of pictures that show what was asked for: of all, of changes, and of those that were edits on our side.
+
+    Both lists are of the same requests, in any order.
+    """
+    ours, theirs = ([each for each in side if not each.error] for side in (ours, theirs))
+    edited = {_request(each) for each in ours if each.picture["reuse"]["kind"] == "edit"}
+    groups: dict[str, Callable[[Outcome], bool]] = {
+        "all": lambda _: True,
+        "changes": lambda each: each.asked.change,
+        "edited": lambda each: _request(each) in edited,
+    }
+    return {
+        name: {
+            "requests": sum(map(chosen, ours)),
+            "service": success([each for each in ours if chosen(each)], judge),
+            "opponent": success([each for each in theirs if chosen(each)], judge),
+        }
+        for name, chosen in groups.items()
+    }
+
+
+def _request(outcome: Outcome) -> tuple[str, int | None]:
+    return outcome.asked.prompt, outcome.asked.seed
+
+
+def _play(args: argparse.Namespace, who: str, options: Sequence[str], rate: float | None) -> tuple[Parts, float]:
+    """What came of the parts, with the seconds of each, and the seconds until the server was ready.
+
+    Without a rate the second part's is half of what the first one shows.
+    """
+    say(f"{who}: {' '.join(options)} ...")
+    parts: Parts = {}
+    with tempfile.TemporaryDirectory(prefix="serve-compare-") as folder:
+        begun = time.perf_counter()
+        with running_service([*options, "--store", folder]) as service:
+            ready = time.perf_counter() - begun
+            for number, (part, requests, clients) in enumerate(
+                ((BUSY, args.requests, args.clients), (HALF, args.requests, 1), (ALONE, args.alone, 1))
+            ):
+                seed = 3 * args.seed + number
+                at = None if part != HALF else rate or _throughput(parts[BUSY]) / 2
+                users = TRACES[args.trace](requests, seed)
+                begun = time.perf_counter()
+                played = run_trace(service.url, users, rate=at, at_once=clients, seed=seed, answered=lambda _: None)
+                outcomes = asyncio.run(played)
+                parts[part] = outcomes, time.perf_counter() - begun
+                say(f"{who}, {part}: {_throughput(parts[part]):.2f} answers a second")
+    return parts, ready
+
+
+def _throughput(part: tuple[Sequence[Outcome], float]) -> float:
+    outcomes, seconds = part
+    return sum(not each.error for each in outcomes) / seconds
+
+
+if __name__ == "__main__":
+    main()
