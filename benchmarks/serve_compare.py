@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--replicas", type=whole_number(1), default=1, metavar="N")
     parser.add_argument("--batch", type=whole_number(1), metavar="N", help="edits that are made together at most")
-    parser.add_argument("--similar", type=finite, metavar="X", help="see fisedit-compile serve")
+    parser.add_argument("--similar", nargs="+", metavar="X", help="see fisedit-compile serve")
     parser.add_argument("--steps", type=whole_number(2), default=50, metavar="N")
     parser.add_argument("--guidance", type=finite, default=5.0, metavar="X")
     parser.add_argument("--eager", action="store_true", help="the opponent's U-Net is not compiled, as on most CPUs")
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     shared += ["--guidance", str(args.guidance), "--device", device.type, "--dtype", args.dtype]
     shared += ["--threads", str(args.threads)] if args.threads else []
     reusing = ["--batch", str(args.batch)] if args.batch else []
-    reusing += ["--similar", str(args.similar)] if args.similar else []
+    reusing += ["--similar", *args.similar] if args.similar else []
     anew = ["--reuse", "never", *([] if args.eager else ["--compile"])]
 
     theirs, their_ready = _play(args, "the opponent", [*shared, *anew], None)

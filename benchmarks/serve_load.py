@@ -32,7 +32,7 @@ from fisedit_compile.bench.serving.clients import Outcome, run_trace
 from fisedit_compile.bench.serving.processes import ServiceProcesses, running_service
 from fisedit_compile.bench.serving.report import summarise
 from fisedit_compile.bench.serving.trace import TRACES, User
-from fisedit_compile.cli.runtime import add_runtime_options, describe, finite, start
+from fisedit_compile.cli.runtime import add_runtime_options, describe, start
 from fisedit_compile.editing.plain_pipeline import load_pipeline
 from fisedit_compile.quality.judge import Judge
 from fisedit_compile.serving.picture_files import as_png, of_png
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--reuse", choices=("auto", "never"), default="auto")
     parser.add_argument("--compile", action="store_true", help="see fisedit-compile serve")
-    parser.add_argument("--similar", type=finite, metavar="X", help="see fisedit-compile serve")
+    parser.add_argument("--similar", nargs="+", metavar="X", help="see fisedit-compile serve")
     parser.add_argument("--replicas", default="1", metavar="N")
     parser.add_argument("--batch", type=int, metavar="N", help="edits that are made together at most")
     parser.add_argument("--steps", type=int, default=50, metavar="N")
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     options += ["--guidance", str(args.guidance), "--reuse", args.reuse, "--device", device.type, "--dtype", args.dtype]
     options += ["--threads", str(args.threads)] if args.threads else []
     options += ["--batch", str(args.batch)] if args.batch else []
-    options += ["--similar", str(args.similar)] if args.similar else []
+    options += ["--similar", *args.similar] if args.similar else []
     options += ["--compile"] if args.compile else []
 
     with tempfile.TemporaryDirectory(prefix="serve-load-") as folder:

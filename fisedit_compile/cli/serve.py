@@ -85,9 +85,10 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--similar",
         type=finite,
+        nargs="+",
         metavar="X",
-        help="cosine of two prompts from which one's picture is changed into the other's (default: that of "
-        "docs/service.md)",
+        help="cosine of two prompts from which one's picture is changed into the other's; a second one is for requests "
+        "that name the seed of the picture (default: those of docs/service.md; one alone is for both)",
     )
     parser.add_argument(
         "--search-model",
@@ -127,7 +128,7 @@ def run(args: argparse.Namespace) -> None:
     least, most = args.replicas or (gpus or 1, gpus or 1)
     if gpus and most > gpus:
         raise ValueError(f"--replicas {most}: each has a GPU of its own, and there are {gpus}")
-    from fisedit_compile.serving.front import SIMILAR, FrontOptions
+    from fisedit_compile.serving.front import SIMILAR, SIMILAR_OF_SEED, FrontOptions
     from fisedit_compile.serving.replica import ReplicaOptions
     from fisedit_compile.serving.server import ServerOptions, serve
 
@@ -145,12 +146,14 @@ def run(args: argparse.Namespace) -> None:
         compile=args.compile,
         config={"attention": args.attention},
     )
-    similar = SIMILAR if args.similar is None else args.similar
+    similar = args.similar or [SIMILAR, SIMILAR_OF_SEED]
+    if len(similar) > 2:
+        raise ValueError(f"--similar takes one or two numbers, not {len(similar)}")
     options = ServerOptions(
         host=args.host,
         port=args.port,
         token=token,
-        front=FrontOptions(reuse=args.reuse, similar=similar, at_once=most),
+        front=FrontOptions(args.reuse, similar[0], similar[-1], at_once=most),
         steps=args.steps,
         guidance=args.guidance,
         search_model=args.search_model,

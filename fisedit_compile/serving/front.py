@@ -32,9 +32,10 @@ from fisedit_compile.serving.words import WordEncoder
 
 logger = logging.getLogger(__name__)
 
-#: Cosine of the words' embeddings from which a stored picture is changed instead of drawing a new one; found by
-#: ``benchmarks/similarity.py`` (docs/decisions.md).
-SIMILAR = 0.95
+#: Cosine of the words' embeddings from which a stored picture is changed instead of drawing a new one, and the same for
+#: requests that name its seed, which ask for that picture's noise; found by ``benchmarks/similarity.py``
+#: (docs/decisions.md).
+SIMILAR, SIMILAR_OF_SEED = 0.95, 0.85
 
 
 class Painter(Protocol):
@@ -49,13 +50,14 @@ class FrontOptions:
 
     Attributes:
         reuse: ``"never"`` draws a new picture for every request, whatever it says.
-        similar: see :data:`SIMILAR`.
+        similar, similar_of_seed: see :data:`SIMILAR`.
         most_waiting: requests that may be worked on or wait, all together.
         at_once: how many of them are worked on, to tell those that come too many when to come again.
     """
 
     reuse: ReuseMode = "auto"
     similar: float = SIMILAR
+    similar_of_seed: float = SIMILAR_OF_SEED
     most_waiting: int = 64
     at_once: int = 1
 
@@ -161,11 +163,13 @@ class Front:
             key = request.settings.key(self.pipeline)
             if (stored := self.library.exact(key, request.prompt, request.seed)) is not None:
                 return _stored(stored, self.library.seconds_of_new(key))
-            nearest, why = self._index.nearest(key, embedding, request.seed), "there is no picture of these settings"
-            if nearest is not None and nearest.similarity >= self.options.similar:
+            enough = self.options.similar if request.seed is None else self.options.similar_of_seed
+            nearest = self._index.nearest(key, embedding, request.seed, enough)
+            why = "there is no picture of these settings"
+            if nearest is not None and nearest.similarity >= enough:
                 similar, why = nearest, ""
             elif nearest is not None:
-                why = f"the most similar request has {nearest.similarity:.3f}, and {self.options.similar:.3f} is enough"
+                why = f"no stored request is as similar as {enough:.3f}; one has {nearest.similarity:.3f}"
         route = (self.library.route_of(similar.base) if similar else None) or name
         return Job(name, request, self.pipeline, route, seed, similar, why, embedding, self._words.digest)
 

@@ -165,18 +165,18 @@ class Library:
             rows = self._connection.execute("SELECT number, id FROM changes WHERE number > ?", (number,)).fetchall()
         return max((last for last, _ in rows), default=number), {name for _, name in rows}
 
-    def searchable(self, names: Iterable[str]) -> Iterator[tuple[str, str, str, int, np.ndarray]]:
-        """Name, key, encoder, seed and embedding of those pictures that can be changed into similar ones."""
+    def searchable(self, names: Iterable[str]) -> Iterator[tuple[str, str, str, int, np.ndarray, BasePlace]]:
+        """Name, key, encoder, seed, embedding and place of the base of those pictures that can be changed."""
         with self._lock:
             for name in names:
                 row = self._connection.execute(
-                    "SELECT id, key, encoder, seed, embedding FROM pictures"
+                    "SELECT id, key, encoder, seed, embedding, base FROM pictures"
                     f" WHERE id = ? AND kind IN ('new', 'reused') AND base != {BasePlace.NOWHERE:d}"
                     " AND embedding IS NOT NULL",
                     (name,),
                 ).fetchone()
                 if row is not None:
-                    yield *row[:4], np.frombuffer(row[4], "<f4")
+                    yield *row[:4], np.frombuffer(row[4], "<f4"), BasePlace(row[5])
 
     def forget(self, most: int) -> None:
         """Remove the oldest pictures that have no base until ``most`` are left, or all others have one."""

@@ -7,6 +7,7 @@ import threading
 import numpy as np
 
 from fisedit_compile.serving.library import Library
+from fisedit_compile.serving.picture import BasePlace
 from fisedit_compile.serving.requests import Similar
 from fisedit_compile.serving.search import Embeddings
 
@@ -27,17 +28,18 @@ class RequestIndex:
         self._keys: dict[str, str] = {}  # name of a picture -> its key
         self._seen = 0
 
-    def nearest(self, key: str, embedding: np.ndarray, seed: int | None) -> Similar | None:
-        """The most similar picture of a key.
+    def nearest(self, key: str, embedding: np.ndarray, seed: int | None, enough: float) -> Similar | None:
+        """The most similar picture of a key; one whose base is there, before edits whose bases are to be recorded.
 
         Args:
             key: of settings and pipeline.
             embedding: of the words, of length 1.
             seed: that its noise has to be of; None takes any.
+            enough: cosine from which on a picture is similar enough; where none is, the answer is any of the others.
         """
         with self._lock:
             self._follow()
-            found = self._by_key[key].nearest(embedding, seed) if key in self._by_key else None
+            found = self._by_key[key].nearest(embedding, seed, enough) if key in self._by_key else None
         return None if found is None else Similar(*found)
 
     def __len__(self) -> int:
@@ -51,7 +53,8 @@ class RequestIndex:
             return
         for name in changed & self._keys.keys():
             self._by_key[self._keys.pop(name)].drop(name)
-        for name, key, encoder, seed, embedding in self._library.searchable(changed):
+        for name, key, encoder, seed, embedding, place in self._library.searchable(changed):
             if encoder == self._encoder:
-                self._by_key.setdefault(key, Embeddings(len(embedding))).put(name, seed, embedding)
+                quick = place is not BasePlace.EDIT
+                self._by_key.setdefault(key, Embeddings(len(embedding))).put(name, seed, embedding, quick=quick)
                 self._keys[name] = key

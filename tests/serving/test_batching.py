@@ -93,6 +93,8 @@ def test_edits_that_wait_are_made_together(tiny: Service, tiny_editor: Editor) -
 
 def test_similar_pictures_are_changed_together(tiny: Service, tiny_editor: Editor) -> None:
     cat, _ = new(tiny, request(CAT, reuse="never"), request(CAT, seed=4, reuse="never"))
+    for prompt in (DOG, APPLE):
+        tiny.words.encode(prompt)  # so that requests wait in the order in which they are made
     answers = ask(tiny, request(DOG), request(APPLE), request(DOG, seed=4))
     assert together(answers) == [2, 2, 1]  # a power of two
     assert [answer.reuse.kind for answer in answers] == ["edit"] * 3

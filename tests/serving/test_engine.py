@@ -162,7 +162,7 @@ class TestGeneration:
             ask(made, request())
             answer = ask(made, request(DOG))
         assert answer.reuse.kind == "none"
-        assert answer.reuse.why.startswith("the most similar request has 0.")
+        assert answer.reuse.why.startswith("no stored request is as similar as 1.010; one has 0.")
         assert of_png(answer.png).tobytes() == drawn(tiny_editor, DOG).image.tobytes()
 
     def test_a_mask_that_is_too_large_is_a_new_picture(self, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.shared_library import ENCODER, KEY, SIZE, Small, embedding, picture
 
-from fisedit_compile.serving import held_bases
+from fisedit_compile.serving import held_bases, search
 from fisedit_compile.serving.held_bases import HeldBases, note_saved_bases, open_library, open_store
 from fisedit_compile.serving.library import Library
 from fisedit_compile.serving.picture import BasePlace
@@ -48,34 +48,75 @@ class TestNames:
 
 class TestEmbeddings:
     @given(
-        st.lists(st.tuples(st.integers(0, 20), st.booleans()), max_size=200), st.one_of(st.none(), st.integers(0, 2))
+        st.lists(st.tuples(st.integers(0, 20), st.booleans(), st.booleans()), max_size=200),
+        st.one_of(st.none(), st.integers(0, 2)),
+        st.sampled_from([-1.0, 0.2, 0.5, 2.0]),
+        st.sampled_from([1, 3]),
     )
-    def test_finds_what_a_search_of_all_finds(self, changes: list[tuple[int, bool]], seed: int | None) -> None:
-        embeddings, want = Embeddings(16), dict[str, np.ndarray]()
-        for number, put in changes:
+    def test_finds_what_a_search_of_all_finds(
+        self, changes: list[tuple[int, bool, bool]], seed: int | None, enough: float, seeds: int
+    ) -> None:
+        embeddings, want = Embeddings(16), dict[str, tuple[np.ndarray, bool]]()
+        for number, put, quick in changes:
             name = f"name-{number:08d}"
             if put:
-                embeddings.put(name, number % 3, embedding(name))
-                want[name] = embedding(name)
+                embeddings.put(name, number % seeds, embedding(name), quick=quick)
+                want[name] = embedding(name), quick
             else:
                 embeddings.drop(name)
                 want.pop(name, None)
         query = embedding("a query ")
-        fitting = {n: e for n, e in want.items() if seed is None or int(n[-8:]) % 3 == seed}
+        cosines = {n: float(e @ query) for n, (e, _) in want.items() if seed in (None, int(n[-8:]) % seeds)}
         assert len(embeddings) == len(want)
-        found = embeddings.nearest(query, seed)
-        if not fitting:
+        found = embeddings.nearest(query, seed, enough)
+        if not cosines:
             assert found is None
-        else:
-            assert found is not None
-            assert found[0] == max(fitting, key=lambda name: float(fitting[name] @ query))
-            assert found[1] == pytest.approx(float(fitting[found[0]] @ query), abs=1e-6)
+            return
+        assert found is not None
+        assert found[1] == pytest.approx(cosines[found[0]], abs=1e-6)
+        similar = [name for name, cosine in cosines.items() if cosine >= enough]
+        best = [name for name in similar if want[name][1]] or similar
+        if best:
+            assert found[0] == max(best, key=lambda name: cosines[name])
+
+    @pytest.mark.parametrize("common", [0.0, 0.8], ids=["spread", "alike"])
+    def test_two_passes_find_what_one_finds(self, monkeypatch: pytest.MonkeyPatch, common: float) -> None:
+        """Whether an embedding is similar enough, and which is the most similar one, is as by a product of all rows."""
+        chance, width = np.random.default_rng(0), 160
+        monkeypatch.setattr(search, "_FEW", 100)
+        rows = chance.standard_normal((3000, width), np.float32) / np.arange(1, width + 1)
+        rows[:, -1] += common * np.linalg.norm(rows, axis=1).mean() * 2
+        rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+        embeddings = Embeddings(width)
+        for i, row in enumerate(rows):
+            embeddings.put(str(i), i, rows[i - 1] if i % 7 == 0 else row, quick=i % 3 > 0)
+            if i == 1500:
+                embeddings.nearest(row, None, 0.9)  # the directions are those of a part
+        stored = np.array([rows[i - 1] if i % 7 == 0 else rows[i] for i in range(len(rows))])
+        for i in range(0, 900, 2):
+            embeddings.drop(str(i))
+            stored[i] = 0
+        quick = np.arange(len(rows)) % 3 > 0
+        for i in range(200):
+            query = rows[i] + np.float32(0.1 * i / 200) * chance.standard_normal(width, np.float32)
+            query /= np.linalg.norm(query)
+            cosines = stored @ query
+            for enough in (0.9, 0.99, float(cosines.max()) - 1e-4, float(cosines.max()) + 1e-4):
+                name, cosine = embeddings.nearest(query, None, enough)
+                assert cosine == pytest.approx(cosines[int(name)], abs=1e-5)
+                among = (cosines >= enough) & quick if ((cosines >= enough) & quick).any() else cosines >= enough
+                if among.any():
+                    assert cosine == pytest.approx(cosines[among].max(), abs=1e-5)
+                else:
+                    assert cosine < enough
 
     def test_grows(self) -> None:
         embeddings = Embeddings(16)
         for i in range(500):
             embeddings.put(f"name-{i:08d}", i, embedding(f"name-{i:08d}"))
-        assert all(embeddings.nearest(embedding(f"name-{i:08d}"), i)[0] == f"name-{i:08d}" for i in range(0, 500, 7))
+        assert all(
+            embeddings.nearest(embedding(f"name-{i:08d}"), i, 0.9)[0] == f"name-{i:08d}" for i in range(0, 500, 7)
+        )
 
 
 class TestLibrary:
@@ -139,7 +180,7 @@ class TestIndex:
         index, other = RequestIndex(library, ENCODER), open_library(tmp_path)
 
         def found(name: str) -> bool:
-            near = index.nearest(KEY, embedding(name), 3)
+            near = index.nearest(KEY, embedding(name), 3, 0.99)
             return near is not None and near.base == name
 
         made = picture()
@@ -158,7 +199,7 @@ class TestIndex:
     )
     def test_leaves_out(self, library: Library, change: dict[str, Any]) -> None:
         library.add(picture(**change))
-        assert RequestIndex(library, ENCODER).nearest(KEY, embedding("anything"), None) is None
+        assert RequestIndex(library, ENCODER).nearest(KEY, embedding("anything"), None, -1.0) is None
 
 
 class TestAgainstTheStore:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fisedit_compile import Editor
 from fisedit_compile.serving.engine import Engine
-from fisedit_compile.serving.front import Front, FrontOptions
+from fisedit_compile.serving.front import SIMILAR, Front, FrontOptions
 from fisedit_compile.serving.held_bases import HeldBases, open_library, open_store
 from fisedit_compile.serving.requests import GenerationRequest, Settings
 from fisedit_compile.serving.words import WordEncoder
@@ -40,6 +40,7 @@ class Service:
         memory: int = 2**30,
         batch: int = 1,
         records: bool = True,
+        similar: float = SIMILAR,
         **options: Any,
     ) -> None:
         self.store, self.library = open_store(folder, max_bytes), open_library(folder)
@@ -47,9 +48,8 @@ class Service:
         self.bases = HeldBases(editor, self.store, self.library, memory, write=records)
         self.engine = Engine(editor, self.bases, self.library, records=records)
         self.worker = Worker(self.engine, batch)
-        self.front = Front(
-            self.library, self.store, self.words, self.engine.pipeline, self.worker, FrontOptions(**options)
-        )
+        limits = FrontOptions(similar=similar, similar_of_seed=similar, **options)
+        self.front = Front(self.library, self.store, self.words, self.engine.pipeline, self.worker, limits)
 
     def close(self) -> None:
         self.worker.close()

@@ -102,7 +102,7 @@ def check(folder: Path) -> dict[str, int]:
     index = RequestIndex(library, ENCODER)
     assert len(index) == len(saved)
     for name in saved:
-        made, found = library.get(name), index.nearest(KEY, embedding(name), 3)
+        made, found = library.get(name), index.nearest(KEY, embedding(name), 3, 0.99)
         assert made is not None
         assert made.base is BasePlace.SAVED
         assert found is not None
