@@ -84,9 +84,10 @@ def draw(args: argparse.Namespace, words: WordEncoder, chance: random.Random) ->
             if after.prompt == before.prompt:
                 continue
             fresh = new_picture(editor, after, args.steps)
+            largest = editor.config.dense_above if len(base.visits) == args.steps else 1.0  # as a service does
             start = time.perf_counter()
             try:
-                image, failed = editor.edit(base, after.prompt, largest_mask=editor.config.dense_above), False
+                image, failed = editor.edit(base, after.prompt, largest_mask=largest), False
             except MaskError:
                 image, failed = None, True
             seconds = time.perf_counter() - start + failed * fresh.seconds

@@ -98,6 +98,8 @@ def build_worker(options: ReplicaOptions) -> Worker:
     editor = Editor(pipe, SparsityConfig.of(options.config))
     folder = Path(options.folder)
     library, store = open_library(folder), open_store(folder, options.store_bytes)
+    if options.keep_bases:
+        _warm_up(editor, facts_of(editor).side, options.batch)
     memory = options.memory_bytes
     if memory is None:
         kind = pipe.device.type
@@ -105,8 +107,8 @@ def build_worker(options: ReplicaOptions) -> Worker:
     bases = HeldBases(editor, store, library, memory, write=options.keep_bases)
     engine = Engine(editor, bases, library, records=options.keep_bases)
     worker = Worker(engine, options.batch)
-    side = facts_of(editor).side
-    worker.begin(lambda: _warm_up(editor, side, options.batch) if options.keep_bases else _draw_some(engine, side))
+    if not options.keep_bases:
+        worker.begin(lambda: _draw_some(engine, facts_of(editor).side))
     return worker
 
 

@@ -65,7 +65,7 @@ class Worker:
         self._ending: set[asyncio.Task[None]] = set()
 
     def begin(self, prepare: Callable[[], None]) -> None:
-        """Let the thread that draws prepare itself: what it compiles is, in part, that thread's own."""
+        """Let the thread that draws prepare itself: the CUDA graphs of ``torch.compile`` are a thread's own."""
         self._thread.submit(prepare).result()
 
     async def draw(self, job: Job, *, progress: bool = False, partial_pictures: int = 0) -> AsyncIterator[Event]:
