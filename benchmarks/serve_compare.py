@@ -19,14 +19,14 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fisedit_compile.bench.progress import say
 from fisedit_compile.bench.serving.clients import Outcome, run_trace
 from fisedit_compile.bench.serving.processes import running_service
-from fisedit_compile.bench.serving.report import success, summarise
+from fisedit_compile.bench.serving.report import compare_success, summarise
 from fisedit_compile.bench.serving.trace import TRACES
 from fisedit_compile.cli.runtime import add_runtime_options, describe, finite, start, whole_number
 from fisedit_compile.quality.judge import Judge
@@ -96,32 +96,6 @@ def main(argv: list[str] | None = None) -> None:
         args.json.write_text(text + "\n")
     if any(values[who][part]["errors"] for who in ("service", "opponent") for part in (BUSY, HALF, ALONE)):
         sys.exit("requests failed")
-
-
-def compare_success(ours: Sequence[Outcome], theirs: Sequence[Outcome], judge: Judge) -> dict[str, Any]:
-    """Shares of pictures that show what was asked for: of all, of changes, and of those that were edits on our side.
-
-    Both lists are of the same requests, in any order.
-    """
-    ours, theirs = ([each for each in side if not each.error] for side in (ours, theirs))
-    edited = {_request(each) for each in ours if each.picture["reuse"]["kind"] == "edit"}
-    groups: dict[str, Callable[[Outcome], bool]] = {
-        "all": lambda _: True,
-        "changes": lambda each: each.asked.change,
-        "edited": lambda each: _request(each) in edited,
-    }
-    return {
-        name: {
-            "requests": sum(map(chosen, ours)),
-            "service": success([each for each in ours if chosen(each)], judge),
-            "opponent": success([each for each in theirs if chosen(each)], judge),
-        }
-        for name, chosen in groups.items()
-    }
-
-
-def _request(outcome: Outcome) -> tuple[str, int | None]:
-    return outcome.asked.prompt, outcome.asked.seed
 
 
 def _play(args: argparse.Namespace, who: str, options: Sequence[str], rate: float | None) -> tuple[Parts, float]:

@@ -15,7 +15,7 @@ from support.services import service
 
 from fisedit_compile import Editor
 from fisedit_compile.bench.serving.clients import Outcome, run_trace
-from fisedit_compile.bench.serving.report import summarise
+from fisedit_compile.bench.serving.report import compare_success, summarise
 from fisedit_compile.bench.serving.trace import ROUNDS, TRACES, User
 from fisedit_compile.quality.judge import Judge
 from fisedit_compile.serving.protocol.app import build_app
@@ -81,6 +81,17 @@ def test_users_of_a_service(tmp_path: Path, editor: Editor, rate: float | None) 
     assert report["made_together"] == {1: report["reused"]["edit"]}
     assert report["latency"]["all"]["p50"] > 0
     assert 0 <= report["shows_what_was_asked"] <= 1
+    assert report["beyond_drawing"]["p50"] > 0
+    edited = sum(each.picture["reuse"]["kind"] == "edit" for each in outcomes)
+    shares = compare_success(outcomes, [*reversed(outcomes)], judge)
+    assert {name: of["requests"] for name, of in shares.items()} == {
+        "all": 8,
+        "changes": 8 - len(users),
+        "edited": edited,
+    }
+    assert all(of["service"] == of["opponent"] for of in shares.values())
+    assert shares["all"]["service"] == report["shows_what_was_asked"]
+    assert shares["changes"]["service"] == report["of_changes"]
     assert summarise(again, 1.0, None)["reused"] == {"stored": 8}
 
 

@@ -146,6 +146,8 @@ def test_two_services_do_not_share_a_folder(tmp_path: Path) -> None:
         (["--store-gib", "0"], "no amount of GiB"),
         (["--replicas", "2-1"], "neither a number of replicas nor a range"),
         (["--device", "cuda:7"], "torch sees"),
+        (["--compile"], "give it with --reuse never"),
+        (["--similar", "0.9", "0.8", "0.7"], "takes one or two numbers, not 3"),
     ],
 )
 def test_options_that_cannot_be(

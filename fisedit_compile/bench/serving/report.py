@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,34 @@ def summarise(outcomes: Sequence[Outcome], wall_seconds: float, judge: Judge | N
         "of_changes": success([each for each in answers if each.asked.change], judge) if judge else None,
         "of_edits": success(edits, judge) if judge and edits else None,
     }
+
+
+def compare_success(ours: Sequence[Outcome], theirs: Sequence[Outcome], judge: Judge) -> dict[str, Any]:
+    """Shares of pictures that show what was asked for: of all, of changes, and of those that the service made as edits.
+
+    Args:
+        ours, theirs: of a service and of its opponent, of the same requests in any order.
+        judge: says what pictures show.
+    """
+    ours, theirs = ([each for each in side if not each.error] for side in (ours, theirs))
+    edited = {_request(each) for each in ours if each.picture["reuse"]["kind"] == "edit"}
+    groups: dict[str, Callable[[Outcome], bool]] = {
+        "all": lambda _: True,
+        "changes": lambda each: each.asked.change,
+        "edited": lambda each: _request(each) in edited,
+    }
+    return {
+        name: {
+            "requests": sum(map(chosen, ours)),
+            "service": success([each for each in ours if chosen(each)], judge),
+            "opponent": success([each for each in theirs if chosen(each)], judge),
+        }
+        for name, chosen in groups.items()
+    }
+
+
+def _request(outcome: Outcome) -> tuple[str, int | None]:
+    return outcome.asked.prompt, outcome.asked.seed
 
 
 def latencies(times: Iterable[float]) -> dict[str, float]:
