@@ -20,6 +20,7 @@ import random
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
             begun = time.perf_counter()
             outcomes = asyncio.run(asyncio.wait_for(_run(args, service, users), MOST_SECONDS))
             wall = time.perf_counter() - begun
-            lost = _lost(service.url, Path(folder), outcomes) if args.kill_every else []
+            lost = _lost(service.url, Path(folder), outcomes, args.clients) if args.kill_every else []
     judge = Judge.load(args.model / "judge") if (args.model / "judge").is_dir() else None
     wrong = _wrong(args, device, dtype, outcomes)
     values: dict[str, Any] = {
@@ -122,19 +123,23 @@ async def _run(args: argparse.Namespace, service: ServiceProcesses, users: list[
     return await run_trace(service.url, users, rate=args.rate, at_once=args.clients, seed=args.seed, answered=answered)
 
 
-def _lost(url: str, store: Path, outcomes: list[Outcome]) -> list[str]:
+def _lost(url: str, store: Path, outcomes: list[Outcome], at_once: int) -> list[str]:
     """Names of pictures that are gone, or whose bases are neither in the store nor drawn again for an edit."""
-    lost, saved = [], {folder.name for folder in (store / "bases").iterdir()}
+    saved = {folder.name for folder in (store / "bases").iterdir()}
     mask = Image.new("L", (8, 8))
     mask.paste(255, (0, 0, 4, 4))
-    for picture in (each.picture for each in outcomes if not each.error):
+
+    def is_there(picture: dict[str, Any]) -> bool:
         there = httpx.get(f"{url}/v1/pictures/{picture['id']}").status_code == 200
         if there and picture["reuse"]["kind"] == "none" and picture["id"] not in saved:
             form = {"base": picture["id"], "prompt": "a cat on the left and a dog on the right, in the snow"}
             answer = httpx.post(f"{url}/v1/images/edits", data=form, files={"mask": as_png(mask)}, timeout=600)
             there = answer.status_code == 200
-        lost += [] if there else [picture["id"]]
-    return lost
+        return there
+
+    pictures = [each.picture for each in outcomes if not each.error]
+    with ThreadPoolExecutor(at_once) as clients:
+        return [each["id"] for each, there in zip(pictures, clients.map(is_there, pictures), strict=True) if not there]
 
 
 def _wrong(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, outcomes: list[Outcome]) -> list[str]:
