@@ -60,8 +60,9 @@ def add_parser(subparsers: Any) -> None:
         "--batch",
         type=int,
         choices=(1, 2, 4, 8),
+        default=1,
         metavar="1|2|4|8",
-        help="edits that wait at a replica and are made together, at most (default: 4 on GPUs, 1 on CPUs)",
+        help="edits that wait at a replica and are made together, at most (default: 1)",
     )
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=whole_number(0, 65535), default=8000, metavar="N", help="(default: 8000)")
@@ -141,7 +142,7 @@ def run(args: argparse.Namespace) -> None:
         dtype=str(dtype).removeprefix("torch."),
         threads=args.threads or max(1, (os.cpu_count() or 1) // most),
         replicas=most,
-        batch=args.batch or (4 if gpus else 1),
+        batch=args.batch,
         keep_bases=args.reuse == "auto",
         compile=args.compile,
         config={"attention": args.attention},
