@@ -113,6 +113,25 @@ def test_a_tensor_counts_what_is_written_to_it() -> None:
     assert tensor._version == before + 1
 
 
+@uses("_lazy_graph_module", "_LazyGraphModule", "_use_lazy_graph_module")
+def test_the_code_of_a_graph_is_written_when_it_is_needed() -> None:
+    from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
+
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    with _use_lazy_graph_module(True):
+        traced = torch.fx.symbolic_trace(double)
+    assert isinstance(traced, _LazyGraphModule)
+    assert not isinstance(torch.fx.symbolic_trace(double), _LazyGraphModule)
+    assert traced._needs_recompile()
+    assert traced(torch.ones(1)) == 2
+    traced.recompile()
+    assert traced._needs_recompile()
+    _LazyGraphModule.force_recompile(traced)
+    assert not traced._needs_recompile()
+
+
 @uses("_foreach_copy_")
 def test_many_tensors_are_copied_at_once() -> None:
     targets = [torch.zeros(2), torch.zeros(3)]

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
@@ -25,6 +29,9 @@ from fisedit_compile.ir.call import Call
 logger = logging.getLogger(__name__)
 
 aten = torch.ops.aten
+
+#: torch keeps stacks and flags of an export in globals: of two at once both fail, and leave them wrong.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 def export(unet: torch.nn.Module, call: Call) -> GraphModule:
@@ -41,14 +48,14 @@ def export(unet: torch.nn.Module, call: Call) -> GraphModule:
     if "return_dict" in inspect.signature(unet.forward).parameters:
         kwargs["return_dict"] = False
     try:
-        with torch.no_grad():
+        with _ONE_AT_A_TIME, torch.no_grad(), _without_by_products():
             exported = torch.export.export(unet, args, kwargs, strict=False)
     except Exception as error:
         reason = describe_failure(unet, error)
         raise CaptureError(f"{type(unet).__name__} could not be exported as one graph: {reason}") from error
     graph, attributes = _unlift(exported)
     _simplify(graph)
-    graph_module = GraphModule(attributes, graph)
+    graph_module = _LazyGraphModule(attributes, graph)
     graph_module.graph.lint()
     return graph_module
 
@@ -57,6 +64,23 @@ def module_path(node: Node) -> str:
     """The path of the innermost module that a node was traced in, such as ``down_blocks.0.resnets.0.conv1``."""
     stack = node.meta.get("nn_module_stack")
     return list(stack.values())[-1][0] if stack else ""
+
+
+@contextmanager
+def _without_by_products() -> Iterator[None]:
+    """Let torch trace without what nobody reads here, which is a third of the time.
+
+    That is the stack of Python calls of each node (torch 2.11 has no such option, and keeps them), and the Python code
+    of the graphs on the way to the last one.
+    """
+    config = torch.fx.config
+    before = getattr(config, "do_not_emit_stack_traces", False)
+    config.do_not_emit_stack_traces = True
+    try:
+        with _use_lazy_graph_module(True):
+            yield
+    finally:
+        config.do_not_emit_stack_traces = before
 
 
 def _unlift(exported: ExportedProgram) -> tuple[Graph, dict[str, torch.Tensor]]:

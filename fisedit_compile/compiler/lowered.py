@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from fisedit_compile.compiler.export import export
 from fisedit_compile.compiler.stage_graph import StageGraph
@@ -42,6 +43,7 @@ from fisedit_compile.passes.text_attention import text_attentions
 from fisedit_compile.planning.apsc import CostModel
 from fisedit_compile.planning.buckets import Buckets
 from fisedit_compile.planning.edit_plan import EditPlan, plan_edit
+from fisedit_compile.utils.collecting_paused import collecting_paused
 from fisedit_compile.utils.single_thread import single_thread
 
 #: The shape and dtype of a tensor.
@@ -64,11 +66,12 @@ def lower(
         SparsifyError: no operation of it can be made sparse.
     """
     start = time.perf_counter()
-    dense = export(unet, call)
-    annotate_layout(dense, config)
-    sparse = copy_graph(dense)
-    reports = run_passes(sparse, config, passes)
-    stages = {name: StageGraph(graph) for name, graph in split_stages(sparse).items()}
+    with collecting_paused():
+        dense = export(unet, call)
+        annotate_layout(dense, config)
+        sparse = copy_graph(dense)
+        reports = run_passes(sparse, config, passes)
+        stages = {name: StageGraph(graph) for name, graph in split_stages(sparse).items()}
     return Lowered(call.signature, config, dense, sparse, reports, stages, time.perf_counter() - start)
 
 
@@ -282,7 +285,7 @@ class Lowered:
 
 
 def copy_graph(graph_module: GraphModule) -> GraphModule:
-    """A copy to rewrite, with the same node names and the very same parameters."""
+    """A copy to rewrite, with the same node names and the very same parameters; its code is written when it runs."""
     graph = Graph()
     graph.output(graph.graph_copy(graph_module.graph, {}))
-    return GraphModule(graph_module, graph)
+    return _LazyGraphModule(graph_module, graph)

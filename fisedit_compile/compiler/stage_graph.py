@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch.fx import GraphModule
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from fisedit_compile.ir.requests import Hoisted
 
@@ -21,6 +22,7 @@ class StageGraph:
     """
 
     def __init__(self, graph_module: GraphModule) -> None:
+        _LazyGraphModule.force_recompile(graph_module)  # torch.compile takes the code that there is
         graph = graph_module.graph
         self.graph_module = graph_module
         self.names: list[Any] = [n.meta.get("request", n.target) for n in graph.find_nodes(op="placeholder")]

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Collection
 from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
@@ -28,7 +29,7 @@ from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry, Hoisted, Inputs
 from fisedit_compile.passes import targets
 from fisedit_compile.passes.pass_report import PassReport
-from fisedit_compile.passes.rewriting import is_timestep, prune
+from fisedit_compile.passes.rewriting import is_timestep
 
 aten = targets.aten
 
@@ -93,20 +94,40 @@ def split_stages(graph_module: GraphModule) -> dict[str, GraphModule]:
     read_later = {stage: _read_later(graph_module, stage) for stage in HOISTED_STAGES}
     stages = {}
     for position, stage in enumerate((*HOISTED_STAGES, "step")):
+        known = {node: earlier for earlier in HOISTED_STAGES[:position] for node in read_later[earlier]}
+        values = read_later.get(stage)
+        returned = graph_module.graph.output_node().args[0] if values is None else tuple(values)
+        needed = _needed(returned, known)
         graph = Graph()
         copies: dict[Node, Node] = {}
-        result = graph.graph_copy(graph_module.graph, copies)
+        for node in graph_module.graph.nodes:
+            if node in needed and node.op == "placeholder":
+                copies[node] = graph.node_copy(node)
         inputs = Inputs(graph)
-        for earlier in HOISTED_STAGES[:position]:
-            for node in read_later[earlier]:
-                copies[node].replace_all_uses_with(inputs(Hoisted(earlier, _name(node)), node.meta["val"]))
-        values = read_later.get(stage)
-        output = graph.output(result if values is None else tuple(copies[node] for node in values))
+        for node, earlier in known.items():
+            if node in needed:
+                copies[node] = inputs(Hoisted(earlier, _name(node)), node.meta["val"])
+        for node in graph_module.graph.nodes:
+            if node in needed and node not in copies:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        output = graph.output(map_arg(returned, copies.__getitem__))
         if values is not None:
             output.meta.update(stage=stage, values=[_name(node) for node in values])
-        prune(graph)
         stages[stage] = GraphModule(graph_module, graph)
     return stages
+
+
+def _needed(returned: Any, known: Collection[Node]) -> set[Node]:
+    """The nodes that a graph needs to return values, up to those that are known where it runs."""
+    needed: set[Node] = set()
+    open_nodes: list[Node] = []
+    map_arg(returned, open_nodes.append)
+    while open_nodes:
+        node = open_nodes.pop()
+        if node not in needed:
+            needed.add(node)
+            open_nodes.extend(() if node in known else node.all_input_nodes)
+    return needed
 
 
 def _name(node: Node) -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,14 +29,6 @@ from fisedit_compile.testing import assert_close  # noqa: E402
 SMALL = ["--arch", "tiny", "--size", "128"]
 STEPS = 5
 PACKAGES = {"deepcache": "DeepCache", "tome": "tomesd"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collection() -> Iterator[None]:
-    """Garbage is collected after each method: not among all that was imported, which takes most of the time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

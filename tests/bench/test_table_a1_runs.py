@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import sys
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,14 +29,6 @@ from fisedit_compile.bench.masks import MaskSet  # noqa: E402
 from fisedit_compile.masks.sample_masks import square_mask  # noqa: E402
 
 SMALL = ["--arch", "tiny", "--size", "128"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collection() -> Iterator[None]:
-    """Garbage is collected after each method: not among all that was imported, which takes most of the time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def small_kit() -> Any:

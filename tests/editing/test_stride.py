@@ -43,6 +43,22 @@ def editor_with(scheduler: Any, **config: Any) -> Editor:
     return Editor(tiny_pipeline(scheduler=scheduler), {"dense_steps": 0.25, **config})
 
 
+@pytest.fixture(scope="module")
+def editors() -> dict[int, Editor]:
+    """One for each stride, of which each test sets the scheduler."""
+    return {stride: editor_with(SCHEDULERS[0], stride=stride) for stride in (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def editor_without_words() -> Editor:
+    """One whose U-Net does not read the text; of strides of two."""
+    editor = editor_with(SCHEDULERS[0], stride=2, dense_steps=0.5, cross_replace=0.0)
+    for name, layer in editor.unet.unet.named_modules():
+        if name.endswith("attn2.to_out.0"):
+            layer.weight.zero_()
+    return editor
+
+
 def left_half() -> torch.Tensor:
     mask = torch.zeros(16, 16, dtype=torch.bool)
     mask[:, :8] = True
@@ -89,9 +105,9 @@ def test_a_scheduler_that_visits_some_steps_reaches_what_it_reaches_by_all(sched
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=names)
-def test_outside_the_mask_an_edit_is_its_base_whatever_the_stride(scheduler: Any) -> None:
-    for stride in (1, 2):
-        editor = editor_with(scheduler, stride=stride)
+def test_outside_the_mask_an_edit_is_its_base_whatever_the_stride(editors: dict[int, Editor], scheduler: Any) -> None:
+    for stride, editor in editors.items():
+        editor.pipe.scheduler = scheduler
         base = generate(editor)
         edit = editor.edit(base, EDIT, mask=left_half())
         assert (edit.report.dense_steps, edit.report.sparse_steps) == (0, {1: 8, 2: 4}[stride])
@@ -104,15 +120,14 @@ def test_outside_the_mask_an_edit_is_its_base_whatever_the_stride(scheduler: Any
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=names)
-def test_words_that_change_nothing_give_the_base_in_the_dense_steps_too(scheduler: Any) -> None:
+def test_words_that_change_nothing_give_the_base_in_the_dense_steps_too(
+    editor_without_words: Editor, scheduler: Any
+) -> None:
     """The longer steps are corrected by what they miss of the base, so that only words make a difference."""
-    editor = editor_with(scheduler, stride=2, dense_steps=0.5, cross_replace=0.0)
-    for name, layer in editor.unet.unet.named_modules():
-        if name.endswith("attn2.to_out.0"):
-            layer.weight.zero_()
-    base = generate(editor)
+    editor_without_words.pipe.scheduler = scheduler
+    base = generate(editor_without_words)
     with pytest.raises(MaskError):
-        editor.edit(base, EDIT)
+        editor_without_words.edit(base, EDIT)
 
 
 @pytest.mark.parametrize(
