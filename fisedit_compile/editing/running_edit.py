@@ -211,14 +211,17 @@ class RunningEdit:
 
     def _attention_to_removed(self, step: int, like: Tensor) -> Tensor:
         """How strongly the base attends to the words that go, ``[edited samples, h, w]``, on the device of ``like``."""
-        call = next(call for call in self.base.calls if call.step == self.base.visits[step])
-        kept = (tensor for entry, tensor in call.cache.items() if entry.kind == "attention")
+        made = [call for call in self.base.calls if call.step <= self.base.visits[step]]
+        of_calls = (
+            [kept for entry, kept in call.cache.items() if entry.kind == "attention"] for call in reversed(made)
+        )
+        last: list[Tensor] = next(filter(None, of_calls), [])  # calls that are not controlled keep none
         maps = (
             tensor.to(like.device, non_blocking=True)
             .unflatten(0, (self.samples, -1))
             .index_select(0, self._edited_samples)
             .flatten(0, 1)
-            for tensor in kept
+            for tensor in last
         )
         return attention_to(self._removed.to(like.device, non_blocking=True), maps, (like.shape[1], like.shape[2]))
 

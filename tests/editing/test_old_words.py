@@ -1,0 +1,75 @@
+"""The mask that an edit finds takes in where the words stood that go, of things that go as a whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.pipelines import CONFIG, PROMPT, generate, tiny_pipeline
+from torch import Tensor
+
+import fisedit_compile.editing.running_edit as running_edit
+import fisedit_compile.masks.old_words as old_words
+from fisedit_compile import Base, Editor
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FEWER = " ".join(PROMPT.split()[:-1])
+
+
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
+    """Everything is taken to go as a whole; what was found, and the attention to the words that go."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def join(found: Tensor, attention: Tensor) -> Tensor:
+        seen.append((found, attention))
+        return old_words.with_old_words(found, attention)
+
+    monkeypatch.setattr(old_words, "_GOES_AS_A_WHOLE", 0.0)
+    monkeypatch.setattr(running_edit, "with_old_words", join)
+    return seen
+
+
+def test_the_mask_covers_where_removed_words_stood(
+    tiny_editor: Editor, tiny_base: Base, joined: list[tuple[Tensor, Tensor]]
+) -> None:
+    edit = tiny_editor.edit(tiny_base, FEWER)
+    ((found, attention),) = joined
+    assert attention.shape == edit.mask.shape
+    assert attention.amin() >= 0
+    assert attention.amax() <= 1
+    stood = attention > old_words.otsu_threshold(attention)[:, None, None]
+    assert stood.any()
+    assert (edit.mask & (found | stood)).equal(found | stood)
+
+
+def test_words_that_are_only_added_leave_nothing_to_take_in(
+    tiny_editor: Editor, tiny_base: Base, joined: list[Any]
+) -> None:
+    tiny_editor.edit(tiny_base, f"{PROMPT} and a dog")
+    assert not joined
+
+
+def test_a_base_without_maps_finds_masks_by_the_difference_alone(joined: list[tuple[Tensor, Tensor]]) -> None:
+    editor = Editor(tiny_pipeline(), {**CONFIG, "cross_replace": 0.0})
+    edit = editor.edit(generate(editor), FEWER)
+    ((found, attention),) = joined
+    assert not attention.any()
+    assert torch.equal(edit.mask, found)
+
+
+def test_samples_of_a_batch_are_looked_at_by_themselves(joined: list[tuple[Tensor, Tensor]]) -> None:
+    """The first sample stays, the second loses words, the third gets others."""
+    editor = Editor(tiny_pipeline(), CONFIG)
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2, 3)]
+    base = generate(editor, [PROMPT] * 3, generator=generators)
+    editor.edit(base, [PROMPT, FEWER, f"{PROMPT} and a dog"])
+    ((found, attention),) = joined
+    assert len(found) == len(attention) == 2
+    assert attention[0].any()
+    assert not attention[1].any()
+    alone = generate(editor, PROMPT, generator=torch.Generator().manual_seed(2))
+    editor.edit(alone, FEWER)
+    torch.testing.assert_close(joined[1][1][0], attention[0], rtol=1e-3, atol=1e-4)
