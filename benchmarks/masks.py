@@ -4,8 +4,9 @@
 
 Cases are those of ``fisedit-compile quality``. An edit of all steps under Prompt-to-Prompt control says what truly
 changes (80 % of the steps are controlled, 40 % where something is added); masks are made from the first fifth of the
-steps of the edit with 80 %, as an editor makes them, before small holes are closed. Printed are, for each way and kind
-of edit, intersection over union, recall, precision, and the mask's area over the true one, means over the cases.
+steps of the edit with 80 %, as an editor makes them, before small holes are closed; the last one also takes all of
+where the words stood that go, of a thing that goes as a whole. Printed are, for each way and kind of edit,
+intersection over union, recall, precision, and the mask's area over the true one, means over the cases.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from torch import Tensor
 
 from fisedit_compile import Editor
 from fisedit_compile.editing.plain_pipeline import load_pipeline
+from fisedit_compile.editing.prompt_alignment import removed_tokens
 from fisedit_compile.masks.difference_mask import difference, find_region, otsu_threshold, smooth
 from fisedit_compile.masks.grown import grown
+from fisedit_compile.masks.old_words import attention_to, with_old_words
 from fisedit_compile.quality.cases import Case, load_cases
 from fisedit_compile.quality.regions import MaskScores, changed_cells, score_mask
 
@@ -34,6 +37,9 @@ CONTROL, CONTROL_OF_ADDED = 0.8, 0.4
 
 #: Share of the steps from which a mask is found.
 COMPARED = 0.2
+
+#: The mask of the default, and the same with where old words stood.
+DEFAULT, OLD_WORDS = "smoothed, weak neighbours over 0.2", "and where old words stood"
 
 Way = Callable[[Tensor], Tensor]
 
@@ -69,9 +75,11 @@ def main() -> None:
     editor = Editor(pipe, {"dense_steps": args.steps, "cross_replace": CONTROL, "stride": 1})
     scores: dict[tuple[str, str], list[MaskScores]] = defaultdict(list)
     for count, case in enumerate(load_cases("all", args.cases), 1):
-        strength, region = measure(editor, case, args.steps)
-        for name, way in WAYS.items():
-            if (score := score_mask(way(strength)[0], region)) is not None:
+        strength, attention, region = measure(editor, case, args.steps)
+        masks = {name: way(strength) for name, way in WAYS.items()}
+        masks[OLD_WORDS] = with_old_words(masks[DEFAULT], attention)
+        for name, mask in masks.items():
+            if (score := score_mask(mask[0], region)) is not None:
                 scores[name, case.kind].append(score)
         print(f"{count} of {args.cases} cases", flush=True)
     rows = [
@@ -84,8 +92,12 @@ def main() -> None:
 FIELDS = ("iou", "recall", "precision", "area_ratio")
 
 
-def measure(editor: Editor, case: Case, steps: int) -> tuple[Tensor, Tensor]:
-    """The difference ``[1, h, w]`` that an edit sees in its first steps, and the cells ``[h, w]`` that truly change."""
+def measure(editor: Editor, case: Case, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What a mask is found from, and the cells ``[h, w]`` that truly change.
+
+    That is the difference ``[1, h, w]`` that an edit sees in its first steps, and how strongly the base attends to the
+    words that go, ``[1, h, w]``, in the last one of these.
+    """
     base = editor.generate(
         case.prompt,
         num_inference_steps=steps,
@@ -105,7 +117,11 @@ def measure(editor: Editor, case: Case, steps: int) -> tuple[Tensor, Tensor]:
     compared = math.ceil(COMPARED * steps)
     before = torch.stack([each.cpu() for each in base.step_latents[:compared]])
     strength = difference(before, torch.stack(latents[:compared]))
-    return strength, changed_cells(base.latents[0].cpu(), true.latents[0].cpu())
+    removed = removed_tokens(editor.pipe, base.prompts, [case.edit], {})
+    maps = [kept.cpu() for entry, kept in base.calls[compared - 1].cache.items() if entry.kind == "attention"]
+    height, width = base.latents.shape[2:]
+    region = changed_cells(base.latents[0].cpu(), true.latents[0].cpu())
+    return strength, attention_to(removed, maps, (height, width)), region
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ _CHANGE = 0.2
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Store, search, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stored", type=whole_number(1), default=100_000, metavar="N")
     parser.add_argument("--width", type=whole_number(1), default=768, metavar="N", help="numbers of an embedding")

@@ -40,6 +40,7 @@ Parts = dict[str, tuple[list[Outcome], float]]
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Play, compare, and print the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", type=Path, default=MODEL, metavar="DIR", help="with a judge (default: the demo model)"

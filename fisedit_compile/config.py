@@ -20,7 +20,7 @@ Tier = Literal["auto", "device", "host"]
 #: A value of ``dense_below`` with which every resolution is computed whole: the dense U-Net, by operations on rows.
 EVERY_RESOLUTION = sys.maxsize
 
-#: What an edit does to the words of its base: it only adds some, or only takes some away, or there are others then.
+#: What an edit does to the words of its base: it only adds some, only takes some away, or does both.
 WordChange = Literal["adds", "replaces", "removes"]
 
 #: Share of the steps under control with ``cross_replace="auto"`` (docs/measurements/quality.md).

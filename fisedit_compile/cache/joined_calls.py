@@ -78,10 +78,9 @@ class JoinedCalls:
         for source in sources:
             copies.append(_Copies())
             for entry in entries:
-                rows, before = source[entry].shape[:1].numel(), starts[entry]
-                starts[entry] += rows
-                targets = self._targets(entry, source[entry], before)
-                copies[-1].add(entry, targets, rows // self._parts if len(targets) > 1 else rows)
+                before = starts[entry]
+                starts[entry] += source[entry].shape[:1].numel()
+                copies[-1].add(entry, self._targets(entry, source[entry], before))
         return copies
 
     def _targets(self, entry: CacheEntry, source: Tensor, before: int) -> list[Tensor]:
@@ -131,7 +130,7 @@ class JoinedCalls:
 class _Copies:
     """Copies of the entries of one base to where they lie beside those of others, the same at each step.
 
-    Between two steps the device would wait for views that are made anew, so those of the places are made once.
+    The views of the places are made once: there are hundreds, and the host has a few milliseconds between two steps.
     """
 
     def __init__(self) -> None:
@@ -140,13 +139,14 @@ class _Copies:
         self._entries: dict[torch.dtype, list[tuple[CacheEntry, int]]] = defaultdict(list)
         self._with_gaps: list[tuple[CacheEntry, Tensor]] = []
 
-    def add(self, entry: CacheEntry, targets: Sequence[Tensor], rows: int) -> None:
-        """Copy an entry's rows to ``targets``, as many to each."""
-        if targets[0].is_contiguous():
-            self._targets[targets[0].dtype].extend(targets)
-            self._entries[targets[0].dtype].append((entry, rows if len(targets) > 1 else 0))
+    def add(self, entry: CacheEntry, targets: Sequence[Tensor]) -> None:
+        """Copy an entry's rows to ``targets``, as many to each; attention maps have one, which may have gaps."""
+        first = targets[0]
+        if first.is_contiguous():
+            self._targets[first.dtype].extend(targets)
+            self._entries[first.dtype].append((entry, len(first) if len(targets) > 1 else 0))
         else:
-            self._with_gaps += [(entry, target) for target in targets]
+            self._with_gaps.append((entry, first))
 
     def run(self, source: Recorded) -> None:
         """Copy the entries of a call, which lies on the device of the places."""

@@ -215,7 +215,7 @@ class RunningEdit:
         of_calls = (
             [kept for entry, kept in call.cache.items() if entry.kind == "attention"] for call in reversed(made)
         )
-        last: list[Tensor] = next(filter(None, of_calls), [])  # calls that are not controlled keep none
+        last: list[Tensor] = next(filter(None, of_calls), [])  # the base keeps none of steps that are not controlled
         maps = (
             tensor.to(like.device, non_blocking=True)
             .unflatten(0, (self.samples, -1))
@@ -237,7 +237,7 @@ def _kept_tokens(asked: CheckedEdit, every: int) -> int:
 
 
 def _word_change(old: str, new: str) -> WordChange:
-    """What an edit does to the words of a prompt. Words that stay, and are weighted, count as words that went."""
+    """What an edit does to the words of a prompt; one that stays, and whose words are weighted, counts as "removes"."""
     removed, added = changed_words(old, new)
     if not added:
         return "removes"

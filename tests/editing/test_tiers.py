@@ -75,8 +75,7 @@ def test_edits_made_together_from_host_memory_and_the_device(cache: str) -> None
 def test_edits_begin_while_a_base_is_read(tmp_path: Path, tier: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A new editor captures its graphs meanwhile, which must not meet the copies of the reading threads.
 
-    Each editor is held to itself: it encodes the words once, and may round them otherwise than another one, which had
-    captured the text encoder before.
+    Each editor is held to itself: two of them may round otherwise (docs/decisions.md, 2026-11-28).
     """
     editor, base = made(tier)
     base.save(tmp_path / "base")
