@@ -33,12 +33,14 @@ from fisedit_compile.kernels.indexing.gather_scatter import gather_rows_referenc
 from fisedit_compile.kernels.indexing.packed_rows import pack_rows_reference
 from fisedit_compile.kernels.indexing.row_format import RowFormat
 from fisedit_compile.kernels.norms.cat_norm_rows import cat_norm_rows_reference
+from fisedit_compile.kernels.norms.followed_statistics import followed_statistics_reference
 from fisedit_compile.kernels.norms.group_norm_rows import (
     group_norm_rows_reference,
     group_norm_statistics_reference,
     group_norm_whole_reference,
 )
 from fisedit_compile.kernels.norms.layer_norm_rows import layer_norm_rows_reference
+from fisedit_compile.kernels.norms.tile_moments import moments_dtype, tile_moments_reference
 
 NAMESPACE = "fisedit"
 
@@ -131,6 +133,15 @@ def _group_norm_statistics(rows: torch.Tensor, samples: int, *_: Any) -> tuple[t
     return scale, shift
 
 
+def _tile_moments(rows: torch.Tensor, tiles: torch.Tensor, groups: int) -> torch.Tensor:
+    return rows.new_empty(tiles.shape[0], groups, 2, dtype=moments_dtype(rows.dtype))
+
+
+def _followed_statistics(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    scale, shift = arguments[5:7]
+    return torch.empty_like(scale), torch.empty_like(shift)
+
+
 def _pack_rows(rows: torch.Tensor, bits: int) -> torch.Tensor:
     nbytes = RowFormat(tuple(rows.shape[1:]), rows.dtype, bits).nbytes
     return rows.new_empty(rows.shape[0], nbytes, dtype=torch.uint8)
@@ -220,6 +231,22 @@ _register(
     group_norm_statistics_reference,
     _group_norm_statistics,
     _launcher("norms.group_norm_statistics_triton", "group_norm_statistics_triton", group_norm_statistics_reference),
+    results="(Tensor, Tensor)",
+)
+_register(
+    "tile_moments",
+    "Tensor rows, Tensor tiles, int groups",
+    tile_moments_reference,
+    _tile_moments,
+    _launcher("norms.tile_moments_triton", "tile_moments_triton", tile_moments_reference),
+)
+_register(
+    "followed_statistics",
+    "Tensor moments, Tensor tile_ids, Tensor tile_sizes, Tensor base, Tensor offsets, Tensor scale, Tensor shift, "
+    "Tensor? weight, Tensor? bias, float eps",
+    followed_statistics_reference,
+    _followed_statistics,
+    _launcher("norms.followed_statistics_triton", "followed_statistics_triton", followed_statistics_reference),
     results="(Tensor, Tensor)",
 )
 _register(

@@ -22,6 +22,7 @@ from fisedit_compile.passes.region.cancel_scatter_gather import cancel_scatter_g
 from fisedit_compile.passes.region.insert_gather_scatter import insert_gather_scatter
 from fisedit_compile.passes.region.select_region import select_region, select_sparse_levels
 from fisedit_compile.passes.region.unfold_whole_rows import unfold_whole_rows
+from fisedit_compile.passes.sparsify.follow_statistics import follow_statistics
 from fisedit_compile.passes.sparsify.sparsify_attention import sparsify_attention
 from fisedit_compile.passes.sparsify.sparsify_conv import sparsify_conv, sparsify_conv_inside
 from fisedit_compile.passes.sparsify.sparsify_norm import sparsify_norm
@@ -38,6 +39,7 @@ SPARSE_PASSES: tuple[Pass, ...] = (
     insert_gather_scatter,
     sparsify_conv,
     sparsify_norm,
+    follow_statistics,
     sparsify_attention,
     sparsify_pointwise,
     cancel_scatter_gather,
@@ -57,7 +59,7 @@ WHOLE_PASSES: tuple[Pass, ...] = tuple(unfold_whole_rows if each is reuse_timest
 #: Those of the sparse graph for decoders, whose maps are too large for a base to keep: on a GPU, where rows of a whole
 #: level save kernels, and on the host, where convolutions of whole maps are twice as fast.
 DECODER_PASSES: tuple[Pass, ...] = tuple(
-    sparsify_conv_inside if each is sparsify_conv else each for each in SPARSE_PASSES
+    sparsify_conv_inside if each is sparsify_conv else each for each in SPARSE_PASSES if each is not follow_statistics
 )
 DECODER_PASSES_ON_HOST: tuple[Pass, ...] = tuple(
     select_sparse_levels if each is select_region else each for each in DECODER_PASSES

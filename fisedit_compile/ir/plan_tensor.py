@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fisedit_compile.ir.layout import Size
 from fisedit_compile.ir.taps import Taps
+from fisedit_compile.ir.tile_grid import TILES, most_pixels
 
-_OF_SIZE = ("index", "sample", "offsets", "count", "row_of")
+_OF_SIZE = ("index", "sample", "offsets", "count", "row_of", "tiles", "tile_ids", "tile_sizes")
 _OF_TAPS = ("table", "halo")
 
 
@@ -24,7 +25,9 @@ class PlanTensor:
         kind: which tensor. Those of a resolution: ``index`` int64 ``[M]`` has the pixel id of each row; ``sample``
             int64 ``[M]`` the sample that each row belongs to; ``offsets`` int32 ``[B + 1]`` the cumulative row counts
             of the samples; ``count`` int32 ``[1]`` the number of rows; ``row_of`` int32 ``[B * height * width]`` the
-            row of each pixel, -1 where a pixel is no row. Those of a convolution: ``table`` int32 ``[M, taps]`` with a
+            row of each pixel, -1 where a pixel is no row; ``tiles`` int32 ``[F, P]`` the rows of each tile all of whose
+            pixels are rows, padded with -1, ``tile_ids`` int32 ``[F]`` which it is, ``sample * TILES + tile``, and
+            ``tile_sizes`` int32 ``[TILES]`` the pixels of each tile, see ``tile_grid``. Those of a convolution: ``table`` int32 ``[M, taps]`` with a
             row for each row of the output, and ``halo`` int64 ``[halo rows]``, see
             :func:`~fisedit_compile.planning.neighbour_table.neighbour_table`.
         where: the resolution (height, width), or the convolution's :class:`Taps`.
@@ -33,7 +36,7 @@ class PlanTensor:
         ValueError: an unknown ``kind``, a ``where`` that does not fit it, or a halo of a source that has none.
     """
 
-    kind: Literal["index", "sample", "offsets", "count", "row_of", "table", "halo"]
+    kind: Literal["index", "sample", "offsets", "count", "row_of", "tiles", "tile_ids", "tile_sizes", "table", "halo"]
     where: Size | Taps
 
     def __post_init__(self) -> None:
@@ -59,7 +62,9 @@ class PlanTensor:
         taps = self.where if isinstance(self.where, Taps) else None
         size = taps.target if taps is not None else self.where
         pixels = batch * prod(size)  # type: ignore[arg-type]
+        tiles = batch * TILES
         shape: dict[str, tuple[int, ...]] = {
+            "tiles": (tiles, most_pixels(size)), "tile_ids": (tiles,), "tile_sizes": (TILES,),  # type: ignore[arg-type]
             "offsets": (batch + 1,), "count": (1,), "table": (pixels, prod(taps.kernel) if taps else 0), "halo": (0,),
         }  # fmt: skip
         dtype = torch.int64 if self.kind in ("index", "sample", "halo") else torch.int32

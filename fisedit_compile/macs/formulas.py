@@ -171,6 +171,7 @@ REFUSED = (
 UNCOUNTED = {
     "fisedit::gather_rows", "fisedit::scatter_rows", "fisedit::pack_rows", "fisedit::cat_norm_rows",
     "fisedit::group_norm_rows", "fisedit::group_norm_whole", "fisedit::group_norm_statistics",
+    "fisedit::tile_moments", "fisedit::followed_statistics",
     "fisedit::layer_norm_rows",
 }  # fmt: skip
 

@@ -19,6 +19,7 @@ from fisedit_compile.config import is_whole
 from fisedit_compile.ir.layout import Size
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.taps import Taps
+from fisedit_compile.ir.tile_grid import TILES, fewest_pixels
 from fisedit_compile.planning.edit_plan import EditPlan, row_resolutions
 
 #: Shares of the latents that masks are rounded up to, each about a quarter larger than the one before.
@@ -137,6 +138,11 @@ def pad_plan(plan: EditPlan, bucket: Bucket, requests: Collection[PlanTensor]) -
         if request.kind in ("index", "sample"):
             assert not isinstance(where, Taps)
             tensor = F.pad(tensor, (0, bucket.rows[where] - len(tensor)))
+        elif request.kind in ("tiles", "tile_ids"):
+            assert not isinstance(where, Taps)
+            most = min(plan.batch * TILES, bucket.rows[where] // fewest_pixels(where))
+            room = (0, most - len(tensor)) if tensor.ndim == 1 else (0, 0, 0, most - len(tensor))
+            tensor = F.pad(tensor, room, value=-1)
         elif request.kind == "halo":
             assert isinstance(where, Taps)
             tensor = F.pad(tensor, (0, bucket.halo[where] - len(tensor)))

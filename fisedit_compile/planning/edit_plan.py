@@ -20,6 +20,7 @@ from fisedit_compile.errors import MaskError
 from fisedit_compile.ir.layout import Size, size_text
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.taps import Taps
+from fisedit_compile.ir.tile_grid import pixels_of_tiles, sizes_of_tiles
 from fisedit_compile.planning.apsc import (
     BlockChoice,
     CostModel,
@@ -197,7 +198,11 @@ def plan_edit(
             tensors[PlanTensor("sample", where)] = index[where] // (where[0] * where[1])
             offsets = F.pad(active[where].sum((1, 2)).cumsum(0), (1, 0)).int()
             tensors[PlanTensor("offsets", where)], tensors[PlanTensor("count", where)] = offsets, offsets[-1:]
-            tensors[PlanTensor("row_of", where)] = row_of_pixels(index[where], active[where].numel())
+            row_of = tensors[PlanTensor("row_of", where)] = row_of_pixels(index[where], active[where].numel())
+            if PlanTensor("tiles", where) in requests:
+                covered, ids = _covered_tiles(row_of.view(batch, -1), where)
+                tensors[PlanTensor("tiles", where)], tensors[PlanTensor("tile_ids", where)] = covered, ids
+                tensors[PlanTensor("tile_sizes", where)] = sizes_of_tiles(where).to(mask.device)
 
     counts = {size: len(i) for size, i in index.items()}
     pixel_counts = {s: copies * int(m.sum()) for s, m in pooled.items()} if tiles else counts
@@ -208,6 +213,16 @@ def row_of_pixels(index: Tensor, pixels: int) -> Tensor:
     """int32 ``[pixels]``: the row of each pixel, -1 where it is none; int64 ``index [M]`` has the rows' pixel ids."""
     row_of = torch.full((pixels,), -1, dtype=torch.int32, device=index.device)
     return row_of.scatter_(0, index, torch.arange(len(index), dtype=torch.int32, device=index.device))
+
+
+def _covered_tiles(row_of: Tensor, size: Size) -> tuple[Tensor, Tensor]:
+    """The tiles all of whose pixels are rows, int32 ``[F, P]`` and ``[F]``; ``row_of`` is ``[B, H*W]``."""
+    pixels = pixels_of_tiles(size).to(row_of.device)
+    rows = torch.where(pixels >= 0, row_of[:, pixels.clamp_min(0)], -1).flatten(0, 1)  # [B * TILES, P]
+    missing = (rows < 0).sum(1) - (pixels < 0).sum(1).repeat(len(row_of))
+    empty = (pixels < 0).all(1).repeat(len(row_of))
+    ids = ((missing == 0) & ~empty).nonzero().squeeze(1)
+    return rows[ids].int(), ids.int()
 
 
 def row_resolutions(requests: Collection[PlanTensor]) -> list[Size]:

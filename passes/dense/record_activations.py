@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from fisedit_compile.ir.requests import CacheEntry, Inputs
 from fisedit_compile.kernels.attention.controlled_attention import attention_probabilities
 from fisedit_compile.kernels.norms.group_norm_rows import norm_scale_shift
+from fisedit_compile.kernels.norms.map_moments import moments_of_map
 from fisedit_compile.passes import targets
 from fisedit_compile.passes.pass_report import PassReport
 from fisedit_compile.passes.rewriting import RowBuilder, norm_arguments
@@ -55,6 +56,11 @@ def record_activations(
                 recorded.append(build.call(attention_probabilities, *node.args[:2], **options))
             elif entry.kind == "value":
                 recorded.append(build.call(aten.clone.default, node, memory_format=torch.contiguous_format))
+            elif entry.kind == "tiles":
+                value, groups, *_ = norm_arguments(node)
+                layout = value.meta["layout"]
+                given = (build.pixels(value), inputs.batch, layout.size, groups)
+                recorded.append(build.call(moments_of_map, *given))
             else:
                 if node not in norms:
                     norms[node] = build.call(norm_scale_shift, *norm_arguments(node))

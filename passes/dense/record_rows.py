@@ -17,6 +17,7 @@ from typing import Any, cast
 from torch.fx import GraphModule, Node
 
 from fisedit_compile.config import SparsityConfig
+from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry, Inputs
 from fisedit_compile.kernels.attention.controlled_rows import cross_attention_maps
 from fisedit_compile.passes import targets
@@ -75,6 +76,10 @@ def _kept(graph_module: GraphModule, entry: CacheEntry, rows: Node, **maps: Any)
         return make_call(
             graph, cross_attention_maps, arguments, {**maps, "batch": Inputs(graph).batch}, module_path=path
         )
+    if entry.kind == "tiles":
+        tiles = Inputs(graph)(PlanTensor("tiles", rows.meta["row_layout"].size))
+        norm = given if "groups" in given else arguments_of(given["scale"].args[0])
+        return make_call(graph, targets.TILE_MOMENTS, (given["rows"], tiles, norm["groups"]), module_path=path)
     if rows.target is targets.GROUP_NORM_ROWS:
         kept: Node = given[entry.kind]
         return kept

@@ -51,6 +51,8 @@ def _group_norm(build: RowBuilder, norm: Node, *, config: SparsityConfig) -> Nod
         return build.form(targets.GROUP_NORM_ROWS, given[0], build.inputs(PlanTensor("sample", size)), scale, shift)
     vectors = torch.empty(val.shape[:2], dtype=torch.promote_types(val.dtype, torch.float32), device="meta")  # [B, C]
     scale, shift = (build.inputs(CacheEntry(norm.name, kind), vectors) for kind in ("scale", "shift"))
-    return build.form(
+    form = build.form(
         targets.GROUP_NORM_ROWS, build.rows(value), build.inputs(PlanTensor("sample", size)), scale, shift
     )
+    form.meta["norm"] = groups, weight, bias, eps  # which follow_statistics reads
+    return form

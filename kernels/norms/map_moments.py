@@ -1,0 +1,25 @@
+"""Moments over all tiles of a dense map, for recordings that launch no kernels of rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fisedit_compile.ir.layout import Size
+from fisedit_compile.ir.tile_grid import TILES, pixels_of_tiles
+from fisedit_compile.kernels.norms.tile_moments import tile_moments_reference
+
+
+def moments_of_map(pixels: Tensor, batch: int, size: Size, groups: int) -> Tensor:
+    """The moments of all tiles of a map, ``[batch * TILES, groups, 2]``.
+
+    Args:
+        pixels: [batch * H * W, C], a row a pixel.
+        batch: samples.
+        size: (H, W).
+        groups: see ``tile_moments``.
+    """
+    tiles = pixels_of_tiles(size).to(pixels.device)
+    first = torch.arange(batch, device=pixels.device).repeat_interleave(TILES)[:, None] * (size[0] * size[1])
+    tiles = tiles.repeat(batch, 1)
+    return tile_moments_reference(pixels, torch.where(tiles >= 0, tiles + first, -1).int(), groups)
