@@ -163,7 +163,7 @@ class _Compiled:
         if self._graph is None:
             self._graph = graph = ModelGraph(self._graph_module, self._kinds, inputs).eval()
             self._watch = ModelWatch(graph)
-            self._programs = Programs(lambda call: Program(lower(graph, call, self._config), call))
+            self._programs = Programs(lambda call: Program(lower(graph, call, self._config), call.tensors[0]))
         self._graph.hold(inputs)
         return self._graph
 

@@ -237,7 +237,7 @@ class SparseUNet(torch.nn.Module):
                 f"the U-Net is another one than it was prepared for ({difference}): call prepare(call, mask) again"
             )
         program = self._program(call, state)
-        if prepared.lowered is not program.lowered:
+        if not program.owns(prepared):
             raise BaseMismatchError(
                 "the plan is not of this call's graphs: pass what prepare(call, mask) returned for it"
             )
@@ -280,7 +280,7 @@ class SparseUNet(torch.nn.Module):
                 f"latents of {call.tensors[0].shape[1]} channels: this U-Net takes {unet.config.in_channels}"
             )
         with without_offload(unet), self._watch.left_alone("the U-Net"):
-            return Program(lower(unet, call, self.sparsity), call)
+            return Program(lower(unet, call, self.sparsity), call.tensors[0])
 
     def explain(self, *args: Any, **kwargs: Any) -> str:
         """What became sparse, what stayed dense and why, module by module; for the arguments of a U-Net call."""

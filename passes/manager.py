@@ -39,7 +39,6 @@ SPARSE_PASSES: tuple[Pass, ...] = (
     insert_gather_scatter,
     sparsify_conv,
     sparsify_norm,
-    follow_statistics,
     sparsify_attention,
     sparsify_pointwise,
     cancel_scatter_gather,
@@ -51,6 +50,11 @@ SPARSE_PASSES: tuple[Pass, ...] = (
     hoist_invariants,
 )
 
+#: Dense graph -> sparse graph for masks that change much of the picture: its norms follow the edit.
+FOLLOWING_PASSES: tuple[Pass, ...] = tuple(
+    each for sparse in SPARSE_PASSES for each in ((sparse, follow_statistics) if sparse is sparsify_norm else (sparse,))
+)
+
 #: Dense graph -> the graph of the same meaning in which every pixel is a row; with ``EVERY_RESOLUTION`` as
 #: ``dense_below``. It reads nothing of a base: neither values of the timestep, nor maps to scatter into. Recording adds
 #: a pass of its own behind ``cancel_scatter_gather``.
@@ -59,7 +63,7 @@ WHOLE_PASSES: tuple[Pass, ...] = tuple(unfold_whole_rows if each is reuse_timest
 #: Those of the sparse graph for decoders, whose maps are too large for a base to keep: on a GPU, where rows of a whole
 #: level save kernels, and on the host, where convolutions of whole maps are twice as fast.
 DECODER_PASSES: tuple[Pass, ...] = tuple(
-    sparsify_conv_inside if each is sparsify_conv else each for each in SPARSE_PASSES if each is not follow_statistics
+    sparsify_conv_inside if each is sparsify_conv else each for each in SPARSE_PASSES
 )
 DECODER_PASSES_ON_HOST: tuple[Pass, ...] = tuple(
     select_sparse_levels if each is select_region else each for each in DECODER_PASSES
@@ -76,7 +80,7 @@ def run_passes(
     Raises:
         ValueError: a dump was asked for around a pass that does not exist.
     """
-    known = dict.fromkeys(rewrite.__name__ for rewrite in (*SPARSE_PASSES, *WHOLE_PASSES, *DECODER_PASSES_ON_HOST))
+    known = dict.fromkeys(rewrite.__name__ for rewrite in (*FOLLOWING_PASSES, *WHOLE_PASSES, *DECODER_PASSES_ON_HOST))
     dump = GraphDump([rewrite.__name__ for rewrite in passes], list(known))
     reports = []
     for rewrite in passes:

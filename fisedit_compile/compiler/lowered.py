@@ -28,16 +28,18 @@ from fisedit_compile.ir.layout import Layout, Size
 from fisedit_compile.ir.meta_interpreter import on_meta
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry, ControlTensor, Hoisted, requests_of
+from fisedit_compile.ir.tile_grid import TILES
 from fisedit_compile.kernels.indexing.row_format import RowFormat
+from fisedit_compile.kernels.norms.tile_moments import moments_dtype
 from fisedit_compile.passes import targets
 from fisedit_compile.passes.arguments import arguments_of
 from fisedit_compile.passes.dense.control_cross_attention import control_cross_attention
 from fisedit_compile.passes.dense.pack_recorded import pack_recorded
 from fisedit_compile.passes.dense.record_activations import record_activations
-from fisedit_compile.passes.manager import SPARSE_PASSES, Pass, run_passes
+from fisedit_compile.passes.manager import FOLLOWING_PASSES, SPARSE_PASSES, Pass, run_passes
 from fisedit_compile.passes.pass_report import PassReport
 from fisedit_compile.passes.region.annotate_layout import annotate_layout
-from fisedit_compile.passes.rewriting import is_timestep
+from fisedit_compile.passes.rewriting import is_timestep, norm_arguments
 from fisedit_compile.passes.staging.hoist_invariants import fetched_rows, split_stages
 from fisedit_compile.passes.text_attention import text_attentions
 from fisedit_compile.planning.apsc import CostModel
@@ -69,10 +71,18 @@ def lower(
     with collecting_paused():
         dense = export(unet, call)
         annotate_layout(dense, config)
+        return _lower(call.signature, config, dense, passes, start)
+
+
+def _lower(
+    signature: Signature, config: SparsityConfig, dense: GraphModule, passes: tuple[Pass, ...], start: float
+) -> Lowered:
+    with collecting_paused():
         sparse = copy_graph(dense)
         reports = run_passes(sparse, config, passes)
         stages = {name: StageGraph(graph) for name, graph in split_stages(sparse).items()}
-    return Lowered(call.signature, config, dense, sparse, reports, stages, time.perf_counter() - start)
+    follows = passes is SPARSE_PASSES
+    return Lowered(signature, config, dense, sparse, reports, stages, time.perf_counter() - start, follows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +98,7 @@ class Lowered:
         stages: the sparse graph cut into the stages ``constant`` (run once for each model), ``prompt`` (once for each
             edit), ``fetch`` and ``step`` (at each denoising step), by name.
         build_seconds: how long exporting and rewriting took.
+        follows: whether a base also keeps what :attr:`following` reads.
     """
 
     signature: Signature
@@ -97,6 +108,14 @@ class Lowered:
     reports: list[PassReport]
     stages: dict[str, StageGraph]
     build_seconds: float
+    follows: bool = False
+
+    @cached_property
+    def following(self) -> Lowered | None:
+        """The graphs for masks that change much of the picture, whose norms follow the edit; None without norms."""
+        if not self._tiles:
+            return None
+        return _lower(self.signature, self.config, self.dense, FOLLOWING_PASSES, time.perf_counter())
 
     @property
     def batch(self) -> int:
@@ -148,12 +167,28 @@ class Lowered:
 
     @cached_property
     def _entries(self) -> list[CacheEntry]:
-        return [request for request in requests_of(self.sparse.graph) if isinstance(request, CacheEntry)]
+        return [
+            *(request for request in requests_of(self.sparse.graph) if isinstance(request, CacheEntry)),
+            *self._tiles,
+        ]
+
+    @cached_property
+    def _tiles(self) -> dict[CacheEntry, TensorSpec]:
+        """What :attr:`following` reads beside the entries of this graph."""
+        if not self.follows:
+            return {}
+        nodes, tiles = {node.name: node for node in self.dense.graph.nodes}, {}
+        for request in requests_of(self.sparse.graph):
+            if isinstance(request, CacheEntry) and request.kind == "scale":
+                value, groups, *_ = norm_arguments(nodes[request.node])
+                shape = torch.Size([self.batch * TILES, groups, 2])
+                tiles[CacheEntry(request.node, "tiles")] = (shape, moments_dtype(value.meta["val"].dtype))
+        return tiles
 
     @cached_property
     def cache_specs(self) -> dict[CacheEntry, TensorSpec]:
         """The shape and dtype of each of :attr:`cache_entries`."""
-        specs: dict[CacheEntry, TensorSpec] = {}
+        specs: dict[CacheEntry, TensorSpec] = dict(self._tiles)
         for node in self.sparse.graph.find_nodes(op="placeholder"):
             if node.meta.get("request") in self.cache_entries:
                 specs[node.meta["request"]] = (node.meta["val"].shape, node.meta["val"].dtype)

@@ -25,11 +25,11 @@ class PlanTensor:
         kind: which tensor. Those of a resolution: ``index`` int64 ``[M]`` has the pixel id of each row; ``sample``
             int64 ``[M]`` the sample that each row belongs to; ``offsets`` int32 ``[B + 1]`` the cumulative row counts
             of the samples; ``count`` int32 ``[1]`` the number of rows; ``row_of`` int32 ``[B * height * width]`` the
-            row of each pixel, -1 where a pixel is no row; ``tiles`` int32 ``[F, P]`` the rows of each tile all of whose
-            pixels are rows, padded with -1, ``tile_ids`` int32 ``[F]`` which it is, ``sample * TILES + tile``, and
-            ``tile_sizes`` int32 ``[TILES]`` the pixels of each tile, see ``tile_grid``. Those of a convolution: ``table`` int32 ``[M, taps]`` with a
-            row for each row of the output, and ``halo`` int64 ``[halo rows]``, see
-            :func:`~fisedit_compile.planning.neighbour_table.neighbour_table`.
+            row of each pixel, -1 where a pixel is no row; ``tiles`` int32 ``[F, P]`` the rows of each tile all of
+            whose pixels are rows, padded with -1, ``tile_ids`` int32 ``[F]`` which it is, ``sample * TILES + tile``,
+            and ``tile_sizes`` int32 ``[TILES]`` the pixels of each tile, see ``tile_grid``. Those of a convolution:
+            ``table`` int32 ``[M, taps]`` with a row for each row of the output, and ``halo`` int64 ``[halo rows]``,
+            see :func:`~fisedit_compile.planning.neighbour_table.neighbour_table`.
         where: the resolution (height, width), or the convolution's :class:`Taps`.
 
     Raises:

@@ -25,8 +25,9 @@ class CacheEntry:
             and ``shift``, at least fp32 ``[B, C]``, are what a group norm does to each channel of each sample: its
             statistics, weight and bias folded together (paper A.2). ``value`` is its value unchanged, kept where that
             depends on nothing but the timestep. ``attention`` has the maps of a cross-attention for the n conditional
-            samples and the first L tokens of the text, ``[n*H*W, heads, L]``. ``tiles`` has what a group norm is given over
-            the tiles of each sample, mean and variance of each group, ``[B*TILES, groups, 2]``, see ``tile_moments``.
+            samples and the first L tokens of the text, ``[n*H*W, heads, L]``. ``tiles`` has what a group norm is given
+            over the tiles of each sample, mean and variance of each group, ``[B*TILES, groups, 2]``, see
+            ``tile_moments``.
     """
 
     node: str

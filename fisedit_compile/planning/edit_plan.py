@@ -31,6 +31,10 @@ from fisedit_compile.planning.apsc import (
 )
 from fisedit_compile.planning.neighbour_table import neighbour_table
 
+#: Share of a picture from which its edit changes the statistics of norms so much that these follow it
+#: (docs/measurements/quality.md).
+FOLLOW_ABOVE = 0.08
+
 
 @dataclass(frozen=True)
 class EditPlan:
@@ -200,13 +204,19 @@ def plan_edit(
             tensors[PlanTensor("offsets", where)], tensors[PlanTensor("count", where)] = offsets, offsets[-1:]
             row_of = tensors[PlanTensor("row_of", where)] = row_of_pixels(index[where], active[where].numel())
             if PlanTensor("tiles", where) in requests:
-                covered, ids = _covered_tiles(row_of.view(batch, -1), where)
+                large = follows(mask).repeat(copies)[:, None]  # of other samples no tile counts as covered
+                covered, ids = _covered_tiles(row_of.view(batch, -1).where(large, -1), where)
                 tensors[PlanTensor("tiles", where)], tensors[PlanTensor("tile_ids", where)] = covered, ids
                 tensors[PlanTensor("tile_sizes", where)] = sizes_of_tiles(where).to(mask.device)
 
     counts = {size: len(i) for size, i in index.items()}
     pixel_counts = {s: copies * int(m.sum()) for s, m in pooled.items()} if tiles else counts
     return EditPlan(mask, batch, counts, pixel_counts, paper, cheapest, active, tensors)
+
+
+def follows(mask: Tensor) -> Tensor:
+    """Of each mask, bool ``[n, h, w]``, whether statistics follow its edit, bool ``[n]``."""
+    return mask.flatten(1).float().mean(1) > FOLLOW_ABOVE
 
 
 def row_of_pixels(index: Tensor, pixels: int) -> Tensor:

@@ -15,7 +15,7 @@ from fisedit_compile.cost_model.row_costs import RowCosts
 from fisedit_compile.ir.call import Call, Signature
 from fisedit_compile.ir.layout import inverse_permutation
 from fisedit_compile.planning.buckets import Bucket
-from fisedit_compile.planning.edit_plan import EditPlan
+from fisedit_compile.planning.edit_plan import EditPlan, follows
 from fisedit_compile.runtime.constants import Constants
 from fisedit_compile.runtime.control import Control, control_values
 from fisedit_compile.runtime.dense_graphs import DenseGraphs
@@ -40,29 +40,30 @@ class Program:
 
     Args:
         lowered: the graphs; they hold the U-Net's own parameters.
-        call: a call of the U-Net, whose tensors lie where the program runs.
+        sample: a tensor of the dtype of the latents, on the device where the program runs.
         plan_on_device: make the plan of a mask where the program runs. By default it is made on the host, which needs
             the row counts anyway; a plan of a picture's pixels is too large for that.
     """
 
-    def __init__(self, lowered: Lowered, call: Call, *, plan_on_device: bool = False) -> None:
+    def __init__(self, lowered: Lowered, sample: Tensor, *, plan_on_device: bool = False) -> None:
         self.lowered = lowered
         self.config = lowered.config
         self.signature: Signature = lowered.signature
         self.cache = CacheDescription(lowered.stored_specs)
-        self._device = call.tensors[0].device
+        self._device = sample.device
         self._plan_on = self._device if plan_on_device else torch.device("cpu")
         self._stages = {
             # The fetch is a list of gathers with nothing to fuse, and its sizes differ from mask to mask.
             name: Stage(graph, compiled=self.config.compile and name != "fetch")
             for name, graph in lowered.stages.items()
         }
-        dtype = call.tensors[0].dtype
-        self.fixed_sizes = self._device.type == "cuda" and dtype is not torch.float64
-        self.dense_as_rows = faster_as_rows(call.tensors[0])
+        self._like = sample.new_empty(0)
+        self.fixed_sizes = self._device.type == "cuda" and sample.dtype is not torch.float64
+        self.dense_as_rows = faster_as_rows(sample)
         self._weights: Live | None = None  # as they are
         self._constants = Constants()
         self._constants.add(self._stages["constant"])
+        self._refreshed_by: Program | None = None  # the one that the constants belong to, where that is another one
         self._static: dict[Bucket, StaticStep] = {}
 
     @cached_property
@@ -77,7 +78,13 @@ class Program:
     @property
     def captures(self) -> int:
         """How many CUDA graphs were captured: one for each bucket that a mask has met."""
-        return self._shared.captures
+        following = self.__dict__.get("_following")
+        return self._shared.captures + (0 if following is None else following.captures)
+
+    def owns(self, prepared: Prepared) -> bool:
+        """Whether an edit was prepared by this program."""
+        following = self.__dict__.get("_following")
+        return prepared.lowered is self.lowered or (following is not None and following.owns(prepared))
 
     def follow(self, state: ModelState) -> None:
         """Run with the weights as they lie now; ``state`` is the one that the graphs were made for, or equals it."""
@@ -136,7 +143,25 @@ class Program:
             MaskError: not bool, not ``[n, h, w]``, another resolution than the latents, or n does not divide the batch.
         """
         with torch.inference_mode(False), torch.no_grad():  # what is made here is written to in later calls
+            if isinstance(mask, Tensor) and mask.ndim == 3 and mask.numel() and self._is_followed(mask):
+                assert self._following is not None
+                return self._following._prepare(self._following.plan(mask))
             return self._prepare(self.plan(mask))
+
+    def _is_followed(self, mask: Tensor) -> bool:
+        """Whether statistics follow the edit of any of some masks."""
+        known = self.lowered.follows and bool(follows(mask.to(self._plan_on)).any())
+        return known and self._following is not None
+
+    @cached_property
+    def _following(self) -> Program | None:
+        """The program of edits whose statistics follow them; it shares what depends on the weights alone."""
+        if self.lowered.following is None:
+            return None
+        program = Program(self.lowered.following, self._like)
+        self._constants.add(program._stages["constant"])
+        program._constants, program._refreshed_by = self._constants, self
+        return program
 
     def _prepare(self, plan: EditPlan) -> Prepared:
         share = float(plan.mask.float().mean()) if self.config.dense_above < 1 else 0.0  # may wait for a device
@@ -165,6 +190,9 @@ class Program:
             BaseMismatchError: the cache is not of this U-Net, config, size or timestep, or has no attention maps for
                 control.
         """
+        if prepared.lowered is not self.lowered:
+            assert self._following is not None
+            return self._following.step(call, cache, prepared, control)
         self.cache.check(cache, self.signature, self._known_timesteps(call))
         inputs = self._user_values(call)
         prompt = prepared.prompt.refresh(self._stages["prompt"], inputs, self._constants)
@@ -183,6 +211,9 @@ class Program:
 
     def static_step(self, prepared: Prepared) -> StaticStep | None:
         """What runs the steps of an edit at fixed sizes; None where they have the mask's own."""
+        if prepared.lowered is not self.lowered:
+            assert self._following is not None
+            return self._following.static_step(prepared)
         return None if prepared.bucket is None else self._static_step(prepared.bucket)
 
     def restore_base(self, out: Tensor, cache: StepCache, prepared: Prepared) -> Tensor:
@@ -197,10 +228,15 @@ class Program:
 
     def _refresh_constants(self) -> None:
         """Fold what depends on the weights alone; again when a weight was written to or moved."""
+        if self._refreshed_by is not None:
+            self._refreshed_by._refresh_constants()
+            return
         assert self._weights is not None
         if self._constants.follow(self._weights):
             self._static.clear()
             self._dense.forget()
+            if (following := self.__dict__.get("_following")) is not None:
+                following._static.clear()
 
     def _dense_calls(self) -> WholeSteps | DenseGraphs:
         """What runs recorded and controlled calls; with constants as the weights are, where it reads any."""

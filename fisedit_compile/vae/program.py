@@ -40,7 +40,7 @@ class DecoderProgram(Program):
         maps = [entry.node for entry in lowered.cache_entries if entry.kind not in ("scale", "shift")]
         if lowered.output is None or maps != [lowered.output[0].node]:
             raise CaptureError(f"not all of the decoder of {type(decoder.vae).__name__} can run on rows ({maps})")
-        super().__init__(lowered, call, plan_on_device=True)
+        super().__init__(lowered, call.tensors[0], plan_on_device=True)
         # Of the pool of higher priority: torch hands the streams of a pool out in turns, and those on which graphs are
         # captured, where nothing else may run meanwhile, are of the common one.
         self._aside = torch.cuda.Stream(self._device, priority=-1) if self._device.type == "cuda" else None

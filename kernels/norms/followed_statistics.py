@@ -1,7 +1,7 @@
 """Statistics of a GroupNorm that follow an edit: the base's, changed as the edit changed the tiles that it covers.
 
-Source of the updating formulae: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
-variances", 1979.
+Source of the updating formulae: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing
+sample variances", 1979.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def followed_statistics_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The scale and shift of a group norm, some of whose map is another than the base's.
 
-    The rows that lie in no tile that is covered are taken to be changed as those that do, in the mean. Where all moments
-    are the base's, its scale and shift come out to the bit.
+    The rows that lie in no tile that is covered are taken to be changed as those that do, in the mean. Where all
+    moments are the base's, its scale and shift come out to the bit.
 
     Args:
         moments: [F, G, 2] of the covered tiles, see ``tile_moments``.

@@ -2,11 +2,12 @@
 
     group_norm_rows(%rows, sample, base scale, base shift)
 ->  %moments = tile_moments(%rows, tiles, groups)
-    %scale, %shift = followed_statistics(%moments, tile ids, tile sizes, base tiles, offsets, base scale, base shift, ...)
+    %scale, %shift = followed_statistics(%moments, tile ids, tile sizes, base tiles, offsets, base scale, ...)
     group_norm_rows(%rows, sample, %scale, %shift)
 
-The base keeps moments of each norm's input over tiles of the picture. Those of tiles that are covered by rows are taken off
-and those of the rows put in their place. It costs two launches a norm, and the norm cannot join the product before it.
+The base keeps moments of each norm's input over tiles of the picture. Those of tiles that are covered by rows are taken
+off and those of the rows put in their place. It costs two launches a norm, and the norm cannot join the product before
+it.
 """
 
 from __future__ import annotations
