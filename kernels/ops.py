@@ -138,7 +138,7 @@ def _tile_moments(rows: torch.Tensor, tiles: torch.Tensor, groups: int) -> torch
 
 
 def _followed_statistics(*arguments: Any) -> tuple[torch.Tensor, ...]:
-    scale, shift = arguments[5:7]
+    scale, shift = arguments[4:6]
     return torch.empty_like(scale), torch.empty_like(shift)
 
 
@@ -242,7 +242,7 @@ _register(
 )
 _register(
     "followed_statistics",
-    "Tensor moments, Tensor tile_ids, Tensor tile_sizes, Tensor base, Tensor offsets, Tensor scale, Tensor shift, "
+    "Tensor moments, Tensor tile_ids, Tensor tile_sizes, Tensor base, Tensor scale, Tensor shift, "
     "Tensor? weight, Tensor? bias, float eps",
     followed_statistics_reference,
     _followed_statistics,

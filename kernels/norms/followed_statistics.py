@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import torch
 
-#: How many times as many rows as lie in covered tiles those may stand for.
-MOST = 2.0
-
 
 def followed_statistics_reference(
     moments: torch.Tensor,
     tile_ids: torch.Tensor,
     tile_sizes: torch.Tensor,
     base: torch.Tensor,
-    offsets: torch.Tensor,
     scale: torch.Tensor,
     shift: torch.Tensor,
     weight: torch.Tensor | None,
@@ -26,7 +22,7 @@ def followed_statistics_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The scale and shift of a group norm, some of whose map is another than the base's.
 
-    The rows that lie in no tile that is covered are taken to be changed as those that do, in the mean. Where all
+    Rows that lie in no tile that is covered are taken to be the base's: they are those at the mask's rim. Where all
     moments are the base's, its scale and shift come out to the bit.
 
     Args:
@@ -34,7 +30,6 @@ def followed_statistics_reference(
         tile_ids: int32 [F]: ``sample * T + tile`` of each; -1 for one that is none.
         tile_sizes: int32 [T], pixels of each tile.
         base: [B * T, G, 2], the moments of all tiles of the base.
-        offsets: int32 [B + 1], the cumulative row counts of the samples.
         scale, shift: [B, C] of the base.
         weight, bias: [C] or None.
         eps: is added to the variance.
@@ -57,15 +52,10 @@ def followed_statistics_reference(
     zeros = torch.zeros_like(mean)
     moved = zeros.index_add(0, sample, weights * (new_mean - old_mean))  # [B, G]
     spread = zeros.index_add(0, sample, weights * (new_variance - old_variance + apart))
-    covered = zeros[:, :1].index_add(0, sample, weights)  # [B, 1]
-    counts = (offsets[1:] - offsets[:-1]).to(wide)[:, None]
-    share = (counts / covered.clamp_min(1)).clamp_max(MOST) / pixels
-    moved_by, spread_by = moved * share, spread * share
-    factor = torch.rsqrt((variance + spread_by - moved_by.square()).clamp_min(0) + eps)
+    changed, moved, spread = (moved != 0) | (spread != 0), moved / pixels, spread / pixels
+    factor = torch.rsqrt((variance + spread - moved.square()).clamp_min(0) + eps)
     width = scale.shape[1] // factor.shape[1]
-    changed, factor, new = (
-        each.repeat_interleave(width, 1) for each in ((moved != 0) | (spread != 0), factor, mean + moved_by)
-    )
+    changed, factor, new = (each.repeat_interleave(width, 1) for each in (changed, factor, mean + moved))
     if weight is not None:
         factor = factor * weight
     offset = -new * factor if bias is None else bias - new * factor

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 
 from fisedit_compile.kernels.launch.triton_launch import check_dtypes, launch
-from fisedit_compile.kernels.norms.followed_statistics import MOST
 
 #: Covered tiles that a program reads at a time.
 _COVERED = 128
@@ -19,7 +18,6 @@ def _followed_statistics_kernel(
     tile_ids: tl.tensor,  # int32 [covered]
     tile_sizes: tl.tensor,  # int32 [tiles]
     base: tl.tensor,  # [batch * tiles, groups, 2]
-    offsets: tl.tensor,  # int32 [batch + 1]
     scale: tl.tensor,  # fp32 [batch, channels]
     shift: tl.tensor,
     weight: tl.tensor,  # [channels] or None
@@ -29,7 +27,6 @@ def _followed_statistics_kernel(
     covered: tl.tensor,
     channels: tl.tensor,
     eps: tl.tensor,
-    most: tl.tensor,
     tiles: tl.tensor,
     WIDTH: tl.constexpr,  # channels of a group
     BT: tl.constexpr,  # tiles, rounded up to a power of two
@@ -47,7 +44,6 @@ def _followed_statistics_kernel(
     variance = tl.sum(size * (v + (m - mean) * (m - mean)), axis=0) / pixels
     moved = 0.0
     spread = 0.0
-    rows_covered = 0.0
     for start in range(0, covered, BF):
         f = start + tl.arange(0, BF)
         tile = tl.load(tile_ids + f, mask=f < covered, other=-1)
@@ -62,11 +58,8 @@ def _followed_statistics_kernel(
         apart = (new_m - mean) * (new_m - mean) - (old_m - mean) * (old_m - mean)
         moved += tl.sum(weights * (new_m - old_m), axis=0)
         spread += tl.sum(weights * (new_v - old_v + apart), axis=0)
-        rows_covered += tl.sum(weights, axis=0)
-    rows = (tl.load(offsets + sample + 1) - tl.load(offsets + sample)).to(tl.float32)
-    share = tl.minimum(rows / tl.maximum(rows_covered, 1.0), most) / pixels
-    moved_by = moved * share
-    spread_by = spread * share - moved_by * moved_by
+    moved_by = moved / pixels
+    spread_by = spread / pixels - moved_by * moved_by
     c = tl.arange(0, BC)
     column = group * WIDTH + c
     inside = c < WIDTH
@@ -87,7 +80,6 @@ def followed_statistics_triton(
     tile_ids: torch.Tensor,
     tile_sizes: torch.Tensor,
     base: torch.Tensor,
-    offsets: torch.Tensor,
     scale: torch.Tensor,
     shift: torch.Tensor,
     weight: torch.Tensor | None,
@@ -108,7 +100,6 @@ def followed_statistics_triton(
         tile_ids,
         tile_sizes,
         base.contiguous(),
-        offsets,
         scale.contiguous(),
         shift.contiguous(),
         weight,
@@ -118,7 +109,6 @@ def followed_statistics_triton(
         len(tile_ids),
         channels,
         eps,
-        MOST,
         tiles,
         WIDTH=width,
         BT=triton.next_power_of_2(tiles),

@@ -2,7 +2,7 @@
 
     group_norm_rows(%rows, sample, base scale, base shift)
 ->  %moments = tile_moments(%rows, tiles, groups)
-    %scale, %shift = followed_statistics(%moments, tile ids, tile sizes, base tiles, offsets, base scale, ...)
+    %scale, %shift = followed_statistics(%moments, tile ids, tile sizes, base tiles, base scale, ...)
     group_norm_rows(%rows, sample, %scale, %shift)
 
 The base keeps moments of each norm's input over tiles of the picture. Those of tiles that are covered by rows are taken
@@ -44,13 +44,13 @@ def _follow(graph: Graph, inputs: Inputs, norm: Node) -> None:
     rows, scale, shift = given["rows"], given["scale"], given["shift"]
     groups, weight, bias, eps = norm.meta["norm"]
     batch = scale.meta["val"].shape[0]
-    plan = {kind: inputs(PlanTensor(kind, size)) for kind in ("tiles", "tile_ids", "tile_sizes", "offsets")}
+    plan = {kind: inputs(PlanTensor(kind, size)) for kind in ("tiles", "tile_ids", "tile_sizes")}
     moments = torch.empty(batch * TILES, groups, 2, dtype=moments_dtype(rows.meta["val"].dtype), device="meta")
     base = inputs(CacheEntry(scale.meta["request"].node, "tiles"), moments)
     make = partial(make_call, graph, module_path=norm.meta["module_path"])
     with graph.inserting_before(norm):
         found = make(targets.TILE_MOMENTS, (rows, plan["tiles"], groups))
-        of_tiles = (found, plan["tile_ids"], plan["tile_sizes"], base, plan["offsets"])
+        of_tiles = (found, plan["tile_ids"], plan["tile_sizes"], base)
         both = make(targets.FOLLOWED_STATISTICS, (*of_tiles, scale, shift, weight, bias, eps))
         given["scale"], given["shift"] = (make(targets.GETITEM, (both, i)) for i in (0, 1))
     norm.args, norm.kwargs = call_form(norm.target, given)

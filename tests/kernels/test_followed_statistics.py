@@ -16,18 +16,18 @@ from fisedit_compile.planning.edit_plan import PlanTensor, plan_edit
 from fisedit_compile.testing import assert_close, relative_error
 
 SIZE, CHANNELS, GROUPS, EPS = (37, 30), 24, 4, 1e-5
-KINDS = ("index", "tiles", "tile_ids", "tile_sizes", "offsets")
+KINDS = ("index", "tiles", "tile_ids", "tile_sizes")
 
 
 def followed(base: Tensor, edit: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """Scale and shift ``[2, B, C]`` of the norm of a map ``[B, H * W, C]`` whose rows under the mask are the edit's."""
     batch = len(base)
     plan = plan_edit(mask, [PlanTensor(kind, SIZE) for kind in KINDS], batch=batch)  # type: ignore[arg-type]
-    index, tiles, ids, sizes, offsets = (plan.tensor(PlanTensor(kind, SIZE)) for kind in KINDS)  # type: ignore[arg-type]
+    index, tiles, ids, sizes = (plan.tensor(PlanTensor(kind, SIZE)) for kind in KINDS)  # type: ignore[arg-type]
     moments = tile_moments_reference(edit.flatten(0, 1)[index], tiles, GROUPS)
     known = norm_scale_shift(base.transpose(1, 2), GROUPS, weight, bias, EPS)
     of_base = moments_of_map(base.flatten(0, 1), batch, SIZE, GROUPS)
-    return torch.stack(followed_statistics_reference(moments, ids, sizes, of_base, offsets, *known, weight, bias, EPS))
+    return torch.stack(followed_statistics_reference(moments, ids, sizes, of_base, *known, weight, bias, EPS))
 
 
 @pytest.fixture

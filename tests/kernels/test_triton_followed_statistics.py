@@ -62,14 +62,13 @@ def test_statistics(
     base, moments = (
         normal(n, groups, 2, dtype=torch.float64, seed=n).abs().to(kept) + 1 for n in (batch * tiles, covered)
     )
-    offsets = torch.arange(batch + 1, dtype=torch.int32) * 300
     scale, shift = (normal(batch, channels, dtype=torch.float32, seed=seed) for seed in (1, 2))
     given = [normal(channels, dtype=dtype, seed=seed) if affine else None for seed in (3, 4)]
     with poisoned():
-        found = followed.followed_statistics_triton(moments, ids, sizes, base, offsets, scale, shift, *given, 1e-5)
+        found = followed.followed_statistics_triton(moments, ids, sizes, base, scale, shift, *given, 1e-5)
     wide = [None if each is None else each.double() for each in given]
     expected = followed_statistics_reference(
-        moments.double(), ids, sizes, base.double(), offsets, scale.double(), shift.double(), *wide, 1e-5
+        moments.double(), ids, sizes, base.double(), scale.double(), shift.double(), *wide, 1e-5
     )
     for out, want in zip(found, expected, strict=True):
         assert out.dtype == torch.float32
@@ -80,12 +79,10 @@ def test_statistics(
 def test_the_moments_of_the_base_give_its_bits(dtype: torch.dtype) -> None:
     base = normal(512, 4, 2, dtype=torch.float64, seed=0).abs().to(moments_dtype(dtype))
     ids = torch.arange(100, 400, dtype=torch.int32)
-    sizes, offsets = torch.full((256,), 9, dtype=torch.int32), torch.tensor([0, 1500, 3000], dtype=torch.int32)
+    sizes = torch.full((256,), 9, dtype=torch.int32)
     scale, shift = (normal(2, 24, dtype=torch.float32, seed=seed) for seed in (1, 2))
     weight = normal(24, dtype=dtype, seed=3)
-    found = followed.followed_statistics_triton(
-        base[100:400], ids, sizes, base, offsets, scale, shift, weight, None, 1e-5
-    )
+    found = followed.followed_statistics_triton(base[100:400], ids, sizes, base, scale, shift, weight, None, 1e-5)
     assert torch.equal(found[0], scale)
     assert torch.equal(found[1], shift)
 
