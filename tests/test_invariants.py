@@ -61,6 +61,20 @@ def test_1_with_a_full_mask_the_sparse_graph_is_the_dense_unet(
 
 
 @cases
+@regions
+def test_1_also_for_other_inputs_than_the_base_s(
+    unets: UNets, attention: str, dense_below: int, batch: int, n: int, size: tuple[int, int]
+) -> None:
+    """Nothing of the base is left then, its norms' statistics neither."""
+    sparse = unets.sparse("micro", torch.float64, attention, dense_below)
+    base, edit = unets.recorded(sparse, "micro", batch, size), unets.call(sparse, "micro", batch, size, 1)
+    args, kwargs = edit.split()
+    prepared = sparse.prepare(edit, torch.ones(n, *size, dtype=torch.bool))
+    out = sparse.step(edit, with_maps(base.cache, torch.nan), prepared)
+    assert_close(out, sparse.unet(*args, **kwargs).sample)
+
+
+@cases
 @full_attention
 def test_2_unchanged_inputs_reproduce_the_base(
     unets: UNets, attention: str, dense_below: int, batch: int, n: int, size: tuple[int, int]

@@ -1,6 +1,6 @@
 """The tiles over which a base keeps moments of its maps: the picture cut into 16 by 16 parts, whatever its size.
 
-At a resolution (H, W) the pixel (y, x) lies in tile ``(y * 16 // H) * 16 + x * 16 // W``. Where a side is no multiple of
+At a resolution (H, W) pixel (y, x) lies in tile ``(y * 16 // H) * 16 + x * 16 // W``. Where a side is no multiple of
 16 tiles differ by a pixel in height or width.
 """
 

@@ -1,8 +1,9 @@
 """What an edit under a mask computes, by the plain pipeline: a second implementation, slow and without any graph.
 
 While the pipeline draws the base's words, what each layer of the U-Net reads is noted. While it draws other words, each
-layer at a resolution that is sparse reads that outside the mask and the cells around it, and group norms take the
-base's statistics. Behind each step all that lies outside the mask is the base's.
+layer at a resolution that is sparse reads that outside the mask and the cells around it. Group norms take the
+statistics of the base; under a mask whose edit they follow, those of a map that is the base's but for the tiles that it
+covers. Behind each step all that lies outside the mask is the base's.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 
 from fisedit_compile.editing.running_edit import RIM
 from fisedit_compile.editing.step_ends import end_steps
+from fisedit_compile.ir.tile_grid import pixels_of_tiles
 from fisedit_compile.masks.grown import grown
+from fisedit_compile.planning.edit_plan import follows
 
 _KINDS = (nn.Conv2d, nn.Linear, nn.GroupNorm)
 
@@ -35,6 +38,7 @@ class MaskedReference:
     def __init__(self, pipe: Any, mask: Tensor, dense_below: int) -> None:
         self._pipe, self._mask, self._dense_below = pipe, mask, dense_below
         self._region = grown(mask[None], RIM)[0]
+        self._covered = _covered(self._region) if follows(self._region[None]) else torch.zeros_like(mask)
         # What makes a map larger reads all of the smaller one, which is whole.
         self._layers = {
             id(module)
@@ -92,14 +96,14 @@ class MaskedReference:
         return None
 
     def _note(self, module: Any, forward: Any, values: Tensor) -> Tensor:
-        self._noted.append(_statistics(module, values) if isinstance(module, nn.GroupNorm) else values)
+        self._noted.append(values)
         out: Tensor = forward(module, values)
         return out
 
     def _mixed(self, module: Any, forward: Any, values: Tensor) -> Tensor:
         noted, self._place = self._noted[self._place], self._place + 1
         if isinstance(module, nn.GroupNorm):
-            mean, deviation = noted
+            mean, deviation = _statistics(module, torch.where(self._covered, values, noted))
             grouped = values.unflatten(1, (module.num_groups, -1))
             normed = ((grouped - mean) / deviation).flatten(1, 2)
             return normed * module.weight[:, None, None] + module.bias[:, None, None]
@@ -112,6 +116,15 @@ class MaskedReference:
 
     def _mixed_step(self, index: int, latents: Tensor) -> Tensor:
         return torch.where(self._mask, latents, self._steps[index])
+
+
+def _covered(region: Tensor) -> Tensor:
+    """The cells of those tiles that lie in the region as a whole, bool ``[h, w]``."""
+    covered, cells = torch.zeros_like(region).flatten(), region.flatten()
+    for tile in pixels_of_tiles((region.shape[0], region.shape[1])):
+        tile = tile[tile >= 0]
+        covered[tile] = cells[tile].all()
+    return covered.view_as(region)
 
 
 def _statistics(norm: nn.GroupNorm, values: Tensor) -> tuple[Tensor, Tensor]:
