@@ -1,4 +1,4 @@
-"""Pass 6: the statistics of group norms follow the edit.
+"""Behind pass 5, for masks that change much of a picture: the statistics of group norms follow the edit.
 
     group_norm_rows(%rows, sample, base scale, base shift)
 ->  %moments = tile_moments(%rows, tiles, groups)
