@@ -270,6 +270,8 @@ class Lowered:
         for node in self.sparse.graph.find_nodes(op="placeholder"):
             if isinstance(node.meta.get("request"), CacheEntry | ControlTensor):
                 specs[node.meta["request"]] = node.meta["val"]
+        for entry, (shape, dtype) in self._tiles.items():
+            specs[entry] = torch.empty(shape, dtype=dtype, device="meta")
         return specs
 
     def plan(self, mask: Tensor, *, costs: CostModel | None = None) -> EditPlan:

@@ -45,5 +45,5 @@ def most_pixels(size: Size) -> int:
 
 
 def fewest_pixels(size: Size) -> int:
-    """Pixels of the smallest tile that has any."""
-    return max(1, size[0] // GRID) * max(1, size[1] // GRID)
+    """Pixels of the smallest tile."""
+    return (size[0] // GRID) * (size[1] // GRID)

@@ -140,7 +140,8 @@ def pad_plan(plan: EditPlan, bucket: Bucket, requests: Collection[PlanTensor]) -
             tensor = F.pad(tensor, (0, bucket.rows[where] - len(tensor)))
         elif request.kind in ("tiles", "tile_ids"):
             assert not isinstance(where, Taps)
-            most = min(plan.batch * TILES, bucket.rows[where] // fewest_pixels(where))
+            fewest = fewest_pixels(where)  # none, where there are fewer pixels than tiles
+            most = min(plan.batch * TILES, bucket.rows[where] // fewest) if fewest else plan.batch * TILES
             room = (0, most - len(tensor)) if tensor.ndim == 1 else (0, 0, 0, most - len(tensor))
             tensor = F.pad(tensor, room, value=-1)
         elif request.kind == "halo":

@@ -226,12 +226,16 @@ def row_of_pixels(index: Tensor, pixels: int) -> Tensor:
 
 
 def _covered_tiles(row_of: Tensor, size: Size) -> tuple[Tensor, Tensor]:
-    """The tiles all of whose pixels are rows, int32 ``[F, P]`` and ``[F]``; ``row_of`` is ``[B, H*W]``."""
+    """The tiles all of whose pixels are rows, those without pixels among them, int32 ``[F, P]`` and ``[F]``.
+
+    Args:
+        row_of: int32 ``[B, H * W]``, -1 for what is no row.
+        size: (H, W).
+    """
     pixels = pixels_of_tiles(size).to(row_of.device)
     rows = torch.where(pixels >= 0, row_of[:, pixels.clamp_min(0)], -1).flatten(0, 1)  # [B * TILES, P]
     missing = (rows < 0).sum(1) - (pixels < 0).sum(1).repeat(len(row_of))
-    empty = (pixels < 0).all(1).repeat(len(row_of))
-    ids = ((missing == 0) & ~empty).nonzero().squeeze(1)
+    ids = (missing == 0).nonzero().squeeze(1)
     return rows[ids].int(), ids.int()
 
 

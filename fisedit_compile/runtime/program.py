@@ -161,6 +161,7 @@ class Program:
         program = Program(self.lowered.following, self._like)
         self._constants.add(program._stages["constant"])
         program._constants, program._refreshed_by = self._constants, self
+        program.fixed_sizes = self.fixed_sizes
         return program
 
     def _prepare(self, plan: EditPlan) -> Prepared:

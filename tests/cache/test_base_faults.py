@@ -86,7 +86,7 @@ class TestWriting:
         usage = shutil.disk_usage(saved.base)._replace(free=2**20)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
         monkeypatch.setattr(os, "write", None)
-        with pytest.raises(BaseStorageError, match=r"new: the base takes 2\.\d MiB, and 1\.0 MiB are free there"):
+        with pytest.raises(BaseStorageError, match=r"new: the base takes 3\.\d MiB, and 1\.0 MiB are free there"):
             tiny_base.save(saved.base.parent / "new")
         assert not (saved.base.parent / "new").exists()
 

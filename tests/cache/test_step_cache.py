@@ -31,7 +31,7 @@ def made(unets: UNets) -> tuple[Any, Any, Recorded]:
 def test_what_is_described_is_what_is_recorded(made: tuple[Any, Any, Recorded]) -> None:
     program, _, cache = made
     assert {entry: (kept.shape, kept.dtype) for entry, kept in cache.items()} == program.cache.shapes
-    assert {entry.kind for entry in cache} == {"map", "scale", "shift", "value"}
+    assert {entry.kind for entry in cache} == {"map", "scale", "shift", "value", "tiles"}
 
 
 def test_a_recorded_cache_is_held_to_its_timestep_each_time(made: tuple[Any, Any, Recorded]) -> None:
