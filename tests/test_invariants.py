@@ -308,7 +308,7 @@ class TestCompiled:
 
     @pytest.fixture(scope="class")
     def compiled(self, unets: UNets) -> Iterator[tuple[Callable[[torch.Tensor], torch.Tensor], Any, Any]]:
-        """(a step for a mask, the same step uncompiled, the counter of compiled graphs), after a warm-up of 3 masks."""
+        """(a step for a mask, the same step uncompiled, the counter of compiled graphs), after a warm-up of 4 masks."""
         counter = CompileCounterWithBackend("aot_eager")
         eager = unets.sparse("micro", torch.float64, "full", 4)
         base, edit = (unets.recorded(eager, "micro", 2, self.SIZE), unets.call(eager, "micro", 2, self.SIZE, 1))
@@ -321,7 +321,7 @@ class TestCompiled:
         def step(of: Any, mask: torch.Tensor) -> torch.Tensor:
             return of.step(edit, base.cache, of.prepare(edit, mask))
 
-        for density in (0.05, 0.3, 0.6):
+        for density in (0.01, 0.05, 0.3, 0.6):  # small and large ones, which have graphs of their own
             step(sparse, self.random(density, 0))
         yield partial(step, sparse), partial(step, eager), counter
         torch._dynamo.reset()

@@ -21,16 +21,24 @@ TILES = GRID * GRID
 @lru_cache(maxsize=64)
 def pixels_of_tiles(size: Size) -> Tensor:
     """int64 ``[TILES, P]`` on the host: the pixels of each tile in order, ``y * W + x``, padded with -1."""
-    height, width = size
-    rows = torch.arange(height) * GRID // height
-    columns = torch.arange(width) * GRID // width
-    tile = (rows[:, None] * GRID + columns[None, :]).flatten()
-    order = tile.argsort(stable=True)
-    counts = tile.bincount(minlength=TILES)
-    table = torch.full((TILES, int(counts.max())), -1)
-    place = torch.arange(height * width) - (counts.cumsum(0) - counts)[tile[order]]
-    table[tile[order], place] = order
-    return table
+    return pixels_of_tiles_on(size, torch.device("cpu"))
+
+
+def pixels_of_tiles_on(size: Size, device: torch.device) -> Tensor:
+    """:func:`pixels_of_tiles`, computed on a device without copies to it, as a CUDA graph needs that captures it."""
+    (top, heights), (left, widths) = _sides(size[0], device), _sides(size[1], device)
+    top, heights = top[:, None, None], heights[:, None, None]  # [GRID, 1, 1]
+    left, widths = left[None, :, None], widths[None, :, None]  # [1, GRID, 1]
+    place = torch.arange(most_pixels(size), device=device)
+    wide = widths.clamp_min(1)
+    pixel = (top + place // wide) * size[1] + left + place % wide
+    return torch.where(place < heights * widths, pixel, -1).view(TILES, -1)
+
+
+def _sides(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """int64 ``[GRID]`` each: the first pixel of each tile along a side, and how many it has."""
+    edges = (torch.arange(GRID + 1, device=device) * length + GRID - 1) // GRID
+    return edges[:-1], edges[1:] - edges[:-1]
 
 
 @lru_cache(maxsize=64)

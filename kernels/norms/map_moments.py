@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fisedit_compile.ir.layout import Size
-from fisedit_compile.ir.tile_grid import TILES, pixels_of_tiles
+from fisedit_compile.ir.tile_grid import TILES, pixels_of_tiles_on
 from fisedit_compile.kernels.norms.tile_moments import tile_moments_reference
 
 
@@ -19,7 +19,7 @@ def moments_of_map(pixels: Tensor, batch: int, size: Size, groups: int) -> Tenso
         size: (H, W).
         groups: see ``tile_moments``.
     """
-    tiles = pixels_of_tiles(size).to(pixels.device)
+    tiles = pixels_of_tiles_on(size, pixels.device)
     first = torch.arange(batch, device=pixels.device).repeat_interleave(TILES)[:, None] * (size[0] * size[1])
     tiles = tiles.repeat(batch, 1)
     return tile_moments_reference(pixels, torch.where(tiles >= 0, tiles + first, -1).int(), groups)
