@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from weakref import WeakKeyDictionary
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fisedit_compile.cache.step_cache import Recorded
+from fisedit_compile.cache.tensors_in_memory import Place, tensors_in
 from fisedit_compile.errors import BaseMemoryError
 from fisedit_compile.ir.requests import CacheEntry
 
@@ -65,9 +66,9 @@ class HostMemory:
         kept: dict[CacheEntry, Tensor] = {}
         for piece, entries in self._pieces(cache):
             tensors = [cache[entry] for entry in entries]
-            kept |= {entry: _part(piece, place, cache[entry]) for entry, place in entries.items()}
+            kept |= _parts(piece, entries, cache)
             whole = torch.empty_like(piece, device=tensors[0].device) if tensors[0].is_cuda else piece
-            parts = [_part(whole, place, tensor) for place, tensor in zip(entries.values(), tensors, strict=True)]
+            parts = list(_parts(whole, entries, cache).values())
             torch._foreach_copy_(parts, tensors)
             if self._stream is None or whole is piece:
                 continue
@@ -159,11 +160,9 @@ class _Slot:
             self.ready = None if stream is None else stream.record_event()
         self._holds = weakref.ref(cache)
         if cache not in self.caches:
-            moved = {
-                entry: _part(target, place, cache[entry])
-                for target, run in zip(targets, runs, strict=True)
-                for entry, place in run.entries.items()
-            }
+            moved: dict[CacheEntry, Tensor] = {}
+            for target, run in zip(targets, runs, strict=True):
+                moved |= _parts(target, run.entries, cache)
             self.caches[cache] = cache.with_values({entry: moved[entry] for entry in cache})
 
 
@@ -210,9 +209,12 @@ class Staging:
         return first is not None and first.device != self.device
 
 
-def _part(piece: Tensor, place: int, like: Tensor) -> Tensor:
-    """The bytes of ``piece`` from ``place`` on as a tensor like another one, contiguous."""
-    return piece[place : place + like.nbytes].view(like.dtype).view(like.shape)
+def _parts(
+    piece: Tensor, entries: Mapping[CacheEntry, int], like: Mapping[CacheEntry, Tensor]
+) -> dict[CacheEntry, Tensor]:
+    """Tensors like those of a call, contiguous, from where in ``piece`` each of them begins."""
+    places = [Place(start, like[entry].dtype, tuple(like[entry].shape)) for entry, start in entries.items()]
+    return dict(zip(entries, tensors_in(piece, places), strict=True))
 
 
 def _aligned(nbytes: int) -> int:

@@ -1,17 +1,41 @@
-"""Where the tensors of a shard go as they are read: straight into their places, or by way of pinned memory to a GPU."""
+"""Where the tensors of a shard go as they are read: straight into host memory, or by way of pinned memory to a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fisedit_compile.cache.host_tier import HostMemory
-from fisedit_compile.cache.read_base import PIECE, BaseFolder
+from fisedit_compile.cache.read_base import BaseFolder
 from fisedit_compile.cache.shard_file import Part
+from fisedit_compile.cache.tensors_in_memory import Place, tensors_in
 from fisedit_compile.errors import BaseMemoryError
+
+#: Bytes that are read at once. Between two pieces a thread needs the interpreter's lock, for which it may have to wait.
+PIECE = 16 * 2**20
+
+#: To what tensors are aligned, in bytes: where one that lies behind another is not, a stretch of memory begins.
+_ALIGNMENT = 64
+
+
+@dataclass
+class _Stretch:
+    """Tensors of a shard that lie in memory as they do in the file, one behind another."""
+
+    device: torch.device
+    nbytes: int = 0
+    places: dict[str, Place] = field(default_factory=dict)
+
+    def takes(self, device: torch.device) -> bool:
+        return device == self.device and self.nbytes % _ALIGNMENT == 0 and self.nbytes < PIECE
+
+    def add(self, part: Part) -> None:
+        self.places[part.name] = Place(self.nbytes, part.dtype, part.shape)
+        self.nbytes += part.nbytes
 
 
 class Landing:
@@ -36,7 +60,7 @@ class Landing:
     def read(
         self, shard: str, device_of: Callable[[str], torch.device | None], go_on: Callable[[], None] = lambda: None
     ) -> dict[str, Tensor]:
-        """The tensors of a shard by name, as they lie in its file, each in memory that begins as torch's own does.
+        """The tensors of a shard by name, as they lie in its file.
 
         Args:
             shard: name of its file.
@@ -51,48 +75,48 @@ class Landing:
         tensors: dict[str, Tensor] = {}
 
         def receive(parts: list[Part]) -> Iterator[memoryview]:
+            stretches = _stretches(parts, device_of)
             with self._room_for(shard):
-                tensors.update(self._allocated(parts, device_of))
-            for part in parts:
-                for piece in self._pieces(shard, tensors.get(part.name), part.nbytes):
+                memories = self._allocated(stretches)
+            for stretch, memory in zip(stretches, memories, strict=True):
+                for piece in self._pieces(shard, memory):
                     go_on()
                     yield piece
+                tensors.update(zip(stretch.places, tensors_in(memory, stretch.places.values()), strict=True))
 
         try:
             self._opened.read_shard(shard, receive)
         finally:
             if self._stream is not None:  # also behind an error: nobody may get this memory while it is copied to
                 self._stream.synchronize()
-        return tensors
+        return {name: tensor for name, tensor in tensors.items() if device_of(name) is not None}
 
-    def _allocated(self, parts: list[Part], device_of: Callable[[str], torch.device | None]) -> dict[str, Tensor]:
-        """Memory for all parts of a shard that are kept, on the device or in host memory."""
-        kept = [(part, device) for part in parts if (device := device_of(part.name)) is not None]
-        away = [part for part, device in kept if device != self._device]
-        rooms = self._host.room([part.nbytes for part in away])
-        tensors = {part.name: _as(part, room) for part, room in zip(away, rooms, strict=True)}
+    def _allocated(self, stretches: list[_Stretch]) -> list[Tensor]:
+        """Memory for each stretch, on the device or of the host; uint8."""
+        rooms = iter(self._host.room([each.nbytes for each in stretches if each.device != self._device]))
+        memories = []
         with torch.cuda.stream(self._owner):
-            for part, _ in kept:
-                if part.name not in tensors:
-                    tensors[part.name] = _as(part, torch.empty(part.nbytes, dtype=torch.uint8, device=self._device))
+            for each in stretches:
+                away = each.device != self._device
+                memories.append(
+                    next(rooms) if away else torch.empty(each.nbytes, dtype=torch.uint8, device=self._device)
+                )
         if self._stream is not None and self._owner is not None:  # somebody may still read what lay there before
             self._stream.wait_stream(self._owner)
-        return tensors
+        return memories
 
-    def _pieces(self, shard: str, tensor: Tensor | None, nbytes: int) -> Iterator[memoryview]:
-        """The memory that is to be filled for a tensor; for one that is not kept, memory that is let go of."""
-        flat = None if tensor is None else tensor.view(-1).view(torch.uint8)
-        for start in range(0, nbytes, PIECE):
-            end = min(start + PIECE, nbytes)
-            if flat is not None and not flat.is_cuda:
-                yield flat[start:end].numpy().data
+    def _pieces(self, shard: str, memory: Tensor) -> Iterator[memoryview]:
+        """What is to be filled for a stretch, one piece behind the other."""
+        for start in range(0, len(memory), PIECE):
+            part = memory[start : start + PIECE]
+            if not part.is_cuda:
+                yield part.numpy().data
                 continue
             with self._room_for(shard):
-                piece = torch.empty(end - start, dtype=torch.uint8, pin_memory=self._stream is not None)
+                piece = torch.empty(len(part), dtype=torch.uint8, pin_memory=True)
             yield piece.numpy().data
-            if flat is not None:
-                with torch.cuda.stream(self._stream):
-                    flat[start:end].copy_(piece, non_blocking=True)
+            with torch.cuda.stream(self._stream):
+                part.copy_(piece, non_blocking=True)
 
     @contextmanager
     def _room_for(self, shard: str) -> Iterator[None]:
@@ -108,5 +132,12 @@ class Landing:
             ) from error
 
 
-def _as(part: Part, memory: Tensor) -> Tensor:
-    return memory.view(part.dtype).view(part.shape)
+def _stretches(parts: list[Part], device_of: Callable[[str], torch.device | None]) -> list[_Stretch]:
+    """All parts of a shard in order, each of which lies aligned."""
+    stretches: list[_Stretch] = []
+    for part in parts:
+        device = device_of(part.name) or (stretches[-1].device if stretches else torch.device("cpu"))
+        if not stretches or not stretches[-1].takes(device):
+            stretches.append(_Stretch(device))
+        stretches[-1].add(part)
+    return stretches

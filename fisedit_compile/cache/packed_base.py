@@ -72,5 +72,6 @@ def memory_order(tensor: Tensor) -> list[int]:
 
 def place(tensor: Tensor, reference: Mapping[str, Any], device: torch.device) -> Tensor:
     """A tensor of a shard on ``device``, its dimensions in memory as they were."""
-    order = reference["order"]
-    return tensor.to(device).permute([order.index(dim) for dim in range(tensor.ndim)])
+    order, as_it_is = reference["order"], list(range(tensor.ndim))
+    here = tensor if tensor.device == device else tensor.to(device)
+    return here if order == as_it_is else here.permute([order.index(dim) for dim in as_it_is])

@@ -53,6 +53,14 @@ class Recorded(StepCache):
     def __len__(self) -> int:
         return len(self._kept)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled and copied: tensors that share a piece of memory would each bring all of it along."""
+        alone = {
+            entry: tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+            for entry, tensor in self._kept.items()
+        }
+        return {**vars(self), "_kept": alone}
+
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 

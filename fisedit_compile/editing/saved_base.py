@@ -172,8 +172,9 @@ class SavedBase:
         return self._formed(formed)
 
     def _shard(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a small shard, on the host."""
-        return Landing(self._opened, _HOST).read(name, lambda _: _HOST)
+        """The tensors of a small shard, on the host, each in memory of its own: some outlive all others."""
+        tensors = Landing(self._opened, _HOST).read(name, lambda _: _HOST)
+        return {name: tensor.clone() for name, tensor in tensors.items()}
 
     def _fetch(self, shard: str, tensors: Mapping[str, Tensor], *, stay: bool = False) -> Fetch:
         """What finds tensors of a shard: where they were made, or where they ``stay``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -37,6 +38,13 @@ def call(seed: int, rows: int = 100, device: torch.device | str = CPU) -> Record
     return recorded
 
 
+def plain_call(seed: int) -> Recorded:
+    """One that can be pickled."""
+    recorded = call(seed)
+    recorded.model = None
+    return recorded
+
+
 def assert_same(one: Recorded, other: Recorded) -> None:
     assert list(one) == list(other)
     assert (one.signature, one.timesteps, one.model) == (other.signature, other.timesteps, other.model)
@@ -61,6 +69,18 @@ def memories(cache: Recorded) -> set[int]:
 
 
 @pytest.mark.usefixtures("small_chunks")
+def test_a_pickle_has_no_more_than_the_call() -> None:
+    """Calls lie in memory that others share."""
+    memory = HostMemory(CPU)
+    taken = [memory.take(plain_call(seed)) for seed in range(3)]
+    assert all(tensor.untyped_storage().nbytes() >= 8192 for tensor in taken[1].values())
+    pickled = pickle.dumps(taken[1])
+    assert len(pickled) < 2 * sum(tensor.nbytes for tensor in taken[1].values()) + 4096
+    for again in (pickle.loads(pickled), copy.deepcopy(taken[1])):
+        for entry, tensor in taken[1].items():
+            assert torch.equal(again[entry], tensor)
+
+
 def test_what_is_taken_is_what_was_recorded_in_few_pieces_of_memory() -> None:
     calls, host = [call(seed) for seed in range(5)], HostMemory(CPU)
     taken = [host.take(each) for each in calls]

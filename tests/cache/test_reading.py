@@ -20,7 +20,7 @@ import torch
 from support.packed import packed_base
 
 from fisedit_compile import BaseMemoryError, DamagedBaseError, SavedBaseError
-from fisedit_compile.cache import memory
+from fisedit_compile.cache import landing, memory
 from fisedit_compile.cache.landing import Landing
 from fisedit_compile.cache.packed_base import PackedBase, place
 from fisedit_compile.cache.read_base import open_base
@@ -302,7 +302,8 @@ if {how!r} != "ends":
         assert why_kept(tmp_path / "base") == ""
 
 
-def test_a_shard_is_not_read_to_its_end_for_nobody(tmp_path: Path) -> None:
+def test_a_shard_is_not_read_to_its_end_for_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(landing, "PIECE", 2**20)
     write_base(packed_base(kib=9 * 1024, shards=1), tmp_path / "base")
     asked = []
 
@@ -314,6 +315,22 @@ def test_a_shard_is_not_read_to_its_end_for_nobody(tmp_path: Path) -> None:
     with open_base(tmp_path / "base") as opened, pytest.raises(InterruptedError):
         Landing(opened, CPU).read("call-0000.safetensors", lambda _: CPU, go_on)
     assert len(asked) == 2
+
+
+def test_tensors_of_any_size_lie_as_kernels_need_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some are no multiple of what tensors are aligned to, some larger than a piece, some empty."""
+    monkeypatch.setattr(landing, "PIECE", 4096)
+    dtypes, sizes = (torch.float32, torch.bfloat16, torch.uint8, torch.float8_e4m3fn), (0, 1, 5, 16, 257, 5000)
+    tensors = {f"{dtype} {size}": torch.randn(size).to(dtype) for dtype in dtypes for size in sizes}
+    write_base(PackedBase({}, {}, {"call-0000.safetensors": dict(tensors)}), tmp_path / "base")
+    with open_base(tmp_path / "base") as opened:
+        read = Landing(opened, CPU).read(
+            "call-0000.safetensors", lambda name: CPU if name != "torch.uint8 16" else None
+        )
+    assert read.keys() == tensors.keys() - {"torch.uint8 16"}
+    for name, tensor in read.items():
+        assert torch.equal(tensor.view(torch.uint8), tensors[name].view(torch.uint8)), name
+        assert tensor.data_ptr() % 64 == 0
 
 
 @pytest.mark.parametrize("error", [RuntimeError("can't allocate"), MemoryError(), torch.OutOfMemoryError("full")])

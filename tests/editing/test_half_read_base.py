@@ -287,10 +287,10 @@ def test_memory_runs_out_while_a_base_is_read(
 ) -> None:
     base, real = tiny_editor.load(folder), Landing._allocated
 
-    def full(landing: Landing, parts: Any, device_of: Any) -> Any:
+    def full(landing: Landing, stretches: Any) -> Any:
         if threading.current_thread().name == "read-base":
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return real(landing, parts, device_of)
+        return real(landing, stretches)
 
     monkeypatch.setattr(Landing, "_allocated", full)
     gate.open()
