@@ -59,8 +59,8 @@ class SparsityConfig:
             computed and group norms use their own statistics. So the U-Net's deep levels stay dense (paper 3.1).
         dense_above: share of the latents, in (0, 1]. An edit whose mask covers more runs its steps through the dense
             U-Net as it was given, compiled or not, and restores the base outside the mask; a warning and the edit's
-            report say so. Sparse steps norm by the base's statistics, which are another picture's where most of it
-            changes: its colours shift (docs/measurements/quality.md). 1 is always sparse.
+            report say so. Sparse steps would save little, and read values of the base that are another picture's where
+            most of it changes (docs/measurements/quality.md). 1 is always sparse.
         blocks: which pixels around a mask are recomputed with it. ``"pixel"``: none, the active pixels alone.
             ``"paper"``: the union of the APSC blocks that the printed objective chooses (paper A.1). ``"measured"``:
             whichever of these two, the paper's other blocks and the whole map is predicted to take the least time; the

@@ -36,8 +36,13 @@ class RecordedCall:
         return True
 
     @property
+    def stays_on_disk(self) -> bool:
+        """Whether what it keeps is read for each edit anew."""
+        return False
+
+    @property
     def nbytes(self) -> int:
-        """Memory of what it keeps."""
+        """Memory of what it keeps; none where that stays on the disk."""
         return sum(tensor.nbytes for tensor in self.cache.values())
 
     @property
@@ -129,7 +134,9 @@ class Base:
 
     @property
     def tier(self) -> str:
-        """Where what it keeps of the U-Net lies: on the ``"device"`` of its latents, or in ``"host"`` memory."""
+        """Where what it keeps of the U-Net lies: ``"device"`` (of its latents), ``"host"`` memory or ``"disk"``."""
+        if any(call.stays_on_disk for call in self.calls):
+            return "disk"
         devices = {call.device for call in self.calls} - {None, self.latents.device}
         return "host" if devices else "device"
 
@@ -144,13 +151,15 @@ class Base:
 
     @property
     def nbytes(self) -> int:
-        """Memory of everything kept for edits, or on its way from the disk."""
+        """Memory of everything kept for edits, or on its way from the disk; without what stays there."""
         decoder = 0 if self.decoded is None else self.decoded.nbytes
         latents = sum(latents.nbytes for latents in self.step_latents)
         return sum(call.nbytes for call in self.calls) + latents + decoder
 
     def wait(self) -> None:
         """Wait until a base that was loaded is in memory as a whole, and nothing of its folder is needed any more.
+
+        One that stays on the disk lets go of what edits left in memory, and needs its folder until it is let go of.
 
         Raises:
             BaseMemoryError: there is no memory left for it.

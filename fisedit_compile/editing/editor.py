@@ -442,7 +442,7 @@ class Editor:
             run.decoding = self._decoders.recording(self.pipe, state)
             return run.rebase(state, owned(edit.images), edit.nsfw)
 
-    def load(self, folder: str | Path) -> Base:
+    def load(self, folder: str | Path, *, tier: Literal["disk"] | None = None) -> Base:
         """Read a base that :meth:`Base.save` wrote. Its edits are those of the base that was saved.
 
         Its tensors come to the device on which they were made, or to the pipeline's where that one is not here. What
@@ -452,17 +452,23 @@ class Editor:
 
         Args:
             folder: of the base.
+            tier: ``"disk"`` leaves what the calls keep where it is. Each edit reads it anew, some calls ahead of its
+                steps, and has the memory of four calls at a time; the folder cannot be removed while somebody holds
+                the base. None reads it once, into memory.
 
         Raises:
+            ValueError: another ``tier``.
             BaseMismatchError: a base of another model, tokenizer, scheduler or config, or one that other versions of
                 this package, torch or diffusers wrote.
             BaseFormatError: no saved base, or one of another format.
             DamagedBaseError: files that are not what was written, as far as they were read.
             BaseMemoryError: the base would take more memory than is free.
         """
+        if tier not in (None, "disk"):
+            raise ValueError(f"tier={tier!r}: 'disk' leaves a base there, None reads it into memory")
         with open_base(Path(folder)) as opened:
             saved = SavedBase(opened, self.pipe.device)
-            begun = saved.begin()
+            begun = saved.begin(stays=tier == "disk")
             try:
                 with self._in_turn() as (_, unet_state):
                     pipe = self._tokenizers.within(self.pipe)

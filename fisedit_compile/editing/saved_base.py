@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from fisedit_compile.cache.landing import Landing
 from fisedit_compile.cache.memory import require_room
 from fisedit_compile.cache.packed_base import place
 from fisedit_compile.cache.plain_form import Fetch, from_plain
+from fisedit_compile.cache.read_ahead import AHEAD, ReadAhead
 from fisedit_compile.cache.read_base import BaseFolder
 from fisedit_compile.cache.reading import Reading, Shard
 from fisedit_compile.cache.step_cache import Recorded
@@ -44,11 +46,13 @@ class Begun:
 
     Attributes:
         reading: of the calls; they are read no further once nobody holds it.
+        stays: whether calls stay on the disk, and are read anew for each edit.
         calls: of each call its step, the call without what it keeps, and how that is read; None where it keeps nothing.
         decoded: what is kept of the decoder.
     """
 
-    reading: Reading
+    reading: Reading | ReadAhead
+    stays: bool
     calls: list[tuple[int, Recorded, Shard | None]]
     decoded: Decoded | None
 
@@ -82,8 +86,11 @@ class SavedBase:
                     "generate it with one on the CPU"
                 )
 
-    def begin(self) -> Begun:
+    def begin(self, *, stays: bool = False) -> Begun:
         """Begin to read what the U-Net's calls keep.
+
+        Args:
+            stays: it stays on the disk, and edits read it as they need it.
 
         Raises:
             BaseMemoryError: it would take more memory than is free.
@@ -95,12 +102,17 @@ class SavedBase:
             landing = Landing(folder.enter_context(self._opened.again()), self.base.latents.device)
             calls = self._formed(lambda: [self._call(*each, landing) for each in enumerate(self._content["calls"])])
             shards = [shard for _, _, shard in calls if shard is not None]
+            at_once = shards if not stays else sorted(shards, key=lambda shard: shard.nbytes)[-1 - AHEAD :]
             needed: dict[torch.device, int] = {}
-            for shard in shards:
+            for shard in at_once:
                 needed[shard.device] = needed.get(shard.device, 0) + shard.nbytes
             for device, nbytes in needed.items():
-                require_room(nbytes, device, name, ["fewer bases at a time", "a base of fewer steps"])
-            return Begun(Reading(name, shards, folder.pop_all()), calls, decoded)
+                options = ["fewer bases at a time", "a base of fewer steps"]
+                require_room(nbytes, device, name, options if stays else [*options, "load(..., tier='disk')"])
+            if not stays:
+                return Begun(Reading(name, shards, folder.pop_all()), stays, calls, decoded)
+            weakref.finalize(landing, folder.pop_all().close)  # which all shards hold, and those who read one
+            return Begun(ReadAhead(name, shards), stays, calls, decoded)
 
     def whole(self, begun: Begun, pipeline: PipelineState) -> Base:
         """The base, whose calls are in or on their way.
@@ -115,7 +127,7 @@ class SavedBase:
             calls.append(
                 RecordedCall(step, empty)
                 if shard is None
-                else SavedCall(step, begun.reading, next(positions), shard, empty.model)
+                else SavedCall(step, begun.reading, next(positions), shard, empty.model, stays=begun.stays)
             )
         if begun.decoded is not None:
             begun.decoded.cache.model = pipeline.models["vae"]

@@ -1,4 +1,4 @@
-"""A U-Net call of a base whose shard may still be on its way from the disk."""
+"""A U-Net call of a base whose shard is on its way from the disk, or stays there."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fisedit_compile.cache.read_ahead import ReadAhead
 from fisedit_compile.cache.reading import Reading, Shard
 from fisedit_compile.cache.step_cache import Recorded
 from fisedit_compile.editing.base import RecordedCall
@@ -23,16 +24,27 @@ class SavedCall(RecordedCall):
         index: of the shard among those that are read.
         shard: the shard.
         model: the state of the U-Net, which was not known yet when the reading began.
+        stays: whether the shard stays on the disk, and takes memory only as long as an edit needs it.
     """
 
-    _reading: Reading
+    _reading: Reading | ReadAhead
     _index: int
     _nbytes: int
     _device: torch.device
     _model: ModelState
+    _stays: bool
 
-    def __init__(self, step: int, reading: Reading, index: int, shard: Shard, model: ModelState) -> None:
-        vars(self).update(step=step, _reading=reading, _index=index, _model=model)
+    def __init__(
+        self,
+        step: int,
+        reading: Reading | ReadAhead,
+        index: int,
+        shard: Shard,
+        model: ModelState,
+        *,
+        stays: bool = False,
+    ) -> None:
+        vars(self).update(step=step, _reading=reading, _index=index, _model=model, _stays=stays)
         vars(self).update(_nbytes=shard.nbytes, _device=shard.device)  # the shard itself holds what reads it
 
     @property
@@ -45,6 +57,9 @@ class SavedCall(RecordedCall):
         """
         found = self._reading.get(self._index)
         found.model = self._model
+        if self._stays:  # it is let go of while what is launched here may still read it
+            for tensor in {each.untyped_storage().data_ptr(): each for each in found.values() if each.is_cuda}.values():
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
         return found
 
     @property
@@ -52,8 +67,12 @@ class SavedCall(RecordedCall):
         return self._reading.is_in(self._index)
 
     @property
+    def stays_on_disk(self) -> bool:
+        return self._stays
+
+    @property
     def nbytes(self) -> int:
-        return self._nbytes
+        return 0 if self._stays else self._nbytes
 
     @property
     def device(self) -> torch.device:
