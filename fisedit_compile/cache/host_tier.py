@@ -113,6 +113,30 @@ class HostMemory:
         self._taken = 0
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
+def brought_to_host(tensors: Sequence[Tensor], places: Sequence[Place], nbytes: int) -> Tensor:
+    """Tensors of one device in one piece of host memory, uint8 ``[nbytes]``; those of a GPU come by a single copy.
+
+    Args:
+        tensors: any of one device.
+        places: where each of them comes to lie.
+        nbytes: of the memory.
+    """
+    device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
+    room = -(-nbytes // 16) * 16
+    host = torch.empty(room, dtype=torch.uint8, pin_memory=device is not None)
+    there = host if device is None else torch.empty(room, dtype=torch.uint8, device=device)
+    torch._foreach_copy_(tensors_in(there, places), list(tensors))
+    if device is not None:  # on a stream of its own, so that what others launch meanwhile is not waited for
+        stream = torch.cuda.Stream(device, priority=_PRIORITY)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            host.copy_(there, non_blocking=True)
+        stream.synchronize()
+    return host[:nbytes]
+
+
 @dataclass(frozen=True)
 class _Run:
     """A stretch of memory that is copied at once: its bytes, and where in them entries of a call lie."""

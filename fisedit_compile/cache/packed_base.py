@@ -41,9 +41,10 @@ class PackedBase:
                     f"{path} is a tensor of {tensor.dtype}, {tensor.layout}, on {tensor.device}, which a saved base "
                     "cannot hold: use a dense one of a common dtype"
                 )
-            order = memory_order(tensor)
+            plain = tensor.is_contiguous()
+            order = list(range(tensor.ndim)) if plain else memory_order(tensor)
             name = path if path not in self.shards.setdefault(shard, {}) else f"{path} {len(self.shards[shard])}"
-            self.shards[shard][name] = tensor.detach().permute(order)
+            self.shards[shard][name] = tensor.detach() if plain else tensor.detach().permute(order)
             return {"shard": shard, "name": name, "order": order, "device": str(tensor.device)}
 
         return keep

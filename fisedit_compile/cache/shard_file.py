@@ -1,22 +1,24 @@
 """The file of a shard: safetensors whose tensors begin at a page, and where in it each of them lies.
 
-Files are read by parts rather than by the library's own functions. These take a file's whole content and copy each
-tensor out of it with the interpreter's lock held, so that threads read one shard after the other.
+Files are read and written by parts rather than by the library's own functions. These take and make a file's whole
+content, and copy each tensor with the interpreter's lock held: threads would read one shard after the other, and who
+draws while a base is written would wait for most of it.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from fisedit_compile.cache.base_manifest import LENGTH
+from fisedit_compile.cache.host_tier import brought_to_host
+from fisedit_compile.cache.tensors_in_memory import Place
 
 #: Where the tensors of a shard begin, in bytes: pages of the file system, which direct reads need.
 ALIGNMENT = 4096
@@ -40,6 +42,10 @@ _DTYPES = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+#: Bytes that are brought from a device, checked and written at once.
+PIECE = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -61,20 +67,41 @@ class Part:
 
 
 def shard_chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The file of a shard in pieces: safetensors, whose tensors begin at a multiple of :data:`ALIGNMENT`."""
-    on_host: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        dense = tensor.resolve_conj().resolve_neg().cpu().contiguous()
-        on_host[name] = dense.clone() if dense.data_ptr() in seen else dense  # safetensors refuses shared memory
-        seen.add(on_host[name].data_ptr())
-    data = memoryview(safetensors.torch.save(on_host))
-    header = int.from_bytes(data[:LENGTH], "little")
-    padding = -(LENGTH + header) % ALIGNMENT  # spaces behind the header's JSON are part of the format
-    yield (header + padding).to_bytes(LENGTH, "little")
-    yield data[LENGTH : LENGTH + header]
-    yield b" " * padding
-    yield data[LENGTH + header :]
+    """The file of a shard in pieces: safetensors, whose tensors begin at a multiple of :data:`ALIGNMENT`.
+
+    A piece is of use until the next one is asked for.
+    """
+    # As the library orders them: the widest elements first, so that each tensor lies at a multiple of its elements.
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    parts = [Part(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in order]
+    header, end = {}, 0
+    for part in parts:
+        offsets = [end, end + part.nbytes]
+        header[part.name] = {"dtype": _NAMES[part.dtype], "shape": part.shape, "data_offsets": offsets}
+        end = offsets[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(LENGTH + len(text)) % ALIGNMENT)  # spaces behind the header's JSON are part of the format
+    yield len(text).to_bytes(LENGTH, "little") + text
+    for some in _in_pieces(parts):
+        places, size = [], 0
+        for part in some:
+            places.append(Place(size, part.dtype, part.shape))
+            size += part.nbytes
+        yield brought_to_host([tensors[part.name] for part in some], places, size).numpy().data
+
+
+def _in_pieces(parts: Sequence[Part]) -> Iterator[list[Part]]:
+    """Tensors that lie one behind another, some :data:`PIECE` bytes of them at a time."""
+    some: list[Part] = []
+    nbytes = 0
+    for part in parts:
+        some.append(part)
+        nbytes += part.nbytes
+        if nbytes >= PIECE:
+            yield some
+            some, nbytes = [], 0
+    if some:
+        yield some
 
 
 def parts_of(header: bytes | bytearray, nbytes: int) -> list[Part]:

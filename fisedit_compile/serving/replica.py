@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 from dataclasses import dataclass, field
@@ -30,6 +31,9 @@ _SHARES = {"cuda": 0.5, "cpu": 0.25}
 #: Words of the pictures that are drawn before the first request, and the steps of these: a dense and a sparse one.
 _WORDS, _STEPS = ("a cat", "a dog"), 2
 
+#: Shares of a picture's sides that masks of these edits cover. Small and large masks have graphs of their own, and on a
+#: GPU there is one for each of a few sizes.
+_SIDES_OF_MASKS = {"cpu": (0.1, 0.5), "cuda": (0.1, 0.2, 0.25, 0.3, 0.37, 0.45, 0.55, 0.65)}
 
 #: The mode of ``torch.compile`` that draws fastest (docs/performance.md): with CUDA graphs.
 _COMPILE_MODE = "reduce-overhead"
@@ -109,6 +113,8 @@ def build_worker(options: ReplicaOptions) -> Worker:
     worker = Worker(engine, options.batch)
     if not options.keep_bases:
         worker.begin(lambda: _draw_some(engine, facts_of(editor).side))
+    gc.collect()
+    gc.freeze()  # modules and graphs stay: to search them for garbage would stop a request for a third of a second
     return worker
 
 
@@ -127,7 +133,7 @@ def _draw_some(engine: Engine, side: int) -> None:
 
 
 def _warm_up(editor: Editor, side: int, batch: int) -> None:
-    """Draw a picture and edit it, within a mask and in a mask that is found, so that graphs and kernels are there.
+    """Draw a picture and edit it, within masks of some sizes and one that is found, so that graphs and kernels exist.
 
     Args:
         editor: the editor.
@@ -141,10 +147,11 @@ def _warm_up(editor: Editor, side: int, batch: int) -> None:
     base = editor.generate(
         _WORDS[0], num_inference_steps=_STEPS, generator=torch.Generator().manual_seed(0), width=side, height=side
     )
-    mask = Image.new("L", (8, 8))
-    mask.paste(255, (0, 0, 4, 4))
+    masks = [Image.new("L", (100, 100)) for _ in _SIDES_OF_MASKS[editor.pipe.device.type]]
+    for mask, share in zip(masks, _SIDES_OF_MASKS[editor.pipe.device.type], strict=True):
+        mask.paste(255, (0, 0, round(100 * share), round(100 * share)))
     for count in (2**i for i in range(batch.bit_length())):
-        for given in (mask, None):
+        for given in (*masks, None):
             try:
                 editor.edit_many([EditRequest(base, _WORDS[1], given)] * count)
             except (FiseditError, ValueError) as error:  # a model to which both are one word, or that changes nothing

@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.packed import packed_base
 
 from fisedit_compile import BaseMemoryError, DamagedBaseError, SavedBaseError
-from fisedit_compile.cache import landing, memory
+from fisedit_compile.cache import landing, memory, shard_file
 from fisedit_compile.cache.landing import Landing
 from fisedit_compile.cache.packed_base import PackedBase, place
 from fisedit_compile.cache.read_base import open_base
@@ -266,12 +267,14 @@ class TestReading:
         """The reading would take an hour; its folder is let go of at once."""
         write_base(packed_base(), tmp_path / "base")
         script = f"""
-import sys, time
+import signal, sys, time
 from contextlib import ExitStack
 from pathlib import Path
 import torch
 from fisedit_compile.cache.read_base import open_base
 from fisedit_compile.cache.reading import Reading, Shard
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it runs in the background ignore it
 
 def read(go_on):
     for _ in range(360_000):
@@ -315,6 +318,32 @@ def test_a_shard_is_not_read_to_its_end_for_nobody(tmp_path: Path, monkeypatch: 
     with open_base(tmp_path / "base") as opened, pytest.raises(InterruptedError):
         Landing(opened, CPU).read("call-0000.safetensors", lambda _: CPU, go_on)
     assert len(asked) == 2
+
+
+def test_a_shard_is_what_the_library_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of tensors that share memory, are conjugated, empty or single numbers."""
+    monkeypatch.setattr(shard_file, "PIECE", 100)
+    wide = torch.randn(4, 6)
+    tensors = {
+        "numbers": torch.arange(7, dtype=torch.uint8),
+        "a row": wide[1],
+        "a column": wide[:, 1],
+        "all": wide,
+        "turned": wide.t(),
+        "half": wide.half(),
+        "one": torch.tensor(3.5, dtype=torch.float64),
+        "none": torch.empty(3, 0, dtype=torch.int64),
+        "flags": wide > 0,
+        "complex": torch.complex(wide, wide).conj(),
+    }
+    file = tmp_path / "shard.safetensors"
+    file.write_bytes(b"".join(bytes(chunk) for chunk in shard_file.shard_chunks(tensors)))
+    read = load_file(file)
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype is tensor.dtype
+        assert torch.equal(read[name], tensor.resolve_conj()), name
+    assert (int.from_bytes(file.read_bytes()[:8], "little") + 8) % shard_file.ALIGNMENT == 0
 
 
 def test_tensors_of_any_size_lie_as_kernels_need_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
