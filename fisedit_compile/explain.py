@@ -60,7 +60,7 @@ class _Explanation:
         self.dense, self.step = counter.dense, counter.step(self.plan)
         self.prompt, self.timestep = counter.prompt, counter.timestep
         self.unit = "GMACs" if self.dense.total >= 1e10 else "MMACs"
-        self.kept = {entry: counter.shapes[entry] for entry in lowered.cache_entries}
+        self.kept = {entry: counter.shapes[entry] for entry in lowered.kept.cache_entries}
         self.on_rows = [change for name in _ROW_PASSES for change in self.reports[name].changes]
 
     def lines(self) -> Iterator[str]:
@@ -155,7 +155,7 @@ class _Explanation:
             f"The base keeps {kinds['map']} maps, {kinds['scale']} group norms and {kinds['value']} values of the "
             f"timestep a call, {_megabytes(self.kept.values())} MB."
         )
-        if maps := len(self.lowered.controlled_entries):
+        if maps := len(self.lowered.kept.controlled_entries):
             yield f"For control it also keeps the maps of {maps} cross-attentions, of the prompt's own words."
 
     def _passes(self) -> Iterator[str]:

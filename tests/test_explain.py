@@ -56,7 +56,7 @@ def test_figures_are_those_of_the_counts(unets: UNets) -> None:
     assert line(text, "16x24")[1:7] == [*rows, *cells(dense.by_resolution["16x24"], step.by_resolution["16x24"])]
     of_middle = cells(dense.by_resolution["4x6"], step.by_resolution["4x6"])
     assert line(text, "4x6")[1:] == ["48", "48", "100.0%", *of_middle]  # all pixels are rows, nothing is kept
-    kept = Counter(entry.kind for entry in lowered.cache_entries)
+    kept = Counter(entry.kind for entry in lowered.kept.cache_entries)
     assert kept["scale"] == kept["shift"]
     _, cache = sparse.record(sparse.call(*args, **kwargs))
     megabytes = sum(tensor.nbytes for tensor in cache.values()) / 1e6

@@ -69,7 +69,7 @@ class CacheDescription:
     """The entries that a sparse graph reads of a base, and the shape and dtype of each.
 
     Args:
-        shapes: see :attr:`fisedit_compile.compiler.lowered.Lowered.cache_specs`.
+        shapes: see :attr:`fisedit_compile.compiler.kept_of_calls.KeptOfCalls.cache_specs`.
     """
 
     def __init__(self, shapes: Mapping[CacheEntry, tuple[torch.Size, torch.dtype]]) -> None:

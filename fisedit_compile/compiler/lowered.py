@@ -7,7 +7,6 @@ one.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from fisedit_compile.compiler.export import export
+from fisedit_compile.compiler.kept_of_calls import KeptOfCalls, TensorSpec
 from fisedit_compile.compiler.stage_graph import StageGraph
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.errors import MaskError
@@ -28,9 +28,6 @@ from fisedit_compile.ir.layout import Layout, Size
 from fisedit_compile.ir.meta_interpreter import on_meta
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry, ControlTensor, Hoisted, requests_of
-from fisedit_compile.ir.tile_grid import TILES
-from fisedit_compile.kernels.indexing.row_format import RowFormat
-from fisedit_compile.kernels.norms.tile_moments import moments_dtype
 from fisedit_compile.passes import targets
 from fisedit_compile.passes.arguments import arguments_of
 from fisedit_compile.passes.dense.control_cross_attention import control_cross_attention
@@ -39,17 +36,13 @@ from fisedit_compile.passes.dense.record_activations import record_activations
 from fisedit_compile.passes.manager import FOLLOWING_PASSES, SPARSE_PASSES, Pass, run_passes
 from fisedit_compile.passes.pass_report import PassReport
 from fisedit_compile.passes.region.annotate_layout import annotate_layout
-from fisedit_compile.passes.rewriting import is_timestep, norm_arguments
+from fisedit_compile.passes.rewriting import is_timestep
 from fisedit_compile.passes.staging.hoist_invariants import fetched_rows, split_stages
-from fisedit_compile.passes.text_attention import text_attentions
 from fisedit_compile.planning.apsc import CostModel
 from fisedit_compile.planning.buckets import Buckets
 from fisedit_compile.planning.edit_plan import EditPlan, plan_edit
 from fisedit_compile.utils.collecting_paused import collecting_paused
 from fisedit_compile.utils.single_thread import single_thread
-
-#: The shape and dtype of a tensor.
-TensorSpec = tuple[torch.Size, torch.dtype]
 
 
 def lower(
@@ -113,7 +106,7 @@ class Lowered:
     @cached_property
     def following(self) -> Lowered | None:
         """The graphs for masks that change much of the picture, whose norms follow the edit; None without norms."""
-        if not self._tiles:
+        if not self.kept.tiles:
             return None
         return _lower(self.signature, self.config, self.dense, FOLLOWING_PASSES, time.perf_counter())
 
@@ -144,99 +137,11 @@ class Lowered:
         return [request for request in requests_of(self.sparse.graph) if isinstance(request, PlanTensor)]
 
     @cached_property
-    def cache_entries(self) -> list[CacheEntry]:
-        """What a base must keep of each call so that a sparse step can be run from it."""
-        return [entry for entry in self._entries if entry.kind != "attention"]
-
-    @cached_property
-    def attention_entries(self) -> list[CacheEntry]:
-        """The cross-attention maps that a base must keep of each call for controlled dense steps."""
-        return [CacheEntry(node.name, "attention") for node in text_attentions(self.dense.graph)]
-
-    @cached_property
-    def controlled_entries(self) -> list[CacheEntry]:
-        """Those of :attr:`attention_entries` that a sparse step reads where it is controlled."""
-        return [entry for entry in self._entries if entry.kind == "attention"]
-
-    @cached_property
     def control_specs(self) -> dict[ControlTensor, TensorSpec]:
         """The shape and dtype of each tensor of control that a sparse step reads."""
         nodes = self.sparse.graph.find_nodes(op="placeholder")
         specs = {node.meta.get("request"): node.meta["val"] for node in nodes}
         return {key: (val.shape, val.dtype) for key, val in specs.items() if isinstance(key, ControlTensor)}
-
-    @cached_property
-    def _entries(self) -> list[CacheEntry]:
-        return [
-            *(request for request in requests_of(self.sparse.graph) if isinstance(request, CacheEntry)),
-            *self._tiles,
-        ]
-
-    @cached_property
-    def _tiles(self) -> dict[CacheEntry, TensorSpec]:
-        """What :attr:`following` reads beside the entries of this graph."""
-        if not self.follows:
-            return {}
-        nodes, tiles = {node.name: node for node in self.dense.graph.nodes}, {}
-        for request in requests_of(self.sparse.graph):
-            if isinstance(request, CacheEntry) and request.kind == "scale":
-                value, groups, *_ = norm_arguments(nodes[request.node])
-                shape = torch.Size([self.batch * TILES, groups, 2])
-                tiles[CacheEntry(request.node, "tiles")] = (shape, moments_dtype(value.meta["val"].dtype))
-        return tiles
-
-    @cached_property
-    def cache_specs(self) -> dict[CacheEntry, TensorSpec]:
-        """The shape and dtype of each of :attr:`cache_entries`."""
-        specs: dict[CacheEntry, TensorSpec] = dict(self._tiles)
-        for node in self.sparse.graph.find_nodes(op="placeholder"):
-            if node.meta.get("request") in self.cache_entries:
-                specs[node.meta["request"]] = (node.meta["val"].shape, node.meta["val"].dtype)
-        return specs
-
-    @cached_property
-    def formats(self) -> dict[CacheEntry, RowFormat]:
-        """How the maps lie in the base's memory that it keeps in few bits a value; others lie as they are.
-
-        The noise prediction is one of these, since a step returns it outside the mask.
-        """
-        sample = self.dense.graph.find_nodes(op="placeholder")[0].meta["val"]
-        packing = self.config.packing(sample.device, sample.dtype)
-        if packing is None:
-            return {}
-        output = None if self.output is None else self.output[0]
-        by_rows = {entry for entry, _ in self.fetches.values()}
-        nodes = {node.name: node for node in self.dense.graph.nodes}
-        formats = {}
-        for entry, (shape, dtype) in self.cache_specs.items():
-            if entry.kind != "map" or entry == output:
-                continue
-            if entry in by_rows:
-                formats[entry] = RowFormat(tuple(shape[1:]), dtype, packing.map_bits)
-            else:  # keys and values
-                size = nodes[entry.node].meta["layout"].size if packing.tiles else None
-                formats[entry] = RowFormat(tuple(shape[1:]), dtype, packing.key_bits, size)
-        return formats
-
-    @cached_property
-    def stored_specs(self) -> dict[CacheEntry, TensorSpec]:
-        """The shape and dtype in which a base keeps each of :attr:`cache_entries`."""
-        stored = dict(self.cache_specs)
-        for entry, form in self.formats.items():
-            pixels = stored[entry][0][0]
-            stored[entry] = (torch.Size([form.rows_of(pixels), form.nbytes]), torch.uint8)
-        return stored
-
-    def record_nbytes(self, *, samples: int, activations: bool, attention: bool, tokens: int | None = None) -> int:
-        """Memory of what a base keeps of one call, in bytes; arguments as of ``Program.record``."""
-        kept = 0
-        if activations:
-            kept += sum(shape.numel() * dtype.itemsize for shape, dtype in self.stored_specs.values())
-        if attention:
-            for node in text_attentions(self.dense.graph):
-                query, key = (each.meta["val"] for each in node.args[:2])  # type: ignore[union-attr]
-                kept += samples * math.prod(query.shape[1:-1]) * (tokens or key.shape[-2]) * query.dtype.itemsize
-        return kept
 
     @cached_property
     def fetches(self) -> dict[Hoisted, tuple[CacheEntry, PlanTensor]]:
@@ -255,6 +160,18 @@ class Lowered:
         return arguments_of(scatter)["base"].meta["request"], scatter.meta["layout"]
 
     @cached_property
+    def kept(self) -> KeptOfCalls:
+        """What a base keeps of each call."""
+        return KeptOfCalls(
+            self.config,
+            self.dense,
+            self.sparse,
+            self.batch,
+            None if self.output is None else self.output[0],
+            self.follows,
+        )
+
+    @cached_property
     def buckets(self) -> Buckets:
         """The sizes that plans are padded to where a step has to run at fixed sizes."""
         return Buckets(self.plan_requests, batch=self.batch, latents=self.latents, dense_below=self.config.dense_below)
@@ -270,7 +187,7 @@ class Lowered:
         for node in self.sparse.graph.find_nodes(op="placeholder"):
             if isinstance(node.meta.get("request"), CacheEntry | ControlTensor):
                 specs[node.meta["request"]] = node.meta["val"]
-        for entry, (shape, dtype) in self._tiles.items():
+        for entry, (shape, dtype) in self.kept.tiles.items():
             specs[entry] = torch.empty(shape, dtype=dtype, device="meta")
         return specs
 
@@ -310,7 +227,7 @@ class Lowered:
         """
         graph_module = copy_graph(self.dense)
         record_activations(graph_module, entries, samples, part, tokens)
-        pack_recorded(graph_module, entries, self.formats)
+        pack_recorded(graph_module, entries, self.kept.formats)
         return StageGraph(graph_module)
 
     def controlled(self, part: int) -> StageGraph:

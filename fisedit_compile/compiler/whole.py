@@ -69,7 +69,7 @@ def lower_whole(
     config = replace(lowered.config, dense_below=EVERY_RESOLUTION, cross_replace=cross_replace)
     run_passes(graph_module, config, tuple(passes))
     if entries is not None:
-        pack_recorded(graph_module, entries, lowered.formats)
+        pack_recorded(graph_module, entries, lowered.kept.formats)
     stages = {name: StageGraph(graph) for name, graph in split_stages(graph_module).items() if name != "fetch"}
     requests = [name for stage in stages.values() for name in stage.names]
     planned = [request for request in requests if isinstance(request, PlanTensor)]

@@ -225,7 +225,10 @@ class EditRun(PipelineRun):
             return bring(0)
         key = call.signature, *edits
         if key not in self._joined:
-            specs, parts = self.unet.program(call).lowered.stored_specs, len(call.tensors[0]) // self.parts(call)[0]
+            specs, parts = (
+                self.unet.program(call).lowered.kept.stored_specs,
+                len(call.tensors[0]) // self.parts(call)[0],
+            )
             self._joined[key] = JoinedCalls(call.signature, specs, parts, call.tensors[0].device)
         return self._joined[key].fill(sources, bring, maps_alone=maps_alone)
 

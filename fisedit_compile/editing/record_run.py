@@ -239,8 +239,8 @@ class RecordRun(PipelineRun):
     def _calls_nbytes(self, call: Call) -> int:
         """Memory of what all calls will keep."""
         lowered, (samples, _) = self.unet.program(call).lowered, self.parts(call)
-        activations = lowered.record_nbytes(samples=samples, activations=True, attention=False)
-        maps = lowered.record_nbytes(samples=samples, activations=False, attention=True, tokens=self._tokens)
+        activations = lowered.kept.record_nbytes(samples=samples, activations=True, attention=False)
+        maps = lowered.kept.record_nbytes(samples=samples, activations=False, attention=True, tokens=self._tokens)
         return self._sparse_visits * activations + self._controlled_visits * maps
 
     def _latents_nbytes(self, call: Call) -> int:

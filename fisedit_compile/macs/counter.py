@@ -163,7 +163,7 @@ class MacCounter:
     @cached_property
     def timestep(self) -> MacCount:
         """MACs that depend on the timestep alone, which a base does once at each step for all its edits."""
-        names = {entry.node for entry in self.lowered.cache_entries if entry.kind == "value"}
+        names = {entry.node for entry in self.lowered.kept.cache_entries if entry.kind == "value"}
         graph_module = copy_graph(self.lowered.dense)
         graph = graph_module.graph
         graph.output_node().args = (tuple(node for node in graph.nodes if node.name in names),)

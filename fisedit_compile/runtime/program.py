@@ -49,7 +49,7 @@ class Program:
         self.lowered = lowered
         self.config = lowered.config
         self.signature: Signature = lowered.signature
-        self.cache = CacheDescription(lowered.stored_specs)
+        self.cache = CacheDescription(lowered.kept.stored_specs)
         self._device = sample.device
         self._plan_on = self._device if plan_on_device else torch.device("cpu")
         self._stages = {
@@ -112,8 +112,8 @@ class Program:
             part: place of the conditional part in the U-Net's batch; -1 is the last.
             tokens: of how many tokens of the text these maps are, the first ones; None is all.
         """
-        entries = (self.lowered.cache_entries if activations else []) + (
-            self.lowered.attention_entries if attention else []
+        entries = (self.lowered.kept.cache_entries if activations else []) + (
+            self.lowered.kept.attention_entries if attention else []
         )
         out, kept = self._dense_calls().record(self._user_values(call), entries, samples, part, tokens)
         timesteps = tuple(None if each is None else each.clone() for each in self._known_timesteps(call))
@@ -200,11 +200,11 @@ class Program:
         if static := self.static_step(prepared):
             assert prepared.packed is not None
             return static.run(inputs, cache, prepared.packed, prompt, control)
-        entries, specs = self.lowered.controlled_entries, self.lowered.control_specs
+        entries, specs = self.lowered.kept.controlled_entries, self.lowered.control_specs
         controls = control_values(control, cache, entries, specs, self.lowered.batch)
         values = {**inputs, **self._constants.values, **prompt, **prepared.values, **cache, **controls}
         few = min(prepared.plan.counts.values()) < _FEWEST
-        if self.lowered.formats:
+        if self.lowered.kept.formats:
             values.update(unpacked(self.lowered, self._stages["step"].names, values))
         else:
             values.update(self._stages["fetch"].values(values))

@@ -61,7 +61,7 @@ class Shared(GraphCapturer):
 
     def __init__(self, lowered: Lowered, device: torch.device) -> None:
         super().__init__(device)
-        self.control = ControlBuffers(lowered.controlled_entries, lowered.control_specs, lowered.batch, device)
+        self.control = ControlBuffers(lowered.kept.controlled_entries, lowered.control_specs, lowered.batch, device)
         self.prompt: dict[Any, Tensor] = {}
         self.addresses: WeakKeyDictionary[Recorded, Any] = WeakKeyDictionary()  # where the tensors of a call lie
         self._prompt_of: object = None
@@ -106,7 +106,7 @@ class StaticStep:
     ) -> None:
         self.bucket, self._step, self._constants, self._shared = bucket, step, constants, shared
         self._requests = lowered.plan_requests
-        specs, fetches = lowered.cache_specs, lowered.fetches
+        specs, fetches = lowered.kept.cache_specs, lowered.fetches
         # Source of each fetched buffer: an entry of the base's cache, whole or at rows of the plan.
         self._sources: dict[Any, CacheEntry] = {}
         shapes: dict[Any, tuple[Sequence[int], torch.dtype]] = {}
@@ -120,7 +120,7 @@ class StaticStep:
                 self._sources[name], self._rows[name] = entry, rows
                 shapes[name] = ((bucket.halo[rows.where], *shape[1:]), dtype)  # type: ignore[index]
         self._fetched = shared.memory(shapes).tensors
-        self._formats = [lowered.formats.get(self._sources[name]) for name in self._fetched]
+        self._formats = [lowered.kept.formats.get(self._sources[name]) for name in self._fetched]
         self._tiles = {
             name: row_of.to(shared.device)
             for (name, target), form in zip(self._fetched.items(), self._formats, strict=True)

@@ -22,14 +22,14 @@ def unpacked(lowered: Lowered, names: Sequence[Any], values: Mapping[Any, Tensor
     """
     read: dict[Any, Tensor] = {}
     for name in names:
-        if isinstance(name, CacheEntry) and name in lowered.formats:
-            form = lowered.formats[name]
+        if isinstance(name, CacheEntry) and name in lowered.kept.formats:
+            form = lowered.kept.formats[name]
             read[name] = unpack_rows_reference(values[name], form)
-            if (row_of := form.row_of_each_pixel(lowered.cache_specs[name][0][0])) is not None:
+            if (row_of := form.row_of_each_pixel(lowered.kept.cache_specs[name][0][0])) is not None:
                 read[name] = read[name].index_select(0, row_of.to(read[name].device))
         elif name in lowered.fetches:
             entry, rows = lowered.fetches[name]
             read[name] = values[entry].index_select(0, values[rows])
-            if entry in lowered.formats:
-                read[name] = unpack_rows_reference(read[name], lowered.formats[entry])
+            if entry in lowered.kept.formats:
+                read[name] = unpack_rows_reference(read[name], lowered.kept.formats[entry])
     return read

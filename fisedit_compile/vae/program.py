@@ -37,7 +37,7 @@ class DecoderProgram(Program):
         passes = DECODER_PASSES if call.tensors[0].is_cuda else DECODER_PASSES_ON_HOST
         config = SparsityConfig(dense_below=smaller_side + 1, dense_above=1.0, cache="exact")
         lowered = lower(decoder, call, config, passes)
-        maps = [entry.node for entry in lowered.cache_entries if entry.kind not in ("scale", "shift")]
+        maps = [entry.node for entry in lowered.kept.cache_entries if entry.kind not in ("scale", "shift")]
         if lowered.output is None or maps != [lowered.output[0].node]:
             raise CaptureError(f"not all of the decoder of {type(decoder.vae).__name__} can run on rows ({maps})")
         super().__init__(lowered, call.tensors[0], plan_on_device=True)
@@ -46,7 +46,7 @@ class DecoderProgram(Program):
         self._aside = torch.cuda.Stream(self._device, priority=-1) if self._device.type == "cuda" else None
         self._packed: torch.cuda.Event | None = None
         # Not a CUDA graph: it runs once a base, and would hold the memory of a whole decode.
-        self._recorder = Stage(lowered.recording(lowered.cache_entries, lowered.batch, -1), compiled=False)
+        self._recorder = Stage(lowered.recording(lowered.kept.cache_entries, lowered.batch, -1), compiled=False)
 
     def plan(self, mask: Tensor) -> EditPlan:
         """The plan of a mask on the host, made on the device beside what that still computes.
@@ -71,4 +71,4 @@ class DecoderProgram(Program):
     def decode_whole(self, call: Call) -> tuple[Tensor, Recorded]:
         """The picture as the autoencoder itself decodes it, and what decodes of regions read."""
         out, kept = self._recorder(self._user_values(call))
-        return out, Recorded(self.signature, (), dict(zip(self.lowered.cache_entries, kept, strict=True)))
+        return out, Recorded(self.signature, (), dict(zip(self.lowered.kept.cache_entries, kept, strict=True)))

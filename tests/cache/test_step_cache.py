@@ -58,7 +58,7 @@ def test_a_recorded_cache_cannot_be_written_to_and_survives_copies(made: tuple[A
 
 def test_the_memory_of_a_call_is_known_before_it_is_recorded(made: tuple[Any, Any, Recorded]) -> None:
     program, _, cache = made
-    nbytes = program.lowered.record_nbytes(samples=1, activations=True, attention=False)
+    nbytes = program.lowered.kept.record_nbytes(samples=1, activations=True, attention=False)
     assert nbytes == sum(kept.nbytes for kept in cache.values())
 
 

@@ -35,7 +35,7 @@ class Packed:
         self.edit = unets.call(self.packed, "micro", BATCH, SIZE, 1)
         self.out, self.base = self.packed.record(self.call, attention=True)
         _, self.exact_base = self.exact.record(self.call, attention=True)
-        self.formats = self.packed.program(self.call).lowered.formats
+        self.formats = self.packed.program(self.call).lowered.kept.formats
         self.mask = square_mask(0.2, SIZE)
 
     def step(self, sparse: SparseUNet, cache: Any) -> torch.Tensor:
@@ -58,7 +58,7 @@ def test_maps_are_packed_and_nothing_else(packed: Packed) -> None:
     assert maps - set(packed.formats) == {lowered.output[0]}
     small, large = (sum(cache[entry].nbytes for entry in maps) for cache in (packed.base, packed.exact_base))
     assert small < 0.4 * large
-    assert sum(kept.nbytes for kept in packed.base.values()) == lowered.record_nbytes(
+    assert sum(kept.nbytes for kept in packed.base.values()) == lowered.kept.record_nbytes(
         samples=BATCH, activations=True, attention=True
     )
 
@@ -113,4 +113,4 @@ def test_a_base_that_is_kept_otherwise_is_refused(packed: Packed) -> None:
 
 def test_no_more_than_auto_on_a_cpu(unets: UNets) -> None:
     sparse = sparsify(unets.dense("micro", torch.float32), {"dense_below": 4})
-    assert not sparse.program(unets.call(sparse, "micro", BATCH, SIZE)).lowered.formats
+    assert not sparse.program(unets.call(sparse, "micro", BATCH, SIZE)).lowered.kept.formats
