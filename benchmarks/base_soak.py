@@ -99,7 +99,7 @@ class Soak:
         ]
         always += [self._kill] * 3 if self.kills else []
         of_stored: list[Callable[[], None]] = [*[self._load] * 2, self._evict, self._remove, self._damage, self._use]
-        of_stored += [self._edit_half_read, self._let_go_half_read, self._damage_half_read]
+        of_stored += [self._edit_half_read, self._let_go_half_read, self._damage_half_read, self._edit_on_disk]
         for _ in range(operations):
             operation = self._chance.choice([*always, *(of_stored if self._stored else [])])
             operation()
@@ -149,6 +149,19 @@ class Soak:
         self.done["half read"] += not all(call.is_in for call in base.calls)
         if self._edited(known.editor, base) != known.edit:
             self.faults.append(f"wrong: the edit of {name}, half read, is another one")
+        self._stored[name] = self._stored.pop(name)
+
+    def _edit_on_disk(self) -> None:
+        """The base stays on the disk, where nobody removes it as long as it is held."""
+        name = self._any()
+        known = self._stored[name]
+        base = known.editor.load(self._store.folder / name, tier="disk")
+        self._hold(base, known, name)
+        try:
+            self._store.remove(name)
+            self.faults.append(f"lost: {name} was removed while it was in use")
+        except BaseInUseError:
+            self.done["refused: in use"] += 1
         self._stored[name] = self._stored.pop(name)
 
     def _let_go_half_read(self) -> None:

@@ -218,4 +218,10 @@ def test_random_operations_lose_no_base_and_change_none(tiny_editor: Editor, tmp
     short.run(60)
     assert not short.faults
     names = ("chain", "save", "load", "evict", "damage", "fill_disk", "use")
-    assert min(short.done[name] for name in (*names, "edit_half_read", "let_go_half_read", "damage_half_read")) > 0
+    assert (
+        min(
+            short.done[name]
+            for name in (*names, "edit_half_read", "let_go_half_read", "damage_half_read", "edit_on_disk")
+        )
+        > 0
+    )
