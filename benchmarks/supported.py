@@ -45,8 +45,8 @@ Models are as small as they can be and their weights random; two resolutions, of
 2. An edit of the same words, all of whose steps are sparse, gives the base again, under a mask and within rounding.
 3. An edit of other words under a mask leaves the latents outside it as they are, bit for bit, and changes them inside.
 4. Inside the mask it is what the plain pipeline draws when each layer reads the base's values outside the mask, and
-   group norms the base's statistics (those of the tiles that a large mask covers exchanged): a second implementation, by
-   a patch of `torch.nn`'s layers, without any graph and without Prompt-to-Prompt control
+   group norms the base's statistics (those of the tiles that a large mask covers exchanged): a second implementation,
+   by a patch of `torch.nn`'s layers, without any graph and without Prompt-to-Prompt control
    (`tests/support/masked_reference.py`). The largest error of all cells is {error:.1%}
    of what the words change, by {error_of}.
    Rescaled guidance and FreeU take statistics of the whole prediction, where the reference has other values outside

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fisedit_compile.ir.layout import Size
-from fisedit_compile.ir.tile_grid import TILES, pixels_of_tiles_on
-from fisedit_compile.kernels.norms.tile_moments import tile_moments_reference
+from fisedit_compile.ir.tile_grid import GRID, TILES, pixels_of_tiles_on
+from fisedit_compile.kernels.norms.tile_moments import moments_of_tiles
 
 
 def moments_of_map(pixels: Tensor, batch: int, size: Size, groups: int) -> Tensor:
@@ -22,4 +22,5 @@ def moments_of_map(pixels: Tensor, batch: int, size: Size, groups: int) -> Tenso
     tiles = pixels_of_tiles_on(size, pixels.device)
     first = torch.arange(batch, device=pixels.device).repeat_interleave(TILES)[:, None] * (size[0] * size[1])
     tiles = tiles.repeat(batch, 1)
-    return tile_moments_reference(pixels, torch.where(tiles >= 0, tiles + first, -1).int(), groups)
+    padded = any(side % GRID for side in size)
+    return moments_of_tiles(pixels, torch.where(tiles >= 0, tiles + first, -1).int(), groups, padded=padded)

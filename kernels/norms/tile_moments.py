@@ -24,12 +24,18 @@ def tile_moments_reference(rows: torch.Tensor, tiles: torch.Tensor, groups: int)
     Raises:
         RuntimeError: the groups do not divide the channels.
     """
+    return moments_of_tiles(rows, tiles, groups, padded=not bool((tiles >= 0).all()))
+
+
+def moments_of_tiles(rows: torch.Tensor, tiles: torch.Tensor, groups: int, *, padded: bool) -> torch.Tensor:
+    """:func:`tile_moments_reference` for a graph, which does not look whether tiles are padded but is told so."""
     wide = rows[tiles.clamp_min(0).long()].to(torch.promote_types(rows.dtype, torch.float32))  # [F, P, C]
-    there = (tiles >= 0)[:, None, :, None]  # [F, 1, P, 1]
     values = wide.unflatten(2, (groups, -1)).transpose(1, 2)  # [F, G, P, C / G]
-    count = there.sum((2, 3)).clamp_min(1) * values.shape[3]
-    mean = _sum(values.where(there, 0)) / count
-    variance = _sum((values - mean[:, :, None, None]).square().where(there, 0)) / count
+    inside = (tiles >= 0)[:, None, :, None]  # [F, 1, P, 1]
+    count = inside.sum((2, 3)).clamp_min(1) * values.shape[3]
+    mean = _sum(values.where(inside, 0) if padded else values) / count
+    squares = (values - mean[:, :, None, None]).square()
+    variance = _sum(squares.where(inside, 0) if padded else squares) / count
     return torch.stack([mean, variance], 2).to(moments_dtype(rows.dtype))
 
 
