@@ -116,10 +116,10 @@ class HostMemory:
 @torch.inference_mode(False)
 @torch.no_grad()
 def brought_to_host(tensors: Sequence[Tensor], places: Sequence[Place], nbytes: int) -> Tensor:
-    """Tensors of one device in one piece of host memory, uint8 ``[nbytes]``; those of a GPU come by a single copy.
+    """Tensors in one piece of host memory, uint8 ``[nbytes]``; those of a GPU come by a single copy.
 
     Args:
-        tensors: any of one device.
+        tensors: any, of the host and of one GPU.
         places: where each of them comes to lie.
         nbytes: of the memory.
     """
@@ -127,7 +127,8 @@ def brought_to_host(tensors: Sequence[Tensor], places: Sequence[Place], nbytes: 
     room = -(-nbytes // 16) * 16
     host = torch.empty(room, dtype=torch.uint8, pin_memory=device is not None)
     there = host if device is None else torch.empty(room, dtype=torch.uint8, device=device)
-    torch._foreach_copy_(tensors_in(there, places), list(tensors))
+    plain = [each.resolve_conj().resolve_neg() if each.is_conj() or each.is_neg() else each for each in tensors]
+    torch._foreach_copy_(tensors_in(there, places), plain)
     if device is not None:  # on a stream of its own, so that what others launch meanwhile is not waited for
         stream = torch.cuda.Stream(device, priority=_PRIORITY)
         stream.wait_stream(torch.cuda.current_stream(device))

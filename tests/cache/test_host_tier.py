@@ -6,13 +6,15 @@ import copy
 import gc
 import pickle
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 import fisedit_compile.cache.host_tier as host_tier
-from fisedit_compile.cache.host_tier import HostMemory, Staging
+from fisedit_compile.cache.host_tier import HostMemory, Staging, brought_to_host
 from fisedit_compile.cache.step_cache import Recorded
+from fisedit_compile.cache.tensors_in_memory import Place, tensors_in
 from fisedit_compile.ir.call import Signature
 from fisedit_compile.ir.requests import CacheEntry
 
@@ -179,3 +181,34 @@ def test_between_a_gpu_and_the_host() -> None:
     unpinned = copy.deepcopy(away[0])
     unpinned.model = calls[0].model
     assert_same(staging.bring(unpinned), calls[0])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_tensors_are_brought_to_one_piece_of_host_memory(device: str) -> None:
+    """Also while others launch on the device, from a thread of its own, as bases are written."""
+    wide = torch.randn(300, 200)
+    tensors = [
+        wide.to(device),
+        wide.to(device).t(),
+        wide.to(device, torch.bfloat16),
+        wide.to(device, torch.float8_e4m3fn),
+        (wide > 0).to(device),
+        torch.complex(wide, wide).to(device).conj(),
+        wide,
+        torch.tensor(3, device=device),
+    ]
+    tensors.sort(key=lambda each: -each.dtype.itemsize)
+    places, size = [], 0
+    for each in tensors:
+        places.append(Place(size, each.dtype, tuple(each.shape)))
+        size += each.nbytes
+    with ThreadPoolExecutor(4) as threads:
+        made = [threads.submit(brought_to_host, tensors, places, size) for _ in range(20)]
+        for _ in range(100):
+            wide.to(device).square().sum()
+        for each in made:
+            memory = each.result()
+            assert memory.shape == (size,)
+            for got, tensor in zip(tensors_in(memory, places), tensors, strict=True):
+                want = tensor.resolve_conj().cpu().contiguous()
+                assert torch.equal(got.reshape(-1).view(torch.uint8), want.reshape(-1).view(torch.uint8))
