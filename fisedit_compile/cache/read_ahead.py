@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import threading
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from fisedit_compile.cache.reading import Shard
@@ -31,6 +32,7 @@ class ReadAhead:
         self._name, self._shards, self._process = name, shards, os.getpid()
         self._threads = ThreadPoolExecutor(AHEAD + 1, thread_name_prefix="read-base")  # they end with this object
         self._kept: dict[int, Future[Recorded]] = {}
+        self._wanted: Counter[int] = Counter()  # by how many threads that wait now
         self._last = -1
         self._turn = threading.Lock()
 
@@ -54,13 +56,17 @@ class ReadAhead:
             onwards = index > self._last or index == 0
             self._last = index
             behind = min(index + (AHEAD if onwards else 0) + 1, len(self._shards))
-            for other in self._kept.keys() - set(range(index, behind)):
-                self._kept.pop(other).cancel()
+            self._let_go(self._kept.keys() - set(range(index, behind)))
             for each in range(index, behind):
                 if each not in self._kept or (self._kept[each].done() and self._kept[each].exception() is not None):
                     self._kept[each] = self._threads.submit(self._shards[each].read, _go_on)
             found = self._kept[index]
-        error = found.exception()
+            self._wanted[index] += 1
+        try:
+            error = found.exception()
+        finally:
+            with self._turn:
+                self._wanted[index] -= 1
         if error is not None:
             raise copy.copy(error).with_traceback(None)
         return found.result()
@@ -68,8 +74,13 @@ class ReadAhead:
     def stop(self) -> None:
         """Let go of what was read, and wait for what is being read."""
         with self._turn:
-            kept, self._kept, self._last = self._kept, {}, -1
-        wait([each for each in kept.values() if not each.cancel()])
+            going, self._last = self._let_go(list(self._kept)), -1
+        wait(going)
+
+    def _let_go(self, indices: Iterable[int]) -> list[Future[Recorded]]:
+        """Keep some shards no longer; those are returned that are being read, or that another thread waits for."""
+        going = [(index, self._kept.pop(index)) for index in indices]
+        return [each for index, each in going if self._wanted[index] or not each.cancel()]
 
     wait = stop
 

@@ -6,6 +6,7 @@ import gc
 import os
 import pickle
 import shutil
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -198,6 +199,27 @@ class TestReadAhead:
         one = ahead.get(1)
         ahead.stop()
         assert ahead.get(1) is not one
+
+    def test_threads_that_are_at_different_steps(self) -> None:
+        """One lets go of what another one waits for, which is not there yet as all readers are busy."""
+        count, read = 12, list[int]()
+        ahead = ReadAhead("base", [self.slow(shard) for shard in self.shards(read, count)])
+
+        def steps(start: int) -> list[int]:
+            order = [(start + 5 * index) % count for index in range(3 * count)]
+            return [int(ahead.get(each).timesteps[0] or 0) - each for each in order]
+
+        with ThreadPoolExecutor(6) as threads:
+            for made in [threads.submit(steps, 2 * start) for start in range(6)]:
+                assert not any(made.result(timeout=60))
+        ahead.stop()
+
+    def slow(self, shard: Shard) -> Shard:
+        def read(go_on: Any) -> Recorded:
+            time.sleep(0.002)
+            return shard.read(go_on)
+
+        return Shard(read, shard.nbytes, shard.device)
 
     def test_in_a_forked_process(self) -> None:
         ahead = ReadAhead("base", self.shards([]))
