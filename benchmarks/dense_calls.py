@@ -1,9 +1,10 @@
-"""How long a dense call of a U-Net takes: eager, by rows, recorded, controlled; and a sparse step with control.
+"""How long a dense call of a U-Net takes: eager, by rows, recorded, controlled; and a sparse step.
 
     python benchmarks/dense_calls.py --arch sd2 --size 768 --device cuda
 
 Random weights, a batch of two (guidance), bf16 on a GPU, where dense calls run by operations on rows; elsewhere they
-run by the dense graphs. Printed are medians in milliseconds, all calls in turns.
+run by the dense graphs. A sparse step has the base's statistics of norms, or those that follow the edit, which the size
+of its mask decides elsewhere, and is controlled or not. Printed are medians in milliseconds, all calls in turns.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from statistics import median
+from unittest.mock import patch
 
 import torch
 from tabulate import tabulate
 
+import fisedit_compile.planning.edit_plan as edit_plan
 from fisedit_compile import sparsify
 from fisedit_compile.architectures import ARCHITECTURES, build_unet, unet_inputs
 from fisedit_compile.bench.timing import interleaved
@@ -59,9 +62,14 @@ def _runs(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
         "controlled": lambda: sparse.controlled(call, cache, control),
     }
     for share in args.edit_size:
-        prepared = sparse.prepare(call, square_mask(share, call.signature.sample_shape[2:]))  # type: ignore[arg-type]
-        runs[f"sparse, {share:.0%}"] = lambda prepared=prepared: sparse.step(call, cache, prepared)  # type: ignore[misc]
-        runs[f"sparse, {share:.0%}, controlled"] = lambda prepared=prepared: sparse.step(  # type: ignore[misc]
+        mask = square_mask(share, call.signature.sample_shape[2:])  # type: ignore[arg-type]
+        for above, statistics in ((1.0, "the base's statistics"), (0.0, "statistics that follow")):
+            with patch.object(edit_plan, "FOLLOW_ABOVE", above):
+                prepared = sparse.prepare(call, mask)
+            runs[f"sparse, {share:.0%}, {statistics}"] = lambda prepared=prepared: sparse.step(  # type: ignore[misc]
+                call, cache, prepared
+            )
+        runs[f"sparse, {share:.0%}, {statistics}, controlled"] = lambda prepared=prepared: sparse.step(  # type: ignore[misc]
             call, cache, prepared, control
         )
     return runs

@@ -7,7 +7,8 @@ Edits of the demo world without control. While the dense U-Net makes one under t
 recorded of it. Then sparse steps make the edit again, and take a part of that in the place of the base's: statistics of
 group norms, keys and values outside the mask, or the maps that convolutions read around it. Or they compute another
 number of cells around the mask. Or statistics are the base's, changed as the dense edit changed them at another of its
-steps. Printed is the structural similarity of each to the dense edit, inside the mask.
+steps; or they follow the edit, as those of large masks do, whatever the size of this one. In all other columns they are
+the base's. Printed is the structural similarity of each to the dense edit, inside the mask.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 import fisedit_compile.editing.running_edit as running_edit
+import fisedit_compile.planning.edit_plan as edit_plan
 from fisedit_compile import Base, Edit, Editor, SparseUNet
 from fisedit_compile.cache.step_cache import Recorded
 from fisedit_compile.editing.edit_run import EditRun
@@ -43,11 +45,13 @@ class Variant(NamedTuple):
         kinds: what of a call they take of the dense edit, see :func:`_kind`.
         cells: how many around the mask they compute.
         step: of the dense edit, for each step, as which the base's statistics are changed; None: not at all.
+        follow: whether statistics follow the edit, however small its mask is.
     """
 
     kinds: tuple[str, ...] = ()
     cells: int = 0
     step: Callable[[int], int] | None = None
+    follow: bool = False
 
 
 VARIANTS = {
@@ -62,6 +66,7 @@ VARIANTS = {
     "of a step before": Variant((), 1, lambda step: max(step - 1, 0)),
     "of every fourth": Variant((), 1, lambda step: step // 4 * 4),
     "of the second": Variant((), 1, lambda step: min(step, 1)),
+    "a cell, and they follow": Variant(cells=1, follow=True),
 }
 
 
@@ -110,7 +115,8 @@ def similarities(editor: Editor, base: Base, prompt: str, mask: Tensor) -> list[
     found = []
     for variant in VARIANTS.values():
         cache = _mixed(base, recorded, variant)
-        with patch.object(EditRun, "_cache", cache), patch.object(running_edit, "RIM", variant.cells):
+        above = patch.object(edit_plan, "FOLLOW_ABOVE", 0.0 if variant.follow else 1.0)
+        with patch.object(EditRun, "_cache", cache), patch.object(running_edit, "RIM", variant.cells), above:
             edit = editor.edit(base, prompt, mask)
         found.append(None if edit.report.ran_dense else _similarity(edit, dense, mask))
     return found

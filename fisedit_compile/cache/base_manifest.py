@@ -29,7 +29,7 @@ LENGTH = 8
 #: How hidden folders end in which a base is being written or removed; before it a dot, the base's name, eight digits.
 PARTIAL, REMOVED = ".partial", ".removed"
 
-FORMAT, FORMAT_VERSION = "fisedit_compile base", 3
+FORMAT, FORMAT_VERSION = "fisedit_compile base", 4
 
 #: More bytes than any manifest or content takes: a U-Net of SDXL has some thousand tensors and ten thousand values.
 MOST_JSON = 64 * 2**20

@@ -116,7 +116,7 @@ class HostMemory:
 @torch.inference_mode(False)
 @torch.no_grad()
 def brought_to_host(tensors: Sequence[Tensor], places: Sequence[Place], nbytes: int) -> Tensor:
-    """Tensors in one piece of host memory, uint8 ``[nbytes]``; those of a GPU come by a single copy.
+    """Tensors in one piece of host memory, uint8 ``[nbytes]``; a GPU is waited for once, not for each.
 
     Args:
         tensors: any, of the host and of one GPU.
@@ -124,16 +124,15 @@ def brought_to_host(tensors: Sequence[Tensor], places: Sequence[Place], nbytes: 
         nbytes: of the memory.
     """
     device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
-    room = -(-nbytes // 16) * 16
-    host = torch.empty(room, dtype=torch.uint8, pin_memory=device is not None)
-    there = host if device is None else torch.empty(room, dtype=torch.uint8, device=device)
+    host = torch.empty(-(-nbytes // 16) * 16, dtype=torch.uint8, pin_memory=device is not None)
     plain = [each.resolve_conj().resolve_neg() if each.is_conj() or each.is_neg() else each for each in tensors]
-    torch._foreach_copy_(tensors_in(there, places), plain)
-    if device is not None:  # on a stream of its own, so that what others launch meanwhile is not waited for
+    if device is None:
+        torch._foreach_copy_(tensors_in(host, places), plain)
+    else:  # on a stream of its own, so that what others launch meanwhile is not waited for
         stream = torch.cuda.Stream(device, priority=_PRIORITY)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            host.copy_(there, non_blocking=True)
+            torch._foreach_copy_(tensors_in(host, places), plain, non_blocking=True)
         stream.synchronize()
     return host[:nbytes]
 

@@ -11,12 +11,9 @@ from torch import Tensor
 
 from fisedit_compile.cache.host_tier import HostMemory
 from fisedit_compile.cache.read_base import BaseFolder
-from fisedit_compile.cache.shard_file import Part
+from fisedit_compile.cache.shard_file import PIECE, Part
 from fisedit_compile.cache.tensors_in_memory import Place, tensors_in
 from fisedit_compile.errors import BaseMemoryError
-
-#: Bytes that are read at once. Between two pieces a thread needs the interpreter's lock, for which it may have to wait.
-PIECE = 16 * 2**20
 
 #: To what tensors are aligned, in bytes: where one that lies behind another is not, a stretch of memory begins.
 _ALIGNMENT = 64
@@ -24,14 +21,17 @@ _ALIGNMENT = 64
 
 @dataclass
 class _Stretch:
-    """Tensors of a shard that lie in memory as they do in the file, one behind another."""
+    """Tensors of a shard that lie in memory as they do in the file, one behind another.
+
+    It has a piece at most, unless one tensor alone is larger, so that pieces of pinned memory are filled without gaps.
+    """
 
     device: torch.device
     nbytes: int = 0
     places: dict[str, Place] = field(default_factory=dict)
 
-    def takes(self, device: torch.device) -> bool:
-        return device == self.device and self.nbytes % _ALIGNMENT == 0 and self.nbytes < PIECE
+    def takes(self, part: Part, device: torch.device) -> bool:
+        return device == self.device and self.nbytes % _ALIGNMENT == 0 and self.nbytes + part.nbytes <= PIECE
 
     def add(self, part: Part) -> None:
         self.places[part.name] = Place(self.nbytes, part.dtype, part.shape)
@@ -137,7 +137,7 @@ def _stretches(parts: list[Part], device_of: Callable[[str], torch.device | None
     stretches: list[_Stretch] = []
     for part in parts:
         device = device_of(part.name) or (stretches[-1].device if stretches else torch.device("cpu"))
-        if not stretches or not stretches[-1].takes(device):
+        if not stretches or not stretches[-1].takes(part, device):
             stretches.append(_Stretch(device))
         stretches[-1].add(part)
     return stretches

@@ -53,7 +53,7 @@ class ReadAhead:
         if os.getpid() != self._process:
             raise SavedBaseError(f"{self._name} was loaded before this process was forked: load it again")
         with self._turn:
-            onwards = index > self._last or index == 0
+            onwards = index >= self._last or index == 0  # an edit asks for a call more than once
             self._last = index
             behind = min(index + (AHEAD if onwards else 0) + 1, len(self._shards))
             self._let_go(self._kept.keys() - set(range(index, behind)))

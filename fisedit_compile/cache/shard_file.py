@@ -44,7 +44,8 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
-#: Bytes that are brought from a device, checked and written at once.
+#: Bytes that are copied, checked, and read or written at once. Between two pieces a thread needs the interpreter's
+#: lock, for which it may have to wait.
 PIECE = 16 * 2**20
 
 

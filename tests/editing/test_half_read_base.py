@@ -63,19 +63,6 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 
 
 @pytest.fixture(scope="module")
-def saved_once(tiny_base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bases") / "base"
-    tiny_base.save(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(saved_once: Path, tmp_path: Path) -> Path:
-    shutil.copytree(saved_once, tmp_path / "store" / "base")
-    return tmp_path / "store" / "base"
-
-
-@pytest.fixture(scope="module")
 def want(tiny_editor: Editor, tiny_base: Base) -> torch.Tensor:
     return tiny_editor.edit(tiny_base, EDIT, left_half()).latents
 
