@@ -7,7 +7,7 @@ import fcntl
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -83,12 +83,14 @@ class BaseStore:
         except OSError as error:
             raise BaseStorageError(f"{folder} cannot be a folder of bases ({error.strerror})") from error
 
-    def put(self, base: Savable, name: str | None = None) -> str:
+    def put(self, base: Savable, name: str | None = None, *, give_way: Callable[[], None] | None = None) -> str:
         """Save a base, and let those go that were not used for longest if there is no room for it.
 
         Args:
             base: the base.
             name: letters, digits, ``.``, ``_`` and ``-``; None makes one up.
+            give_way: called between two pieces that are written, by several threads, and may wait: until others have
+                done what is more urgent.
 
         Returns:
             Its name.
@@ -112,7 +114,7 @@ class BaseStore:
             check_target(folder)
             remove_leftovers(self.folder)
             self._make_room(self.max_bytes - packed.nbytes)
-            write_base(packed, folder)
+            write_base(packed, folder, give_way)
         return folder.name
 
     @contextmanager

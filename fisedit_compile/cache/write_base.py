@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,12 +26,13 @@ from fisedit_compile.cache.shard_file import shard_chunks
 from fisedit_compile.errors import BaseFormatError, BaseInUseError, BaseStorageError, SavedBaseError
 
 
-def write_base(packed: PackedBase, folder: Path) -> Manifest:
+def write_base(packed: PackedBase, folder: Path, give_way: Callable[[], None] | None = None) -> Manifest:
     """Write a base, whole or not at all.
 
     Args:
         packed: the base.
         folder: where it will lie: one that is not there yet, or empty; those above it are made.
+        give_way: called between two pieces, by several threads, and may wait.
 
     Raises:
         SavedBaseError: something lies there already, or the base holds too much beside its tensors.
@@ -48,7 +49,7 @@ def write_base(packed: PackedBase, folder: Path) -> Manifest:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _check_room(packed.nbytes, folder)
         with _partial_folder(folder) as partial:
-            manifest = _write_files(packed, content, partial)
+            manifest = _write_files(packed, content, partial, give_way)
             _put_in_place(partial, folder)
             return manifest
     except OSError as error:
@@ -57,10 +58,14 @@ def write_base(packed: PackedBase, folder: Path) -> Manifest:
         raise _storage_error(error, folder) from error
 
 
-def _write_files(packed: PackedBase, content: bytes, partial: Path) -> Manifest:
+def _write_files(packed: PackedBase, content: bytes, partial: Path, give_way: Callable[[], None] | None) -> Manifest:
     """Write all files of a base into a folder, and to the disk."""
+
+    def write_shard(name: str) -> BaseFile:
+        return _write(partial / name, shard_chunks(packed.shards[name]), give_way)
+
     with ThreadPoolExecutor(WORKERS) as workers:
-        files = list(workers.map(lambda name: _write(partial / name, shard_chunks(packed.shards[name])), packed.shards))
+        files = list(workers.map(write_shard, packed.shards))
     files.append(_write(partial / CONTENT, [content]))
     manifest = Manifest(packed.summary, tuple(files))
     _write(partial / MANIFEST, [manifest.to_json()])
@@ -129,7 +134,7 @@ def _check_room(needed: int, folder: Path) -> None:
         )
 
 
-def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> BaseFile:
+def _write(path: Path, chunks: Iterable[bytes | memoryview], give_way: Callable[[], None] | None = None) -> BaseFile:
     digest, size = hashlib.blake2b(digest_size=16), 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
@@ -139,6 +144,8 @@ def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> BaseFile:
             while rest:
                 rest = rest[os.write(descriptor, rest) :]
             size += len(chunk)
+            if give_way is not None:
+                give_way()
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -34,6 +35,10 @@ logger = logging.getLogger(__name__)
 #: others stay in memory alone: nobody waits for the disk, and a base that is gone can be drawn again.
 _MOST_WAITING = 4
 
+#: Seconds that a base waits for moments in which nobody waits for a picture, before it is written beside one: a picture
+#: takes up to three times as long beside a base that is written.
+_PATIENCE = 5.0
+
 #: Pictures that are kept, of those without a base.
 MOST_PICTURES = 20_000
 
@@ -41,9 +46,9 @@ MOST_PICTURES = 20_000
 class HeldBases:
     """Bases by the names of their pictures.
 
-    A base is written behind the answer, by a thread of its own: writing takes as long as drawing on a fast device. What
-    is in the store is noted in the library whenever it changes, and what somebody evicted with it; so is a base that
-    leaves the memory without having been written.
+    A base is written behind the answer, by a thread of its own, while nobody waits for a picture: writing takes as long
+    as drawing on a fast device. What is in the store is noted in the library whenever it changes, and what somebody
+    evicted with it; so is a base that leaves the memory without having been written.
 
     Args:
         editor: that drew them, or can load them.
@@ -51,6 +56,9 @@ class HeldBases:
         library: of their pictures.
         max_bytes: that those in memory may take together; the one in use stays.
         write: whether bases are written at all.
+
+    Attributes:
+        quiet: set while nobody waits for a picture; whoever draws clears it.
     """
 
     def __init__(
@@ -58,7 +66,10 @@ class HeldBases:
     ) -> None:
         self._editor, self._store, self._library, self._max_bytes = editor, store, library, max_bytes
         self._write_at_all = write
+        self.quiet = threading.Event()
+        self.quiet.set()
         self._held: OrderedDict[str, Base] = OrderedDict()
+        self._nbytes: dict[str, int] = {}  # of those, counted once: a base has thousands of tensors
         self._waiting: OrderedDict[str, Future[None]] = OrderedDict()
         self._lock = threading.Lock()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="write-bases")
@@ -102,7 +113,7 @@ class HeldBases:
             if len(self._waiting) == _MOST_WAITING:
                 logger.info("base %s stays in memory alone: %d others are being written", name, _MOST_WAITING)
                 return
-            future = self._waiting[name] = self._writer.submit(self._write, name, base)
+            future = self._waiting[name] = self._writer.submit(self._write, name, base, time.monotonic() + _PATIENCE)
         future.add_done_callback(lambda _: self._written(name))
 
     def drop(self, name: str | None = None) -> None:
@@ -110,7 +121,7 @@ class HeldBases:
         with self._lock:
             gone = [each for each in self._held if name in (None, each)]
             for each in gone:
-                del self._held[each]
+                del self._held[each], self._nbytes[each]
             gone = [each for each in gone if each not in self._waiting]
         for each in gone:
             self._library.note_base_gone(each)
@@ -119,7 +130,7 @@ class HeldBases:
     def nbytes(self) -> int:
         """What those in memory take."""
         with self._lock:
-            return sum(base.nbytes for base in self._held.values())
+            return sum(self._nbytes.values())
 
     def wait(self) -> None:
         """Wait until the bases that were added so far are written."""
@@ -133,20 +144,25 @@ class HeldBases:
         self._writer.shutdown()
 
     def _hold(self, name: str, base: Base) -> None:
+        nbytes = base.nbytes
         with self._lock:
-            self._held[name] = base
+            self._held[name], self._nbytes[name] = base, nbytes
             self._held.move_to_end(name)
-            taken, gone = sum(each.nbytes for each in self._held.values()), []
+            taken, gone = sum(self._nbytes.values()), []
             while taken > self._max_bytes and len(self._held) > 1:
-                oldest, let_go = self._held.popitem(last=False)
-                taken -= let_go.nbytes
+                oldest, _ = self._held.popitem(last=False)
+                taken -= self._nbytes.pop(oldest)
                 gone += [] if oldest in self._waiting else [oldest]
         for each in gone:
             self._library.note_base_gone(each)
 
-    def _write(self, name: str, base: Base) -> None:
+    def _write(self, name: str, base: Base, patient_until: float) -> None:
+        def give_way() -> None:
+            self.quiet.wait(max(0.0, patient_until - time.monotonic()))
+
+        give_way()
         try:
-            self._store.put(base, name)
+            self._store.put(base, name, give_way=give_way)
         except (FiseditError, OSError) as error:
             # Its picture is answered all the same: whoever edits it later waits until its base is drawn again.
             if not (self._store.folder / name).exists():

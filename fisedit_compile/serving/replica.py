@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,33 +12,20 @@ import torch
 
 from fisedit_compile.cache.memory import free_bytes
 from fisedit_compile.config import SparsityConfig
-from fisedit_compile.errors import FiseditError
 from fisedit_compile.serving.engine import Engine
 from fisedit_compile.serving.held_bases import HeldBases, open_library, open_store
-from fisedit_compile.serving.requests import Settings
+from fisedit_compile.serving.warm_up import draw_edits, draw_unrecorded
 from fisedit_compile.serving.worker import Worker
 
 if TYPE_CHECKING:
     from fisedit_compile.editing.editor import Editor
 
-logger = logging.getLogger(__name__)
-
 #: Share of the free memory that bases may take, where no other limit is given: on a GPU, which a replica has alone, and
 #: on the host.
 _SHARES = {"cuda": 0.5, "cpu": 0.25}
 
-#: Words of the pictures that are drawn before the first request, and the steps of these: a dense and a sparse one.
-_WORDS, _STEPS = ("a cat", "a dog"), 2
-
-#: Shares of a picture's sides that masks of these edits cover. Small and large masks have graphs of their own, and on a
-#: GPU there is one for each of a few sizes.
-_SIDES_OF_MASKS = {"cpu": (0.1, 0.5), "cuda": (0.1, 0.2, 0.25, 0.3, 0.37, 0.45, 0.55, 0.65)}
-
 #: The mode of ``torch.compile`` that draws fastest (docs/performance.md): with CUDA graphs.
 _COMPILE_MODE = "reduce-overhead"
-
-#: Pictures that a compiled pipeline draws until its CUDA graphs are captured and replayed.
-_UNTIL_REPLAY = 3
 
 
 @dataclass(frozen=True)
@@ -102,8 +88,9 @@ def build_worker(options: ReplicaOptions) -> Worker:
     editor = Editor(pipe, SparsityConfig.of(options.config))
     folder = Path(options.folder)
     library, store = open_library(folder), open_store(folder, options.store_bytes)
+    side = facts_of(editor).side
     if options.keep_bases:
-        _warm_up(editor, facts_of(editor).side, options.batch)
+        draw_edits(editor, side, options.batch)
     memory = options.memory_bytes
     if memory is None:
         kind = pipe.device.type
@@ -112,7 +99,7 @@ def build_worker(options: ReplicaOptions) -> Worker:
     engine = Engine(editor, bases, library, records=options.keep_bases)
     worker = Worker(engine, options.batch)
     if not options.keep_bases:
-        worker.begin(lambda: _draw_some(engine, facts_of(editor).side))
+        worker.begin(lambda: draw_unrecorded(engine.artist, side))
     gc.collect()
     gc.freeze()  # modules and graphs stay: to search them for garbage would stop a request for a third of a second
     return worker
@@ -124,35 +111,3 @@ def facts_of(editor: Editor) -> PipelineFacts:
     side = pipe.unet.config.sample_size
     factor = pipe.vae_scale_factor
     return PipelineFacts(editor.digest(), (side if isinstance(side, int) else max(side)) * factor, math.lcm(8, factor))
-
-
-def _draw_some(engine: Engine, side: int) -> None:
-    """Draw pictures without their bases, so that what is compiled is there, and recorded by CUDA graphs."""
-    for seed in range(_UNTIL_REPLAY):
-        engine.artist.unrecorded(_WORDS[0], Settings(side, side, _STEPS, guidance=5.0), seed, None)
-
-
-def _warm_up(editor: Editor, side: int, batch: int) -> None:
-    """Draw a picture and edit it, within masks of some sizes and one that is found, so that graphs and kernels exist.
-
-    Args:
-        editor: the editor.
-        side: of the picture.
-        batch: edits that will be made together at most; there are graphs for each number of them.
-    """
-    from PIL import Image
-
-    from fisedit_compile.editing.edit_request import EditRequest
-
-    base = editor.generate(
-        _WORDS[0], num_inference_steps=_STEPS, generator=torch.Generator().manual_seed(0), width=side, height=side
-    )
-    masks = [Image.new("L", (100, 100)) for _ in _SIDES_OF_MASKS[editor.pipe.device.type]]
-    for mask, share in zip(masks, _SIDES_OF_MASKS[editor.pipe.device.type], strict=True):
-        mask.paste(255, (0, 0, round(100 * share), round(100 * share)))
-    for count in (2**i for i in range(batch.bit_length())):
-        for given in (*masks, None):
-            try:
-                editor.edit_many([EditRequest(base, _WORDS[1], given)] * count)
-            except (FiseditError, ValueError) as error:  # a model to which both are one word, or that changes nothing
-                logger.info("edits before the first request: %s", error)

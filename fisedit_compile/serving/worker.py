@@ -49,7 +49,7 @@ class Worker:
     """Gives the jobs of coroutines to an engine in their order.
 
     When a job's turn comes, edits that wait behind it and fit to it are made with it. They overtake others by that, but
-    nobody waits for more of them to come.
+    nobody waits for more of them to come. While none waits and none is drawn, the engine's bases are written.
 
     Args:
         engine: the engine; the thread of this worker alone draws with it.
@@ -87,6 +87,7 @@ class Worker:
         task = Task(job, stop, watch if progress else None, partial_pictures)
         with self._lock:
             self._queue.append(_Waiting(task, future))
+            self.engine.bases.quiet.clear()
         self._thread.submit(self._draw_next)
         try:
             while (event := await events.get()) is not None:
@@ -103,6 +104,7 @@ class Worker:
         self._thread.shutdown(cancel_futures=True)
         for waiting in self._queue:
             waiting.cancel()
+        self.engine.bases.quiet.set()
         self.engine.bases.close()
 
     def _draw_next(self) -> None:
@@ -118,6 +120,10 @@ class Worker:
         except Exception as error:
             for waiting in left.values():
                 waiting.settle(error)
+        finally:
+            with self._lock:
+                if not self._queue:
+                    self.engine.bases.quiet.set()
 
     def _beside(self, job: Job) -> list[_Waiting]:
         """What is made together with a job, of what waits behind it; it waits no more."""

@@ -63,6 +63,13 @@ class TestBudget:
         assert names(store) == ["a", "d", "e"]
         assert sum(base.bytes for base in store.bases()) <= store.max_bytes
 
+    def test_writing_gives_way_behind_each_piece(self, store: BaseStore) -> None:
+        pieces: list[None] = []
+        store.put(Small(), "a", give_way=lambda: pieces.append(None))
+        assert len(pieces) == 2 * len(Small().pack().shards)  # of each file the header, and one tensor
+        with store.get("a") as folder, open_base(folder) as opened:
+            opened.verify()
+
     def test_one_in_use_stays(self, store: BaseStore) -> None:
         filled(store, "a", "b", "c")
         with store.get("a") as folder:

@@ -124,6 +124,20 @@ def test_what_does_not_fit_is_drawn_by_itself(tiny: Service) -> None:
     assert together(answers) == [1, 1]  # nobody waits for a base that has to be read first
 
 
+def test_bases_wait_while_somebody_waits_for_a_picture(tiny: Service) -> None:
+    quiet: list[bool] = []
+    draw = tiny.engine.draw_together
+
+    def watched(*arguments: Any) -> None:
+        quiet.append(tiny.bases.quiet.is_set())
+        draw(*arguments)
+
+    tiny.engine.draw_together = watched
+    new(tiny, request(CAT, reuse="never"), request(APPLE, seed=4, reuse="never"))
+    assert quiet == [False, False]
+    assert tiny.bases.quiet.wait(10)
+
+
 def test_one_at_a_time(tmp_path: Path, tiny_editor: Editor) -> None:
     with service(tmp_path, tiny_editor, similar=-1.0) as made:
         new(made, request(CAT, reuse="never"))

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -255,7 +256,7 @@ class TestAgainstTheStore:
         """What it does not take in time stays in memory, and is found for as long as it does."""
         store, disk = open_store(tmp_path, 100 * SIZE), threading.Event()
         put = store.put
-        monkeypatch.setattr(store, "put", lambda *arguments: (disk.wait(), put(*arguments)))
+        monkeypatch.setattr(store, "put", lambda *arguments, **options: (disk.wait(), put(*arguments, **options)))
         bases: Any = HeldBases(None, store, library, 7)  # type: ignore[arg-type]
         pictures = [picture() for _ in range(8)]
         for each in pictures:
@@ -274,6 +275,33 @@ class TestAgainstTheStore:
         assert len(index) == 7
         bases.drop()
         assert len(index) == 4
+
+    def test_bases_are_written_while_nobody_waits_for_a_picture(
+        self, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(held_bases, "_PATIENCE", 60.0)
+        store, made = open_store(tmp_path, 100 * SIZE), picture()
+        library.add(made)
+        bases: Any = HeldBases(None, store, library, 7)  # type: ignore[arg-type]
+        bases.quiet.clear()
+        bases.add(made.id, Small())
+        time.sleep(0.2)
+        assert store.bases() == []
+        bases.quiet.set()
+        bases.wait()
+        assert [base.name for base in store.bases()] == [made.id]
+
+    def test_but_not_at_last_where_somebody_always_does(
+        self, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(held_bases, "_PATIENCE", 0.2)
+        store, made = open_store(tmp_path, 100 * SIZE), picture()
+        library.add(made)
+        bases: Any = HeldBases(None, store, library, 7)  # type: ignore[arg-type]
+        bases.quiet.clear()
+        bases.add(made.id, Small())
+        bases.wait()
+        assert [base.name for base in store.bases()] == [made.id]
 
     def test_nothing_is_written_where_nothing_is_reused(self, library: Library, tmp_path: Path) -> None:
         store, made = open_store(tmp_path, 100 * SIZE), picture()

@@ -1,0 +1,100 @@
+"""Pictures that a replica draws before its first request, so that nobody waits for what is made on first use."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fisedit_compile.errors import FiseditError
+from fisedit_compile.planning.buckets import MASK_SHARES
+from fisedit_compile.serving.requests import Settings
+
+if TYPE_CHECKING:
+    from fisedit_compile.editing.editor import Editor
+    from fisedit_compile.serving.artist import Artist
+
+logger = logging.getLogger(__name__)
+
+#: Words of a picture and of its edit.
+_WORDS = ("a cat", "a dog")
+
+#: The same with more words, as recorded calls of longer prompts are a graph of their own.
+_MORE_WORDS = "a cat, a bird, a tree, a house and a small red car by the sea"
+
+#: Steps of these pictures. On a CPU a dense and a sparse one; a GPU has graphs also of the steps that edits of longer
+#: pictures do not visit, and is quick.
+_STEPS = {"cpu": 2, "cuda": 30}
+
+#: Pictures that a compiled pipeline draws until its CUDA graphs are captured and replayed.
+_UNTIL_REPLAY = 3
+
+#: Of how many latents in each direction a ragged mask has one square.
+_SQUARE = 16
+
+
+def draw_edits(editor: Editor, side: int, batch: int) -> None:
+    """Draw pictures with their bases and edit one, within masks of many sizes and one that is found.
+
+    Args:
+        editor: the editor.
+        side: of the picture, in pixels.
+        batch: edits that will be made together at most; there are graphs for each number of them.
+    """
+    from fisedit_compile.editing.edit_request import EditRequest
+
+    kind = editor.pipe.device.type
+    picture: dict[str, Any] = {"num_inference_steps": _STEPS[kind], "width": side, "height": side}
+    base = editor.generate(_WORDS[0], generator=torch.Generator().manual_seed(0), **picture)
+    if kind == "cuda":
+        editor.generate(_MORE_WORDS, generator=torch.Generator().manual_seed(0), **picture)
+    masks = list(_masks(side // editor.pipe.vae_scale_factor, kind, editor.config.dense_above))
+    for count in (2**i for i in range(batch.bit_length())):
+        for given in (*masks, None):
+            try:
+                editor.edit_many([EditRequest(base, _WORDS[1], given)] * count)
+            except (FiseditError, ValueError) as error:  # a model to which both are one word, or that changes nothing
+                logger.info("edits before the first request: %s", error)
+
+
+def draw_unrecorded(artist: Artist, side: int) -> None:
+    """Draw pictures without their bases, so that what is compiled is there, and recorded by CUDA graphs."""
+    for seed in range(_UNTIL_REPLAY):
+        artist.unrecorded(_WORDS[0], Settings(side, side, _STEPS["cpu"], guidance=5.0), seed, None)
+
+
+def _masks(latents: int, kind: str, most: float) -> Iterator[Image.Image]:
+    """Masks of which each has a graph of its own: on a CPU a small and a large one, on a GPU one of each bucket.
+
+    Args:
+        latents: of a side of the picture.
+        kind: of the device.
+        most: share of the picture above which edits run dense.
+    """
+    shares = (0.01, 0.25) if kind == "cpu" else [share for share in MASK_SHARES if share <= most]
+    for share in shares:
+        cells = int(latents * math.sqrt(share))  # rounded down, to stay within the share
+        compact = np.zeros((latents, latents), dtype=np.uint8)
+        compact[:cells, :cells] = 255
+        yield Image.fromarray(compact)
+        if kind == "cuda":
+            yield Image.fromarray(_ragged(latents, int(share * latents**2), 14 if share < 0.3 else 15))
+
+
+def _ragged(latents: int, count: int, square_side: int) -> np.ndarray:
+    """A mask of ``count`` latents in squares, at odd positions, so that coarser levels have a larger share of it."""
+    mask = np.zeros((latents, latents), dtype=np.uint8)
+    starts = range(1, latents, _SQUARE)
+    places = [(y, x) for y in starts for x in starts]
+    places.sort(key=lambda place: sum(place) // _SQUARE % 2)  # as the white ones of a chessboard, and then the black
+    for y, x in places:
+        square = mask[y : y + square_side, x : x + square_side]
+        rows = min(len(square), count // square.shape[1])
+        square[:rows] = 255
+        count -= rows * square.shape[1]
+    return mask
