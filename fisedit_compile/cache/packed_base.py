@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -49,15 +50,20 @@ class PackedBase:
 
         return keep
 
-    @property
+    @cached_property
+    def content_json(self) -> bytes:
+        """:attr:`content` as it is written."""
+        return json.dumps(self.content).encode()
+
+    @cached_property
     def nbytes(self) -> int:
-        """The most that it takes on disk, in bytes."""
+        """The most that it takes on disk, in bytes; of a base that is packed."""
         tensors = sum(
             tensor.nbytes + len(name.encode()) + _TENSOR_OVERHEAD
             for shard in self.shards.values()
             for name, tensor in shard.items()
         )
-        written = len(json.dumps(self.content)) + len(json.dumps(self.summary))
+        written = len(self.content_json) + len(json.dumps(self.summary))
         return tensors + written + _FILE_OVERHEAD * (len(self.shards) + 2)
 
 

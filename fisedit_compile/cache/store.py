@@ -7,9 +7,9 @@ import fcntl
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -59,6 +59,30 @@ class StoredBase:
     problem: str
 
 
+@dataclass(frozen=True)
+class _Known:
+    """A base that was looked at, and which file its manifest was: a folder of its name may be another one later."""
+
+    base: StoredBase
+    manifest: tuple[int, int]
+
+    @staticmethod
+    def of(base: StoredBase, folder: Path) -> _Known:
+        return _Known(base, _file(folder / base.name / MANIFEST))
+
+    def is_at(self, path: Path) -> bool:
+        return _file(path / MANIFEST) == self.manifest
+
+
+def _file(path: Path) -> tuple[int, int]:
+    """What tells a file from another one, and from itself before it was written to; zeros where there is none."""
+    try:
+        found = path.stat(follow_symlinks=False)
+    except OSError:
+        return 0, 0
+    return found.st_ino, found.st_mtime_ns
+
+
 class BaseStore:
     """Saved bases in one folder, of which the least recently used go when there is no room for another.
 
@@ -78,6 +102,7 @@ class BaseStore:
         if max_bytes < 1:
             raise ValueError(f"max_bytes={max_bytes}: give the bytes that bases may take together")
         self.folder, self.max_bytes = Path(folder), max_bytes
+        self._known: dict[str, _Known] = {}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -161,7 +186,7 @@ class BaseStore:
             remove_base(self._folder_of(name))
 
     def _make_room(self, most: int) -> list[str]:
-        bases, going, why = self.bases(), [], ""
+        bases, going, why = self._looked_at(), [], ""
         taken = sum(base.bytes for base in bases)
         for base in bases:
             if taken <= most:
@@ -180,6 +205,12 @@ class BaseStore:
             with contextlib.suppress(BaseFormatError):  # somebody removed it meanwhile, beside the store
                 remove_base(self.folder / name)
         return going
+
+    def _looked_at(self) -> list[StoredBase]:
+        """:meth:`bases`, of which each is looked at once: a base stays as it was written."""
+        bases = stored_bases(self.folder, self._known)
+        self._known = {base.name: _Known.of(base, self.folder) for base in bases if not base.problem}
+        return bases
 
     def _folder_of(self, name: str) -> Path:
         if not _NAME.fullmatch(name):
@@ -203,8 +234,12 @@ class BaseStore:
             os.close(descriptor)
 
 
-def stored_bases(folder: Path) -> list[StoredBase]:
+def stored_bases(folder: Path, known: Mapping[str, _Known] | None = None) -> list[StoredBase]:
     """The bases in a folder, the least recently used first; hidden folders, links and other things are none.
+
+    Args:
+        folder: the folder.
+        known: bases that were looked at before: of these only their last use is looked at, as long as they are there.
 
     Raises:
         BaseStorageError: the folder cannot be read.
@@ -215,27 +250,34 @@ def stored_bases(folder: Path) -> list[StoredBase]:
         raise BaseStorageError(f"{folder} cannot be read ({error.strerror}): give a folder of bases") from error
     found = []
     for name in names:
-        path = folder / name
-        if name.startswith(".") or path.is_symlink() or not (path / MANIFEST).is_file():
-            continue
-        manifest, problem = None, ""
         try:
-            with open_base(path, follow=False) as opened:
-                manifest = opened.manifest
-        except BaseVersionError as error:
-            problem = str(error)
-        except BaseFormatError:
-            continue
-        except SavedBaseError as error:
-            problem = str(error)
-        try:
-            used = path.stat().st_mtime_ns
-            size = sum(entry.stat(follow_symlinks=False).st_size for entry in os.scandir(path))
+            base = _stored_base(folder / name, (known or {}).get(name))
         except OSError:  # removed meanwhile
             continue
-        time = datetime.fromtimestamp(used / 1e9, UTC)
-        found.append((used, name, StoredBase(name, size, time, manifest, problem)))
-    return [base for *_, base in sorted(found, key=lambda each: each[:2])]
+        if base is not None:
+            found.append(base)
+    return sorted(found, key=lambda base: (base.used, base.name))
+
+
+def _stored_base(path: Path, known: _Known | None) -> StoredBase | None:
+    """What lies in a folder; None where that is no base."""
+    if path.name.startswith(".") or path.is_symlink() or not (path / MANIFEST).is_file():
+        return None
+    used = datetime.fromtimestamp(path.stat().st_mtime_ns / 1e9, UTC)
+    if known is not None and known.is_at(path):
+        return replace(known.base, used=used)
+    manifest, problem = None, ""
+    try:
+        with open_base(path, follow=False) as opened:
+            manifest = opened.manifest
+    except BaseVersionError as error:
+        problem = str(error)
+    except BaseFormatError:
+        return None
+    except SavedBaseError as error:
+        problem = str(error)
+    size = sum(entry.stat(follow_symlinks=False).st_size for entry in os.scandir(path))
+    return StoredBase(path.name, size, used, manifest, problem)
 
 
 def _mib(count: int) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import secrets
 import shutil
@@ -39,7 +38,7 @@ def write_base(packed: PackedBase, folder: Path, give_way: Callable[[], None] | 
         BaseStorageError: the file system is full, read-only or forbidden; nothing is left of what was written.
     """
     check_target(folder)
-    content = json.dumps(packed.content).encode()
+    content = packed.content_json
     if len(content) > MOST_JSON:
         raise SavedBaseError(
             f"{folder}: beside its tensors the base holds {len(content) / 2**20:.1f} MiB, and {MOST_JSON / 2**20:.1f} "

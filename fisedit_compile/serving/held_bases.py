@@ -35,10 +35,6 @@ logger = logging.getLogger(__name__)
 #: others stay in memory alone: nobody waits for the disk, and a base that is gone can be drawn again.
 _MOST_WAITING = 4
 
-#: Seconds that a base waits for moments in which nobody waits for a picture, before it is written beside one: a picture
-#: takes up to three times as long beside a base that is written.
-_PATIENCE = 5.0
-
 #: Pictures that are kept, of those without a base.
 MOST_PICTURES = 20_000
 
@@ -46,8 +42,8 @@ MOST_PICTURES = 20_000
 class HeldBases:
     """Bases by the names of their pictures.
 
-    A base is written behind the answer, by a thread of its own, while nobody waits for a picture: writing takes as long
-    as drawing on a fast device. What is in the store is noted in the library whenever it changes, and what somebody
+    A base is written behind the answer, by a thread of its own, and where that takes as long as drawing while nobody
+    waits for a picture. What is in the store is noted in the library whenever it changes, and what somebody
     evicted with it; so is a base that leaves the memory without having been written.
 
     Args:
@@ -56,16 +52,25 @@ class HeldBases:
         library: of their pictures.
         max_bytes: that those in memory may take together; the one in use stays.
         write: whether bases are written at all.
+        patience: seconds that a base waits for moments in which nobody waits for a picture, before it is written beside
+            those that are drawn.
 
     Attributes:
         quiet: set while nobody waits for a picture; whoever draws clears it.
     """
 
     def __init__(
-        self, editor: Editor, store: BaseStore, library: Library, max_bytes: int, *, write: bool = True
+        self,
+        editor: Editor,
+        store: BaseStore,
+        library: Library,
+        max_bytes: int,
+        *,
+        write: bool = True,
+        patience: float = 0.0,
     ) -> None:
         self._editor, self._store, self._library, self._max_bytes = editor, store, library, max_bytes
-        self._write_at_all = write
+        self._write_at_all, self._patience = write, patience
         self.quiet = threading.Event()
         self.quiet.set()
         self._held: OrderedDict[str, Base] = OrderedDict()
@@ -113,7 +118,9 @@ class HeldBases:
             if len(self._waiting) == _MOST_WAITING:
                 logger.info("base %s stays in memory alone: %d others are being written", name, _MOST_WAITING)
                 return
-            future = self._waiting[name] = self._writer.submit(self._write, name, base, time.monotonic() + _PATIENCE)
+            future = self._waiting[name] = self._writer.submit(
+                self._write, name, base, time.monotonic() + self._patience
+            )
         future.add_done_callback(lambda _: self._written(name))
 
     def drop(self, name: str | None = None) -> None:

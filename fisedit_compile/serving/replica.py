@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 #: on the host.
 _SHARES = {"cuda": 0.5, "cpu": 0.25}
 
+#: Seconds that a base waits until it is written beside pictures that are drawn. On a GPU these take up to three times
+#: as long meanwhile, and a base can be drawn again in less time than it is written; on a CPU it goes unnoticed.
+_PATIENCE = {"cuda": 60.0, "cpu": 0.0}
+
 #: The mode of ``torch.compile`` that draws fastest (docs/performance.md): with CUDA graphs.
 _COMPILE_MODE = "reduce-overhead"
 
@@ -91,11 +95,11 @@ def build_worker(options: ReplicaOptions) -> Worker:
     side = facts_of(editor).side
     if options.keep_bases:
         draw_edits(editor, side, options.batch)
-    memory = options.memory_bytes
+    kind, memory = pipe.device.type, options.memory_bytes
     if memory is None:
-        kind = pipe.device.type
         memory = int(_SHARES[kind] * free_bytes(pipe.device) / (options.replicas if kind == "cpu" else 1))
-    bases = HeldBases(editor, store, library, memory, write=options.keep_bases)
+    patience = _PATIENCE[kind]
+    bases = HeldBases(editor, store, library, memory, write=options.keep_bases, patience=patience)
     engine = Engine(editor, bases, library, records=options.keep_bases)
     worker = Worker(engine, options.batch)
     if not options.keep_bases:

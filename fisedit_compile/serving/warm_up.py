@@ -34,6 +34,10 @@ _STEPS = {"cpu": 2, "cuda": 30}
 #: Pictures that a compiled pipeline draws until its CUDA graphs are captured and replayed.
 _UNTIL_REPLAY = 3
 
+#: Share of the picture that the largest of these masks covers. The graphs of larger ones, which are rare, are made when
+#: somebody asks for them.
+_LARGEST = 0.31
+
 #: Of how many latents in each direction a ragged mask has one square.
 _SQUARE = 16
 
@@ -53,7 +57,7 @@ def draw_edits(editor: Editor, side: int, batch: int) -> None:
     base = editor.generate(_WORDS[0], generator=torch.Generator().manual_seed(0), **picture)
     if kind == "cuda":
         editor.generate(_MORE_WORDS, generator=torch.Generator().manual_seed(0), **picture)
-    masks = list(_masks(side // editor.pipe.vae_scale_factor, kind, editor.config.dense_above))
+    masks = list(_masks(side // editor.pipe.vae_scale_factor, kind))
     for count in (2**i for i in range(batch.bit_length())):
         for given in (*masks, None):
             try:
@@ -68,15 +72,14 @@ def draw_unrecorded(artist: Artist, side: int) -> None:
         artist.unrecorded(_WORDS[0], Settings(side, side, _STEPS["cpu"], guidance=5.0), seed, None)
 
 
-def _masks(latents: int, kind: str, most: float) -> Iterator[Image.Image]:
-    """Masks of which each has a graph of its own: on a CPU a small and a large one, on a GPU one of each bucket.
+def _masks(latents: int, kind: str) -> Iterator[Image.Image]:
+    """Masks of which each has a graph of its own: on a CPU a small and a large one, on a GPU one of each common bucket.
 
     Args:
         latents: of a side of the picture.
         kind: of the device.
-        most: share of the picture above which edits run dense.
     """
-    shares = (0.01, 0.25) if kind == "cpu" else [share for share in MASK_SHARES if share <= most]
+    shares = (0.01, 0.25) if kind == "cpu" else [share for share in MASK_SHARES if share <= _LARGEST]
     for share in shares:
         cells = int(latents * math.sqrt(share))  # rounded down, to stay within the share
         compact = np.zeros((latents, latents), dtype=np.uint8)

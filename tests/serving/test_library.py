@@ -276,13 +276,10 @@ class TestAgainstTheStore:
         bases.drop()
         assert len(index) == 4
 
-    def test_bases_are_written_while_nobody_waits_for_a_picture(
-        self, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(held_bases, "_PATIENCE", 60.0)
+    def test_bases_are_written_while_nobody_waits_for_a_picture(self, library: Library, tmp_path: Path) -> None:
         store, made = open_store(tmp_path, 100 * SIZE), picture()
         library.add(made)
-        bases: Any = HeldBases(None, store, library, 7)  # type: ignore[arg-type]
+        bases: Any = HeldBases(None, store, library, 7, patience=60.0)  # type: ignore[arg-type]
         bases.quiet.clear()
         bases.add(made.id, Small())
         time.sleep(0.2)
@@ -291,13 +288,10 @@ class TestAgainstTheStore:
         bases.wait()
         assert [base.name for base in store.bases()] == [made.id]
 
-    def test_but_not_at_last_where_somebody_always_does(
-        self, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(held_bases, "_PATIENCE", 0.2)
+    def test_but_not_at_last_where_somebody_always_does(self, library: Library, tmp_path: Path) -> None:
         store, made = open_store(tmp_path, 100 * SIZE), picture()
         library.add(made)
-        bases: Any = HeldBases(None, store, library, 7)  # type: ignore[arg-type]
+        bases: Any = HeldBases(None, store, library, 7, patience=0.2)  # type: ignore[arg-type]
         bases.quiet.clear()
         bases.add(made.id, Small())
         bases.wait()
