@@ -92,7 +92,18 @@ def test_users_of_a_service(tmp_path: Path, editor: Editor, rate: float | None) 
     assert all(of["service"] == of["opponent"] for of in shares.values())
     assert shares["all"]["service"] == report["shows_what_was_asked"]
     assert shares["changes"]["service"] == report["of_changes"]
+    assert shares["changes"]["opponent_what_changes"] == report["what_changes"]
+    assert 0 <= report["what_changes"] <= 1
     assert summarise(again, 1.0, None)["reused"] == {"stored": 8}
+
+
+def test_a_trace_says_what_each_request_changes() -> None:
+    for user in TRACES["rounds"](40, 2):
+        assert user[0].changed == ""
+        for before, after in pairwise(user):
+            same = [place for place in ("left", "right") if before.scene.items[place] == after.scene.items[place]]
+            same += ["background"] if before.scene.background == after.scene.background else []
+            assert {"left", "right", "background"} - {*same} <= {after.changed}
 
 
 def test_errors_are_counted() -> None:

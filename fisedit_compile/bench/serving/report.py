@@ -10,6 +10,7 @@ import numpy as np
 
 from fisedit_compile.bench.serving.clients import Outcome
 from fisedit_compile.quality.judge import Judge
+from fisedit_compile.quality.verdicts import shows
 from fisedit_compile.serving.picture_files import of_png
 
 
@@ -24,13 +25,15 @@ def summarise(outcomes: Sequence[Outcome], wall_seconds: float, judge: Judge | N
     Returns:
         A dict for JSON. Latencies in seconds are of all answers and of each kind of reuse; ``beyond_drawing`` is what
         the service adds to the time in which a picture is computed, with the wait for others where several are asked
-        for at once. Shares of pictures that show what was asked for are of all, of those that were to change another,
-        and of edits; edits are also counted by how many were made together.
+        for at once. Shares of pictures that show all that was asked for are of all, of those that were to change
+        another, and of edits; of the latter two also the shares that show what was to change. Edits are also counted by
+        how many were made together.
     """
     answers = [each for each in outcomes if not each.error]
     kinds = Counter(each.picture["reuse"]["kind"] for each in answers)
     by_kind = {kind: [each for each in answers if each.picture["reuse"]["kind"] == kind] for kind in sorted(kinds)}
     edits = by_kind.get("edit", [])
+    changes = [each for each in answers if each.asked.changed]
     areas = [each.picture["reuse"]["mask_area"] for each in edits]
     return {
         "requests": len(outcomes),
@@ -49,13 +52,19 @@ def summarise(outcomes: Sequence[Outcome], wall_seconds: float, judge: Judge | N
         "mask_area": float(np.mean(areas)) if areas else None,
         "why_new": Counter(_short(each.picture["reuse"]["why"]) for each in by_kind.get("none", [])),
         "shows_what_was_asked": success(answers, judge) if judge else None,
-        "of_changes": success([each for each in answers if each.asked.change], judge) if judge else None,
+        "of_changes": success(changes, judge) if judge else None,
         "of_edits": success(edits, judge) if judge and edits else None,
+        "what_changes": success_of_changes(changes, judge) if judge else None,
+        "what_edits_change": success_of_changes(edits, judge) if judge and edits else None,
     }
 
 
 def compare_success(ours: Sequence[Outcome], theirs: Sequence[Outcome], judge: Judge) -> dict[str, Any]:
     """Shares of pictures that show what was asked for: of all, of changes, and of those that the service made as edits.
+
+    Of changes there is beside the share that shows all of it the one that shows what was to change, which is what
+    ``fisedit-compile quality`` calls success: an edit keeps what its base has wrong, and a new picture may have that
+    right.
 
     Args:
         ours, theirs: of a service and of its opponent, of the same requests in any order.
@@ -65,17 +74,18 @@ def compare_success(ours: Sequence[Outcome], theirs: Sequence[Outcome], judge: J
     edited = {_request(each) for each in ours if each.picture["reuse"]["kind"] == "edit"}
     groups: dict[str, Callable[[Outcome], bool]] = {
         "all": lambda _: True,
-        "changes": lambda each: each.asked.change,
+        "changes": lambda each: bool(each.asked.changed),
         "edited": lambda each: _request(each) in edited,
     }
-    return {
-        name: {
-            "requests": sum(map(chosen, ours)),
-            "service": success([each for each in ours if chosen(each)], judge),
-            "opponent": success([each for each in theirs if chosen(each)], judge),
+    shares: dict[str, Any] = {}
+    for name, chosen in groups.items():
+        some = {"service": [*filter(chosen, ours)], "opponent": [*filter(chosen, theirs)]}
+        shares[name] = {
+            "requests": len(some["service"]),
+            **{who: success(of, judge) for who, of in some.items()},
+            **{f"{who}_what_changes": success_of_changes(of, judge) for who, of in some.items()},
         }
-        for name, chosen in groups.items()
-    }
+    return shares
 
 
 def _request(outcome: Outcome) -> tuple[str, int | None]:
@@ -95,6 +105,17 @@ def success(outcomes: Sequence[Outcome], judge: Judge) -> float:
     seen = [(judge.look(of_png(each.png), each.asked.scene), each.asked.scene) for each in outcomes]
     right = [sight.items == dict(scene.items) and sight.background == scene.background for sight, scene in seen]
     return sum(right) / max(len(right), 1)
+
+
+def success_of_changes(outcomes: Sequence[Outcome], judge: Judge) -> float | None:
+    """Share of the pictures that show what they change of another one; None where none does."""
+    changes = [each.asked for each in outcomes if each.asked.changed]
+    pictures = [of_png(each.png) for each in outcomes if each.asked.changed]
+    right = [
+        shows(judge.look(picture, asked.scene), asked.scene, asked.changed)
+        for picture, asked in zip(pictures, changes, strict=True)
+    ]
+    return sum(right) / len(right) if right else None
 
 
 def _short(why: str) -> str:

@@ -10,6 +10,9 @@ from fisedit_compile.quality.cases import Item, Scene, load_cases
 
 _PROMPT = re.compile(r"(.*) on the left and (.*) on the right, (.*)")
 
+#: What the three parts of a prompt are in a scene.
+_PLACES = ("left", "right", "background")
+
 #: Changes that a user makes to a picture, at least and at most.
 ROUNDS = (1, 5)
 
@@ -25,13 +28,14 @@ class Asked:
         prompt: the words.
         seed: of the noise; None takes any picture of the words.
         scene: what a picture of them should show.
-        change: whether a picture is to be changed that the user has.
+        changed: which place of the scene, or ``"background"``, is another than in the user's last picture; empty for a
+            first one.
     """
 
     prompt: str
     seed: int | None
     scene: Scene
-    change: bool = False
+    changed: str = ""
 
 
 #: Requests of one user, each made when the one before is answered.
@@ -48,8 +52,8 @@ def rounds(requests: int, seed: int) -> list[User]:
         picture, noise = world.draw(chance), chance.getrandbits(32)
         user = [world.asked(picture, noise)]
         for _ in range(count - 1):
-            picture = world.change(picture, chance)
-            user.append(world.asked(picture, noise, change=True))
+            picture, changed = world.change(picture, chance)
+            user.append(world.asked(picture, noise, changed))
         users.append(tuple(user))
         left -= count
     return users
@@ -89,14 +93,14 @@ class World:
         """The words of any picture."""
         return tuple(chance.choice(words) for words in self.parts)
 
-    def change(self, picture: tuple[str, ...], chance: random.Random) -> tuple[str, ...]:
-        """The words with one thing changed: an object or the background."""
+    def change(self, picture: tuple[str, ...], chance: random.Random) -> tuple[tuple[str, ...], str]:
+        """The words with one thing changed, an object or the background, and where that is."""
         part = chance.randrange(len(picture))
         others = [each for each in self.parts[part] if each != picture[part]]
-        return (*picture[:part], chance.choice(others), *picture[part + 1 :])
+        return (*picture[:part], chance.choice(others), *picture[part + 1 :]), _PLACES[part]
 
-    def asked(self, picture: tuple[str, ...], seed: int | None, *, change: bool = False) -> Asked:
+    def asked(self, picture: tuple[str, ...], seed: int | None, changed: str = "") -> Asked:
         """A request for a picture of the words."""
         left, right, background = picture
         scene = Scene({"left": self._items[left], "right": self._items[right]}, self._backgrounds[background])
-        return Asked(f"{left} on the left and {right} on the right, {background}", seed, scene, change)
+        return Asked(f"{left} on the left and {right} on the right, {background}", seed, scene, changed)
