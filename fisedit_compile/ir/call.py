@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import FunctionType, MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils import _pytree as pytree
@@ -69,7 +71,7 @@ def bind(unet: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
         CaptureError: ``sample`` is not a ``[B, C, H, W]`` floating-point tensor.
         TypeError: the arguments do not fit ``unet.forward``.
     """
-    bound = inspect.signature(unet.forward).bind(*args, **kwargs).arguments
+    bound = _signature_of(unet.forward).bind(*args, **kwargs).arguments
     positional = list(bound)[: len(args)]
     bound.update(bound.pop("kwargs", {}))
     named = {name: value for name, value in bound.items() if value is not None and name != "return_dict"}
@@ -87,3 +89,16 @@ def bind(unet: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
     before_none = itertools.takewhile(named.__contains__, positional)  # a None is left out, so what follows has a name
     return Call(tensors, Signature(str(tree), key), tuple(leaves), tree, tuple(before_none))
+
+
+#: Of functions and of what stands in for them; to read one takes longer than to launch a step on a GPU.
+_signatures: WeakKeyDictionary[Callable[..., Any], inspect.Signature] = WeakKeyDictionary()
+
+
+def _signature_of(forward: Callable[..., Any]) -> inspect.Signature:
+    """``inspect.signature``, read once for each function, of which a module makes a new method at each access."""
+    if not isinstance(forward, MethodType) or not isinstance(forward.__func__, FunctionType):
+        return inspect.signature(forward)
+    if forward.__func__ not in _signatures:
+        _signatures[forward.__func__] = inspect.signature(forward)
+    return _signatures[forward.__func__]
