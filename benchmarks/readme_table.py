@@ -27,8 +27,10 @@ CALLS = (
 #: Whole edits, beside the compiled pipeline of as many steps as the base has.
 EDITS = (
     ("SD 2.1, 768x768, a whole edit, 50 steps, H200", "edit_sd2_768_h200.json"),
+    ("- the same, all 50 steps visited", "edit_sd2_768_stride1_h200.json"),
     ("SD 2.1, 768x768, a whole edit, 20 steps, H200", "edit_sd2_768_dpm20_h200.json"),
     ("SD 1.5, 512x512, a whole edit, 50 steps, H200", "edit_sd15_512_h200.json"),
+    ("SDXL, 1024x1024, a whole edit, 30 steps, H200", "edit_sdxl_1024_h200.json"),
 )
 
 ATTENTION = "full"
@@ -59,8 +61,7 @@ def _call_line(title: str, file: str, unit: str, scale: float) -> list[str]:
     cells = [title, f"{_compiled_ms(rows[0]) / scale:#.3g} {unit}"]
     for size in (0.05, 0.15, 0.30):
         nearest = min(squares, key=lambda measured: abs(measured - size))
-        note = "" if nearest == size else f" at {nearest:.0%}".replace("%", " %")
-        cells.append(_cell(squares[nearest], unit, scale) + note)
+        cells.append(_cell(squares[nearest], unit, scale) + _note(nearest, size))
     return [*cells, _cell(real[0], unit, scale) + f" at {real[0]['active']:.0%}".replace("%", " %") if real else "-"]
 
 
@@ -68,9 +69,17 @@ def _edit_line(title: str, file: str) -> list[str]:
     result = _read(file)
     dense = result["compiled_ms"][str(result["steps"])]
     edits = {row["edit_size"]: row["edit_ms"] for row in result["rows"] if row["source"] == "square"}
-    sizes = (0.05, 0.15, 0.30)
-    cells = [f"{edits[size]:.0f} ms, {dense / edits[size]:.1f}x" if size in edits else "-" for size in sizes]
+    cells = []
+    for size in (0.05, 0.15, 0.30):
+        near = min(edits, key=lambda measured: abs(measured - size))
+        shown = f"{edits[near]:.0f} ms, {dense / edits[near]:.1f}x" + _note(near, size)
+        cells.append(shown if abs(near - size) < 0.06 else "-")
     return [title, f"{dense:.0f} ms", *cells, "-"]
+
+
+def _note(measured: float, size: float) -> str:
+    """What is said of a cell that is of another size than its column."""
+    return "" if measured == size else f" at {measured:.0%}".replace("%", " %")
 
 
 def _cell(row: dict[str, Any], unit: str, scale: float) -> str:
