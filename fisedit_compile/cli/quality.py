@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fisedit_compile.cli.json_file import add_json_option, check_json_path, write_json
+from fisedit_compile.cli.pipelines import add_scheduler_option
 from fisedit_compile.cli.runtime import add_runtime_options, describe, finite, start, whole_number
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.errors import FiseditError
@@ -46,6 +47,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--cases", type=whole_number(1), metavar="N", help="the first N of the subset alone")
     parser.add_argument("--steps", type=whole_number(2), default=50, metavar="N", help="denoising steps (default: 50)")
     parser.add_argument("--guidance", type=finite, default=5.0, metavar="X", help="guidance scale (default: 5)")
+    add_scheduler_option(parser)
     parser.add_argument(
         "--variant",
         action="append",
@@ -112,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
     from fisedit_compile.quality.workers import Drawing
 
     settings = RunSettings(variants, args.control, args.reference_stride, args.steps, args.guidance)
-    drawing = Drawing(args.model, device, dtype, settings)
+    drawing = Drawing(args.model, device, dtype, settings, args.scheduler)
     pipe = drawing.pipeline()
     check_words(cases, pipe)
     judge = Judge.load(args.judge or args.model / "judge")
@@ -144,6 +146,7 @@ def run(args: argparse.Namespace) -> None:
             "model": str(args.model),
             "clip": str(args.clip) if args.clip else None,
             "steps": args.steps,
+            "scheduler": type(pipe.scheduler).__name__,
             "guidance": args.guidance,
             "controls": sorted({0.0, *args.control}),
             "reference_stride": args.reference_stride,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fisedit_compile.editing.plain_pipeline import load_pipeline
+from fisedit_compile.editing.schedulers import exchange_scheduler
 from fisedit_compile.errors import FiseditError
 from fisedit_compile.quality.cases import Case
 from fisedit_compile.quality.runs import CaseRun, CaseRunner, RunSettings
@@ -28,16 +29,24 @@ class Drawing:
         model: folder of the pipeline.
         device, dtype: of the pipeline.
         settings: of the runs.
+        scheduler: name of its class in diffusers; None is the model's own.
     """
 
     model: Path
     device: torch.device
     dtype: torch.dtype
     settings: RunSettings
+    scheduler: str | None = None
 
     def pipeline(self) -> Any:
-        """The pipeline, read from its folder."""
+        """The pipeline, read from its folder.
+
+        Raises:
+            ValueError: see :func:`~fisedit_compile.editing.schedulers.exchange_scheduler`.
+        """
         pipe = load_pipeline(self.model, self.device, self.dtype)
+        if self.scheduler is not None:
+            exchange_scheduler(pipe, self.scheduler)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

@@ -302,7 +302,7 @@ def test_a_model_whose_scheduler_no_other_can_stand_for(tmp_path: Path, capsys: 
         (("--scheduler", "DDIM"), "did you mean DDIMScheduler"),
         (("--scheduler", "dpmsolvermultistep"), "did you mean DPMSolverMultistepScheduler"),
         (("--scheduler", "FlowMatchEulerDiscreteScheduler"), "did you mean EulerDiscreteScheduler"),
-        (("--scheduler", "EDMEulerScheduler"), "--scheduler EDMEulerScheduler: .*Known are DDIMScheduler, "),
+        (("--scheduler", "EDMEulerScheduler"), "scheduler EDMEulerScheduler: .*Known are DDIMScheduler, "),
         (("--set", "atention=masked"), "unknown config field(s) atention.* did you mean attention"),
         (("--set", "stride=often"), "stride='often': 'auto', or a number"),
         (("--set", "compile=1"), "compile=1: True or False"),
