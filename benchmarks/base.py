@@ -3,7 +3,8 @@
     python benchmarks/base.py --arch sd2 --size 768 --steps 50 --device cuda --json base.json
 
 Random weights, a mask in the middle of the picture. ``record_ms`` is a generation that keeps a base, ``edit_ms`` an
-edit of it at each share of the picture, both medians of wall times. From the moment at which a saved base is opened it
+edit of it at each share of the picture, both medians of wall times; ``to_disk_ms`` is one that is recorded onto the
+disk, where ``--folder`` is. From the moment at which a saved base is opened it
 takes ``load_s`` until ``Editor.load`` returns, ``first_step_s`` until the first sparse step of an edit has ended,
 ``loaded_edit_s`` until the edit has, and ``whole_s`` until a base that nobody edits is in memory as a whole. The editor
 has made such edits before, so that no graph is captured, and the files are in the kernel's cache.
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--edit-size", type=float, nargs="+", default=[0.05, 0.3])
     parser.add_argument("--kept", nargs="+", default=[",".join(each) for each in KEPT], metavar="CACHE,TIER")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="for bases that are saved (default: where temporary files are)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
@@ -55,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         rows.append({"cache": cache, "tier": tier, **_measure(pipe, args, cache, tier)})
         if args.json:
             name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-            conditions = {**vars(args), "json": None, "device_name": name, "torch": torch.__version__}
+            conditions = {**vars(args), "json": None, "folder": None, "device_name": name, "torch": torch.__version__}
             args.json.write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=1))
         print(tabulate(rows, headers="keys", floatfmt=".2f"), flush=True)
 
@@ -63,22 +65,27 @@ def main(argv: list[str] | None = None) -> None:
 def _measure(pipe: Any, args: argparse.Namespace, cache: str, tier: str) -> dict[str, Any]:
     editor = Editor(pipe, {"cache": cache, "tier": tier})
 
-    def generate() -> Any:
+    def generate(folder: Path | None = None) -> Any:
         noise = torch.Generator("cpu").manual_seed(0)
         size = {"height": args.size, "width": args.size}
-        return editor.generate(PROMPT, num_inference_steps=args.steps, generator=noise, **size)
+        return editor.generate(PROMPT, num_inference_steps=args.steps, generator=noise, folder=folder, **size)
+
+    def generate_onto_disk() -> None:
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            generate(Path(folder) / "base")
 
     base = generate()
     row: dict[str, Any] = {"base_gib": base.nbytes / 2**30, "lies": base.tier}
     row["call_mib"] = max(call.nbytes for call in base.calls) / 2**20
     row["record_ms"] = _milliseconds(generate, args)
+    row["to_disk_ms"] = _milliseconds(generate_onto_disk, args)
     height, width = base.latents.shape[2:]
     for share in args.edit_size:
         mask = square_mask(share, (height, width))
         row[f"edit_ms_{share}"] = _milliseconds(partial(editor.edit, base, EDIT, mask), args)
         picture = editor.edit(base, EDIT, mask)
         row[f"step_ms_{share}"] = picture.report.unet_ms["sparse_step"]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         start = time.perf_counter()
         base.save(Path(folder) / "base")
         row["save_s"] = time.perf_counter() - start

@@ -12,10 +12,13 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from fisedit_compile.cache.base_manifest import CONTENT, MANIFEST, MOST_JSON, PARTIAL, BaseFile, Manifest
 from fisedit_compile.cache.folder_lock import folder_lock
@@ -23,6 +26,111 @@ from fisedit_compile.cache.packed_base import PackedBase
 from fisedit_compile.cache.read_base import WORKERS, note_use
 from fisedit_compile.cache.shard_file import shard_chunks
 from fisedit_compile.errors import BaseFormatError, BaseInUseError, BaseStorageError, SavedBaseError
+
+
+class BaseWriter:
+    """Writes the files of one base into a folder aside, some of them before the others are known. Made by
+    :func:`base_writer`.
+
+    Args:
+        folder: where the base will lie.
+        partial: the folder aside.
+        give_way: see :func:`write_base`.
+    """
+
+    def __init__(self, folder: Path, partial: Path, give_way: Callable[[], None] | None) -> None:
+        self._folder, self._partial, self._give_way = folder, partial, give_way
+        self._threads = ThreadPoolExecutor(WORKERS, thread_name_prefix="write-base")
+        self._shards: dict[str, Future[BaseFile]] = {}
+
+    def begin_shard(self, name: str, tensors: Mapping[str, Tensor]) -> Future[BaseFile]:
+        """Write a shard in the background.
+
+        Args:
+            name: of its file.
+            tensors: of the shard; those on a GPU are read behind what was launched so far on its current stream.
+
+        Returns:
+            Its file, or the :class:`~fisedit_compile.BaseStorageError` that says why it is not written.
+        """
+        device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
+        made = None if device is None else torch.cuda.current_stream(device).record_event()
+        future = self._shards[name] = self._threads.submit(self._write_shard, name, tensors, made)
+        return future
+
+    def check_room(self, nbytes: int) -> None:
+        """Hold what will be written to what is free.
+
+        Raises:
+            BaseStorageError: there is less.
+        """
+        with _named(self._folder):
+            free = shutil.disk_usage(self._folder.parent).free
+        if nbytes > free:
+            raise BaseStorageError(
+                f"{self._folder}: the base takes {nbytes / 2**20:.1f} MiB, and {free / 2**20:.1f} MiB are free there: "
+                "free some space, or give a folder elsewhere"
+            )
+
+    def finish(self, packed: PackedBase) -> Manifest:
+        """Write what is not written yet, and give the folder its name.
+
+        Args:
+            packed: the base, whose other shards were begun before.
+
+        Raises:
+            SavedBaseError: the base holds too much beside its tensors.
+            BaseStorageError: see :func:`write_base`.
+        """
+        content = packed.content_json
+        if len(content) > MOST_JSON:
+            raise SavedBaseError(
+                f"{self._folder}: beside its tensors the base holds {len(content) / 2**20:.1f} MiB, and "
+                f"{MOST_JSON / 2**20:.1f} are read back at most: give the pipeline tensors or arrays instead of long "
+                "lists"
+            )
+        self.check_room(packed.nbytes)
+        for name, tensors in packed.shards.items():
+            self.begin_shard(name, tensors)
+        files = [shard.result() for shard in self._shards.values()]
+        with _named(self._folder):
+            files.append(_write(self._partial / CONTENT, [content]))
+            manifest = Manifest(packed.summary, tuple(files))
+            _write(self._partial / MANIFEST, [manifest.to_json()])
+            note_use(self._partial)
+            _flush(self._partial)
+            _put_in_place(self._partial, self._folder)
+        return manifest
+
+    def stop(self) -> None:
+        """Begin with no shard more, and wait for those that are being written."""
+        self._threads.shutdown(cancel_futures=True)
+
+    def _write_shard(self, name: str, tensors: Mapping[str, Tensor], made: torch.cuda.Event | None) -> BaseFile:
+        if made is not None:
+            made.synchronize()
+        with _named(self._folder):
+            return _write(self._partial / name, shard_chunks(tensors), self._give_way)
+
+
+@contextmanager
+def base_writer(folder: Path, give_way: Callable[[], None] | None = None) -> Iterator[BaseWriter]:
+    """What writes a base; nothing is left of it unless it was finished within the context.
+
+    Args:
+        folder, give_way: see :func:`write_base`.
+
+    Raises:
+        SavedBaseError, BaseStorageError: see :func:`write_base`.
+    """
+    check_target(folder)
+    with contextlib.ExitStack() as stack:
+        with _named(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            partial = stack.enter_context(_partial_folder(folder))
+        writer = BaseWriter(folder, partial, give_way)
+        stack.callback(writer.stop)
+        yield writer
 
 
 def write_base(packed: PackedBase, folder: Path, give_way: Callable[[], None] | None = None) -> Manifest:
@@ -37,40 +145,19 @@ def write_base(packed: PackedBase, folder: Path, give_way: Callable[[], None] | 
         SavedBaseError: something lies there already, or the base holds too much beside its tensors.
         BaseStorageError: the file system is full, read-only or forbidden; nothing is left of what was written.
     """
-    check_target(folder)
-    content = packed.content_json
-    if len(content) > MOST_JSON:
-        raise SavedBaseError(
-            f"{folder}: beside its tensors the base holds {len(content) / 2**20:.1f} MiB, and {MOST_JSON / 2**20:.1f} "
-            "are read back at most: give the pipeline tensors or arrays instead of long lists"
-        )
+    with base_writer(folder, give_way) as writer:
+        return writer.finish(packed)
+
+
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Within the context the file system's errors are those of a base that was to lie in ``folder``."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _check_room(packed.nbytes, folder)
-        with _partial_folder(folder) as partial:
-            manifest = _write_files(packed, content, partial, give_way)
-            _put_in_place(partial, folder)
-            return manifest
+        yield
+    except SavedBaseError:
+        raise
     except OSError as error:
-        if isinstance(error, SavedBaseError):
-            raise
         raise _storage_error(error, folder) from error
-
-
-def _write_files(packed: PackedBase, content: bytes, partial: Path, give_way: Callable[[], None] | None) -> Manifest:
-    """Write all files of a base into a folder, and to the disk."""
-
-    def write_shard(name: str) -> BaseFile:
-        return _write(partial / name, shard_chunks(packed.shards[name]), give_way)
-
-    with ThreadPoolExecutor(WORKERS) as workers:
-        files = list(workers.map(write_shard, packed.shards))
-    files.append(_write(partial / CONTENT, [content]))
-    manifest = Manifest(packed.summary, tuple(files))
-    _write(partial / MANIFEST, [manifest.to_json()])
-    note_use(partial)
-    _flush(partial)
-    return manifest
 
 
 def _put_in_place(partial: Path, folder: Path) -> None:
@@ -122,15 +209,6 @@ def check_target(folder: Path) -> None:
         raise _storage_error(error, folder) from error
     if taken:
         raise SavedBaseError(f"{folder} is there already: give another name, or remove it first")
-
-
-def _check_room(needed: int, folder: Path) -> None:
-    free = shutil.disk_usage(folder.parent).free
-    if needed > free:
-        raise BaseStorageError(
-            f"{folder}: the base takes {needed / 2**20:.1f} MiB, and {free / 2**20:.1f} MiB are free there: free some "
-            "space, or give a folder elsewhere"
-        )
 
 
 def _write(path: Path, chunks: Iterable[bytes | memoryview], give_way: Callable[[], None] | None = None) -> BaseFile:

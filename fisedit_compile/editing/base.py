@@ -11,47 +11,16 @@ import torch
 from torch import Tensor
 
 from fisedit_compile.cache.packed_base import PackedBase
-from fisedit_compile.cache.step_cache import Recorded
 from fisedit_compile.cache.write_base import write_base
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.editing.pack_base import pack
 from fisedit_compile.editing.photo_frame import PhotoFrame
 from fisedit_compile.editing.pipeline_state import PipelineState
+from fisedit_compile.editing.recorded_call import RecordedCall
 from fisedit_compile.editing.schedule import Schedule
 from fisedit_compile.editing.stride import SolverStep
 from fisedit_compile.errors import BaseMismatchError
 from fisedit_compile.vae.decoded import Decoded
-
-
-@dataclass(frozen=True, eq=False)
-class RecordedCall:
-    """One U-Net call of the base: the denoising step it belongs to, and what it keeps for edits."""
-
-    step: int
-    cache: Recorded
-
-    @property
-    def is_in(self) -> bool:
-        """Whether what it keeps can be had without waiting."""
-        return True
-
-    @property
-    def stays_on_disk(self) -> bool:
-        """Whether what it keeps is read for each edit anew."""
-        return False
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of what it keeps; none where that stays on the disk."""
-        return sum(tensor.nbytes for tensor in self.cache.values())
-
-    @property
-    def device(self) -> torch.device | None:
-        """Where what it keeps lies; None where that is nothing."""
-        return next((tensor.device for tensor in self.cache.values()), None)
-
-    def wait(self) -> None:
-        """Wait until all calls of the base are in."""
 
 
 @dataclass(frozen=True, eq=False)

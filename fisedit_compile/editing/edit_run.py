@@ -13,13 +13,13 @@ from torch import Tensor
 from fisedit_compile.cache.host_tier import Staging
 from fisedit_compile.cache.joined_calls import JoinedCalls
 from fisedit_compile.cache.step_cache import Recorded
-from fisedit_compile.editing.base import RecordedCall
 from fisedit_compile.editing.batch_call import call_of_rows, check_call, rows_of
 from fisedit_compile.editing.decoding import Decoding
 from fisedit_compile.editing.dense_edit import DenseEdit
 from fisedit_compile.editing.failures import Failures
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.editing.pipeline_run import PipelineRun
+from fisedit_compile.editing.recorded_call import RecordedCall
 from fisedit_compile.editing.running_edit import RunningEdit
 from fisedit_compile.editing.schedule import Schedule
 from fisedit_compile.editing.step_callback import StepCallback

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 
 from fisedit_compile.cache.read_base import open_base
+from fisedit_compile.cache.write_base import base_writer
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.editing.arguments import (
     call_parameters,
@@ -31,6 +32,7 @@ from fisedit_compile.editing.arguments import (
 from fisedit_compile.editing.base import Base
 from fisedit_compile.editing.batch_arguments import check_together
 from fisedit_compile.editing.decoding import Decoders
+from fisedit_compile.editing.disk_record import DiskRecord
 from fisedit_compile.editing.edit_checks import Background, Combine, Output
 from fisedit_compile.editing.edit_maker import EditMaker
 from fisedit_compile.editing.edit_request import CheckedEdit, EditRequest
@@ -128,6 +130,7 @@ class Editor:
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         callback_on_step_end: Callable[..., Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
+        folder: str | Path | None = None,
         **arguments: Any,
     ) -> Base:
         """Generate with the pipeline, and keep what edits of the result need.
@@ -139,6 +142,8 @@ class Editor:
             callback_on_step_end, callback_on_step_end_tensor_inputs: as the pipeline takes them. The pipeline that the
                 callback is given is this call's own. Edits do not run it: one that changes the loop has to be given to
                 them, too.
+            folder: where the base is saved while it is recorded, so that what its U-Net calls keep never lies in memory
+                as a whole. What is returned is what :meth:`load` gives of it with ``tier="disk"``.
             arguments: anything else the pipeline's call takes: ``height``, ``width``, ``negative_prompt``,
                 ``num_images_per_prompt``, ``latents``, ... Tensors and pictures are copied. With ``prompt_embeds`` (and
                 ``pooled_prompt_embeds``) these are drawn, and the prompt is the words at whose places their tokens are
@@ -154,6 +159,8 @@ class Editor:
             BaseMemoryError: the base would take more memory than is free.
             PipelineInterruptedError: ``pipe._interrupt`` was set before the last step had ended.
             CaptureError: the U-Net is not one graph, or the pipeline's loop not one of ``num_inference_steps``.
+            SavedBaseError: something lies in the ``folder`` already, or it cannot be written (``BaseStorageError``);
+                nothing is left there.
         """
         prompts, generators = check_prompts(prompt), check_generators(generator)
         kept = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
@@ -163,12 +170,16 @@ class Editor:
         check_embeddings(self.pipe, prompts, kept, controlled=self._controls)
         callback = self._callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         kept = owned(one_for_each(prompts, kept))
-        with self._in_turn() as (unet, unet_state):
-            run = RecordRun(unet, self.pipe, self._tokenizers, callback, self.config, kept)
-            state = self._watch.look(run.pipe, unet_state, prompts)
-            self._texts.serve(run.pipe, state.models, kept)
-            run.decoding = self._decoders.recording(self.pipe, state)
-            return run.record(prompts, generators, state)
+
+        def record(disk: DiskRecord | None) -> Base:
+            with self._in_turn() as (unet, unet_state):
+                run = RecordRun(unet, self.pipe, self._tokenizers, callback, self.config, kept, disk=disk)
+                state = self._watch.look(run.pipe, unet_state, prompts)
+                self._texts.serve(run.pipe, state.models, kept)
+                run.decoding = self._decoders.recording(self.pipe, state)
+                return run.record(prompts, generators, state)
+
+        return self._recorded(record, folder)
 
     def invert(
         self,
@@ -178,6 +189,7 @@ class Editor:
         box: Box | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
+        folder: str | Path | None = None,
         **arguments: Any,
     ) -> Base:
         """Make a base of a picture that the model did not draw, a photo for example, to edit it like any other.
@@ -194,6 +206,7 @@ class Editor:
             box: left, upper, right and lower edge of the part that the model is shown, in pixels, where the picture is
                 larger than it can do with: edits change that part alone.
             num_inference_steps, guidance_scale: of the edits.
+            folder: see :meth:`generate`.
             arguments: anything else the pipeline's call takes, but for what the picture decides: its size, latents,
                 generators, how many pictures. ControlNet's ``image`` is one.
 
@@ -203,7 +216,7 @@ class Editor:
         Raises:
             ValueError: a picture that is not taken; an argument that the pipeline or an inversion does not take; a
                 pipeline that starts from pictures itself; a scheduler that cannot be run backwards.
-            BaseMemoryError, PipelineInterruptedError, CaptureError: see :meth:`generate`.
+            BaseMemoryError, PipelineInterruptedError, CaptureError, SavedBaseError: see :meth:`generate`.
         """
         prompts, photos = check_prompts(prompt), read_photos(photo)
         kept = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
@@ -215,17 +228,21 @@ class Editor:
         width, height = frame.size
         kept = owned(one_for_each(prompts, {**kept, "height": height, "width": width}))
         generators = check_generators(torch.Generator().manual_seed(0))  # nothing is drawn
-        with self._in_turn() as (unet, unet_state):
-            latents = encode(self.pipe, frame.pictures(), unet.dtype)
-            backwards = InvertRun(unet, self.pipe, self._tokenizers, latents)
-            plain = {**kept, "latents": latents, "guidance_scale": 1.0, "output_type": "latent"}
-            backwards.draw(prompts, generators, plain)
-            kept["latents"], *trajectory = backwards.trajectory
-            run = RecordRun(unet, self.pipe, self._tokenizers, None, self.config, kept, trajectory)
-            state = self._watch.look(run.pipe, unet_state, prompts)
-            self._texts.serve(run.pipe, state.models, kept)
-            run.decoding = self._decoders.recording(self.pipe, state)
-            return run.record(prompts, generators, state, photos, None if frame.is_whole else frame)
+
+        def record(disk: DiskRecord | None) -> Base:
+            with self._in_turn() as (unet, unet_state):
+                latents = encode(self.pipe, frame.pictures(), unet.dtype)
+                backwards = InvertRun(unet, self.pipe, self._tokenizers, latents)
+                plain = {**kept, "latents": latents, "guidance_scale": 1.0, "output_type": "latent"}
+                backwards.draw(prompts, generators, plain)
+                kept["latents"], *trajectory = backwards.trajectory
+                run = RecordRun(unet, self.pipe, self._tokenizers, None, self.config, kept, trajectory, disk)
+                state = self._watch.look(run.pipe, unet_state, prompts)
+                self._texts.serve(run.pipe, state.models, kept)
+                run.decoding = self._decoders.recording(self.pipe, state)
+                return run.record(prompts, generators, state, photos, None if frame.is_whole else frame)
+
+        return self._recorded(record, folder)
 
     def edit(
         self,
@@ -441,6 +458,14 @@ class Editor:
             self._texts.serve(run.pipe, state.models, made.arguments)
             run.decoding = self._decoders.recording(self.pipe, state)
             return run.rebase(state, owned(edit.images), edit.nsfw)
+
+    def _recorded(self, record: Callable[[DiskRecord | None], Base], folder: str | Path | None) -> Base:
+        """The base that ``record`` makes; where a folder is given as one that is saved there, and stays there."""
+        if folder is None:
+            return record(None)
+        with base_writer(Path(folder)) as writer:
+            writer.finish(record(DiskRecord(writer)).pack())
+        return self.load(folder, tier="disk")
 
     def load(self, folder: str | Path, *, tier: Literal["disk"] | None = None) -> Base:
         """Read a base that :meth:`Base.save` wrote. Its edits are those of the base that was saved.

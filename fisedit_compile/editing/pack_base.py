@@ -9,6 +9,7 @@ from fisedit_compile.cache.base_manifest import DECODER, FIRST, call_shard
 from fisedit_compile.cache.packed_base import PackedBase
 from fisedit_compile.cache.plain_form import Keep, to_plain
 from fisedit_compile.cache.step_cache import Recorded
+from fisedit_compile.editing.recorded_call import WrittenCall
 from fisedit_compile.runtime.model_state import ModelState
 from fisedit_compile.vae.decoded import Decoded
 
@@ -41,7 +42,10 @@ def pack(base: Base) -> PackedBase:
     content["calls"] = []
     for i, call in enumerate(base.calls):
         about = (call.step, *_about(call.cache))
-        entries = _entries(call.cache, packed.keep_in(call_shard(i)))
+        if isinstance(call, WrittenCall):
+            entries = call.entries
+        else:
+            entries = entries_of(call.cache, packed.keep_in(call_shard(i)))
         content["calls"].append([to_plain(about, f"calls[{i}]", first), entries])
     content["decoded"] = _decoder_values(base.decoded, packed)
     packed.content, packed.summary = content, _summary(base)
@@ -70,14 +74,15 @@ def _decoder_values(decoded: Decoded | None, packed: PackedBase) -> Any:
         return None
     keep = packed.keep_in(DECODER)
     latents, about = to_plain(decoded.latents, "latents", keep), to_plain(_about(decoded.cache), "decoded", keep)
-    return [latents, about, _entries(decoded.cache, keep)]
+    return [latents, about, entries_of(decoded.cache, keep)]
 
 
 def _about(cache: Recorded) -> tuple[Any, ...]:
     return cache.signature.tree, cache.signature.leaves, cache.timesteps
 
 
-def _entries(cache: Recorded, keep: Keep) -> list[Any]:
+def entries_of(cache: Recorded, keep: Keep) -> list[Any]:
+    """What a call keeps, in a form that JSON holds; its tensors are given to ``keep``."""
     return [[entry.kind, entry.node, keep(tensor, entry.name)] for entry, tensor in cache.items()]
 
 

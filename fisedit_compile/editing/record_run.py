@@ -12,15 +12,18 @@ from torch import Tensor
 
 from fisedit_compile.cache.host_tier import HostMemory
 from fisedit_compile.cache.memory import free_bytes, require_room
+from fisedit_compile.cache.step_cache import Recorded
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.editing.arguments import owned
-from fisedit_compile.editing.base import Base, RecordedCall
+from fisedit_compile.editing.base import Base
 from fisedit_compile.editing.decoding import RecordDecoding
+from fisedit_compile.editing.disk_record import DiskRecord
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.editing.photo_frame import PhotoFrame
 from fisedit_compile.editing.pipeline_run import PipelineRun
 from fisedit_compile.editing.pipeline_state import PipelineState
 from fisedit_compile.editing.prompt_tokens import check_text_length, own_tokens
+from fisedit_compile.editing.recorded_call import RecordedCall
 from fisedit_compile.editing.schedule import refuse_noise_of_its_own
 from fisedit_compile.editing.step_callback import StepCallback
 from fisedit_compile.editing.stride import (
@@ -47,6 +50,7 @@ class RecordRun(PipelineRun):
         arguments: of the pipeline's call.
         trajectory: the latents that each step has to lead to, ``[n, c, h, w]``, whatever the scheduler makes of it;
             None for a generation of its own.
+        disk: takes what the calls keep, to be saved with the base; None keeps it in memory.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class RecordRun(PipelineRun):
         config: SparsityConfig,
         arguments: Mapping[str, Any],
         trajectory: Sequence[Tensor] | None = None,
+        disk: DiskRecord | None = None,
     ) -> None:
         super().__init__(unet, pipe, tokenizers, callback)
         self.calls: list[RecordedCall] = []
@@ -67,7 +72,8 @@ class RecordRun(PipelineRun):
         self._solver_steps: list[SolverStep] = []
         self._prompts: tuple[str, ...] = ()
         self._tokens: int | None = None  # whose attention maps are kept
-        self._host: HostMemory | None = None  # where the base lies, if not on the device
+        self._host: HostMemory | None = None  # where the base lies, if neither on the device nor on the disk
+        self._disk = disk
 
     def record(
         self,
@@ -195,10 +201,16 @@ class RecordRun(PipelineRun):
             )
             if visit >= self._controlled_visits:
                 kept = kept.without("attention")
-            self.calls.append(RecordedCall(self.step, kept if self._host is None else self._host.take(kept)))
+            self.calls.append(self._kept(kept))
             return out
 
         return self.timer.time("record", call.tensors[0].device, record)
+
+    def _kept(self, cache: Recorded) -> RecordedCall:
+        """What was recorded at this step, on its way to where the base lies."""
+        if self._disk is not None:
+            return self._disk.take(self.step, cache)
+        return RecordedCall(self.step, cache if self._host is None else self._host.take(cache))
 
     def finish_step(self, latents: Tensor) -> Tensor:
         if self.callback_changes and len(self.visits) < self._steps:
@@ -219,12 +231,17 @@ class RecordRun(PipelineRun):
             )
 
     def _choose_tier(self, call: Call) -> HostMemory | None:
-        """Where the base will lie: None is the device. Its memory is held to what is free there.
+        """Where the base will lie: None is the device, or the disk. Its memory is held to what is free there.
 
         Raises:
             BaseMemoryError: it would take more than is free.
+            BaseStorageError: the same, of the disk.
         """
         device, calls, latents = call.tensors[0].device, self._calls_nbytes(call), self._latents_nbytes(call)
+        if self._disk is not None:
+            self._require_room(latents, device, call)
+            self._disk.writer.check_room(calls + latents)
+            return None
         if device.type == "cpu" or self._config.tier == "device":
             self._require_room(calls + latents, device, call)
             return None

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from fisedit_compile.config import SparsityConfig
-from fisedit_compile.editing.base import Base, RecordedCall, rewound
+from fisedit_compile.editing.base import Base, rewound
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.editing.photo_frame import PhotoFrame
 from fisedit_compile.editing.pipeline_state import PipelineState
 from fisedit_compile.editing.record_run import RecordRun
+from fisedit_compile.editing.recorded_call import RecordedCall
 from fisedit_compile.editing.schedule import Schedule
 from fisedit_compile.editing.stride import visit
 from fisedit_compile.errors import BaseMismatchError

@@ -23,10 +23,11 @@ from fisedit_compile.cache.reading import Reading, Shard
 from fisedit_compile.cache.step_cache import Recorded
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.editing.arguments import owned
-from fisedit_compile.editing.base import Base, RecordedCall
+from fisedit_compile.editing.base import Base
 from fisedit_compile.editing.pack_base import PLAIN
 from fisedit_compile.editing.photo_frame import PhotoFrame
 from fisedit_compile.editing.pipeline_state import PipelineState
+from fisedit_compile.editing.recorded_call import RecordedCall
 from fisedit_compile.editing.saved_call import SavedCall
 from fisedit_compile.editing.schedule import Schedule
 from fisedit_compile.editing.stride import SolverStep

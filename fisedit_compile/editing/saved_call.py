@@ -9,7 +9,7 @@ import torch
 from fisedit_compile.cache.read_ahead import ReadAhead
 from fisedit_compile.cache.reading import Reading, Shard
 from fisedit_compile.cache.step_cache import Recorded
-from fisedit_compile.editing.base import RecordedCall
+from fisedit_compile.editing.recorded_call import RecordedCall
 from fisedit_compile.runtime.model_state import ModelState
 
 

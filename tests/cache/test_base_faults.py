@@ -462,7 +462,9 @@ def test_each_row_of_the_table_in_the_docs_is_a_test() -> None:
         line.split(" | ")[-1].strip("` |") for line in page.splitlines() if line.count(" | ") == 2 and "`test_" in line
     ]
     files = ["cache/test_base_faults.py", "cache/test_store.py", "cache/test_reading.py", "editing/test_saved_base.py"]
-    files += [f"editing/test_{name}.py" for name in ("half_read_base", "memory_estimate", "tiers", "disk_tier")]
+    files += [
+        f"editing/test_{name}.py" for name in ("half_read_base", "memory_estimate", "tiers", "disk_tier", "disk_record")
+    ]
     files += ["serving/test_engine.py"]
     tests = "\n".join((ROOT / "tests" / file).read_text() for file in files)
     assert len(rows) > 40

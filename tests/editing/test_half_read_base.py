@@ -21,7 +21,7 @@ from fisedit_compile.cache.landing import Landing
 from fisedit_compile.cache.read_base import BaseFolder, open_base
 from fisedit_compile.cache.remove_base import remove_base, why_kept
 from fisedit_compile.cache.store import BaseStore
-from fisedit_compile.editing.base import RecordedCall
+from fisedit_compile.editing.recorded_call import RecordedCall
 from fisedit_compile.editing.saved_call import SavedCall
 from fisedit_compile.errors import BaseStorageError
 

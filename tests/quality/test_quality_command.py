@@ -225,6 +225,9 @@ class TestRefusals:
     def test_more_cases_than_there_are(self, model: Path) -> None:
         assert "give 1 to 20" in self.refused(model, "--cases", "21")
 
+    def test_no_scheduler_of_diffusers(self, model: Path) -> None:
+        assert "did you mean DDIMScheduler" in self.refused(model, "--scheduler", "DDIM")
+
     def test_no_cases(self, model: Path) -> None:
         assert "of at least 1" in self.refused(model, "--cases", "0")
 
