@@ -14,6 +14,7 @@ from fisedit_compile.bench.unet.table import summary, table
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # as Python does for a script that lies there
 
+import plot_edit
 import plot_unet
 
 
@@ -130,3 +131,22 @@ class TestPlot:
         (tmp_path / "bad.json").write_text(text)
         assert plot_unet.main([str(tmp_path / "bad.json"), "--out", str(tmp_path / "p.svg")]) == 2
         assert "plot_unet: error" in capsys.readouterr().err
+
+
+class TestPlotOfEdits:
+    @pytest.mark.parametrize("file", ["edit_sd2_768_h200.json", "edit_sdxl_1024_h200.json"])
+    def test_parts_add_up_and_speed_ups_are_said(self, file: str, tmp_path: Path) -> None:
+        pytest.importorskip("matplotlib")
+        path = Path(plot_edit.__file__).parent / "results" / file
+        result = plot_edit.read_result(path)
+        for each in result["rows"]:
+            assert sum(plot_edit.parts_of(each, result).values()) == pytest.approx(each["edit_ms"])
+        assert plot_edit.main([str(path), "--out", str(tmp_path / "plot.svg")]) == 0
+        svg, first = (tmp_path / "plot.svg").read_text(), result["rows"][0]
+        ratio = result["compiled_ms"][str(result["steps"])] / first["edit_ms"]
+        assert f"{first['edit_ms']:.0f} ms, {ratio:.1f}x" in svg
+
+    def test_a_file_of_something_else(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "other.json").write_text("[]")
+        assert plot_edit.main([str(tmp_path / "other.json"), "--out", str(tmp_path / "plot.svg")]) == 2
+        assert "is not of fisedit-compile bench edit" in capsys.readouterr().err
