@@ -59,11 +59,14 @@ def test_what_does_not_fit_is_refused_with_the_options(monkeypatch: pytest.Monke
 
 
 @pytest.mark.gpu
-def test_what_the_allocator_holds_unused_is_free_on_a_gpu() -> None:
+def test_what_the_allocator_holds_unused_is_free_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda", 0)
+    block = torch.empty(2**28, dtype=torch.uint8, device=device)
+    del block  # back to torch's allocator, not to the driver
+    found = torch.cuda.mem_get_info(device)  # other programs may take memory while the test runs
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: found)
     before = free_bytes(device)
     block = torch.empty(2**28, dtype=torch.uint8, device=device)
-    during = free_bytes(device)
-    del block  # back to torch's allocator, not to the driver
-    assert during <= before - 2**28 + 2**22
-    assert free_bytes(device) >= during + 2**28
+    assert free_bytes(device) <= before - 2**28
+    del block
+    assert free_bytes(device) >= before
