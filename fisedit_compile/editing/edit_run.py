@@ -172,14 +172,19 @@ class EditRun(PipelineRun):
         return self.edits[0].base
 
     def _groups(self) -> list[list[RunningEdit]]:
-        """Edits whose samples can be one batch in this step, in their order."""
+        """Edits whose samples are one batch in this step, in their order.
+
+        Where not all of them can be, their numbers are powers of two: a U-Net is captured for each size of its batch,
+        which takes longer than many edits.
+        """
         kinds: dict[Any, list[RunningEdit]] = {}
         for edit in self.edits:
             dense = self.step < edit.dense_steps
             # Alone one of a large mask runs dense (``dense_above``), and beside others, too.
             large = not dense and len(self.edits) > 1 and edit.is_large
             kinds.setdefault((dense, large), []).append(edit)
-        return [group for group in kinds.values() if not all(edit.failed for edit in group)]
+        groups = [*kinds.values()] if len(kinds) == 1 else [each for kind in kinds.values() for each in _split(kind)]
+        return [group for group in groups if not all(edit.failed for edit in group)]
 
     def _predict(self, call: Call, edits: Sequence[RunningEdit]) -> Tensor:
         """The noise prediction of a call of some of the edits."""
@@ -273,3 +278,13 @@ class EditRun(PipelineRun):
         if all(each.failed for each in self.edits):
             raise NothingLeftError("all edits have failed")
         return edit.finish_step(self.step, latents, before)
+
+
+def _split(edits: Sequence[RunningEdit]) -> list[list[RunningEdit]]:
+    """Edits in as few groups as there can be whose numbers are powers of two, the largest first."""
+    groups, start = [], 0
+    while count := len(edits) - start:
+        end = start + (1 << count.bit_length() - 1)
+        groups.append(list(edits[start:end]))
+        start = end
+    return groups

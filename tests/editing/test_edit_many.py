@@ -144,7 +144,7 @@ def test_prompts_of_which_bases_keep_more_or_fewer_tokens() -> None:
     long = f"{PROMPT} on {DOG} on {THERE}"
     made = [generate(editor), generate(editor, long, generator=seeded(4))]
     kept = [{t.shape[2] for e, t in base.calls[0].cache.items() if e.kind == "attention"} for base in made]
-    assert kept == [{8}, {24}]
+    assert kept == [{16}, {24}]
     longer = [f"{APPLE} on the apple on the left", long.replace("dog", "apple")]
     for masks in ((None, left_half()), (left_half(), left_half()), (None, None)):
         pairs = zip(made, longer, masks, strict=True)
@@ -173,8 +173,11 @@ def test_one_whose_mask_is_so_large_that_it_runs_dense() -> None:
     large = torch.ones(16, 16, dtype=torch.bool)
     large[:, 12:] = False
     requests = [EditRequest(base, APPLE, large), EditRequest(other, EDIT, left_half()), EditRequest(other, EDIT, large)]
+    requests.append(EditRequest(base, DOG, large))
     edits = editor.edit_many(requests)
-    assert [edit.report.ran_dense for edit in edits] == [True, False, True]
+    assert [edit.report.ran_dense for edit in edits] == [True, False, True, True]
+    # Three that run dense are two and one, so that no U-Net is captured for three pictures.
+    assert {program.lowered.batch for program in editor.unet._programs} <= {2, 4, 8}
     assert_as_alone(editor, requests, edits)
 
 
