@@ -8,8 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from fisedit_compile.cli.config_fields import add_set_option, config_fields
 from fisedit_compile.cli.edit_options import add_attention
 from fisedit_compile.cli.runtime import add_runtime_options, finite, start, whole_number
+from fisedit_compile.config import SparsityConfig
 
 _EPILOG = """\
 http://HOST:PORT/ is the page, http://HOST:PORT/v1 the base URL for clients of OpenAI's images API. docs/service.md has
@@ -105,6 +107,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--no-page", dest="page", action="store_false", help="serve the interface alone")
     add_attention(parser)
+    add_set_option(parser)
     add_runtime_options(parser)
     parser.set_defaults(run=run)
 
@@ -119,6 +122,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--host {args.host} lets others in: give --token-file")
     if args.compile and args.reuse != "never":
         raise ValueError("--compile: an editor records by graphs of its own; give it with --reuse never")
+    config = {"attention": args.attention, **config_fields(args.set)}
+    SparsityConfig.of(config)  # so that what is wrong with it is said at once
     device, dtype = start(args)
 
     import torch
@@ -145,7 +150,7 @@ def run(args: argparse.Namespace) -> None:
         batch=args.batch,
         keep_bases=args.reuse == "auto",
         compile=args.compile,
-        config={"attention": args.attention},
+        config=config,
     )
     similar = args.similar or [SIMILAR, SIMILAR_OF_SEED]
     if len(similar) > 2:

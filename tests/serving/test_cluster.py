@@ -148,6 +148,8 @@ def test_two_services_do_not_share_a_folder(tmp_path: Path) -> None:
         (["--device", "cuda:7"], "torch sees"),
         (["--compile"], "give it with --reuse never"),
         (["--similar", "0.9", "0.8", "0.7"], "takes one or two numbers, not 3"),
+        (["--set", "strides=2"], "strides"),
+        (["--set", "cross_replace=7"], "cross_replace=7"),
     ],
 )
 def test_options_that_cannot_be(
