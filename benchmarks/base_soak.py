@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -91,6 +92,7 @@ class Soak:
         """Do so many operations."""
         always: list[Callable[[], None]] = [
             self._record,
+            self._record_on_disk,
             self._chain,
             self._edit,
             *[self._save] * 4,
@@ -111,8 +113,22 @@ class Soak:
         self._remember(editor, self._recorded(editor))
 
     def _recorded(self, editor: Editor) -> Base:
-        noise = torch.Generator().manual_seed(self._chance.randrange(2**32))
-        return editor.generate(PROMPT, generator=noise, **self.arguments)
+        return self._generated(editor, self._chance.randrange(2**32))
+
+    def _generated(self, editor: Editor, seed: int, folder: Path | None = None) -> Base:
+        noise = torch.Generator().manual_seed(seed)
+        return editor.generate(PROMPT, generator=noise, folder=folder, **self.arguments)
+
+    def _record_on_disk(self) -> None:
+        """The same picture twice: its base in memory, and on the disk."""
+        editor, seed, folder = (
+            self._chance.choice(self.editors),
+            self._chance.randrange(2**32),
+            self.folder / "recorded",
+        )
+        self._remember(editor, self._generated(editor, seed))
+        self._hold(self._generated(editor, seed, folder), self._memory[-1][1], "recorded on the disk")
+        shutil.rmtree(folder)
 
     def _chain(self) -> None:
         """The base of an edit, which later ones are made of."""
