@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 #: others stay in memory alone: nobody waits for the disk, and a base that is gone can be drawn again.
 _MOST_WAITING = 4
 
+#: Seconds behind the last picture in which nothing is written: its answer is being sent, and the next request may come.
+_MOMENT = 0.1
+
 #: Pictures that are kept, of those without a base.
 MOST_PICTURES = 20_000
 
@@ -165,7 +168,9 @@ class HeldBases:
 
     def _write(self, name: str, base: Base, patient_until: float) -> None:
         def give_way() -> None:
-            self.quiet.wait(max(0.0, patient_until - time.monotonic()))
+            while (left := patient_until - time.monotonic()) > 0 and not self.quiet.is_set():
+                if self.quiet.wait(left):
+                    time.sleep(min(_MOMENT, left))
 
         give_way()
         try:
