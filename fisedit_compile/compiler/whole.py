@@ -48,7 +48,6 @@ def lower_whole(
     *,
     samples: int = 1,
     part: int = -1,
-    tokens: int | None = None,
     control: bool = False,
 ) -> WholeGraphs:
     """Rewrite the dense graph of ``lowered`` so that every pixel is a row.
@@ -56,7 +55,7 @@ def lower_whole(
     Args:
         lowered: of the U-Net.
         entries: what the graph also returns; None: nothing.
-        samples, part, tokens: see :meth:`Lowered.recording`.
+        samples, part: see :meth:`Lowered.recording`; attention maps are of all tokens.
         control: take the base's cross-attention maps of unchanged words.
     """
     graph_module = copy_graph(lowered.dense)
@@ -64,7 +63,7 @@ def lower_whole(
     if entries is not None:
         keep_values(graph_module, entries)
         behind = passes.index(cancel_scatter_gather) + 1
-        passes.insert(behind, record_rows(entries, samples, part, tokens))
+        passes.insert(behind, record_rows(entries, samples, part))
     cross_replace = lowered.config.cross_replace if control else 0.0
     config = replace(lowered.config, dense_below=EVERY_RESOLUTION, cross_replace=cross_replace)
     run_passes(graph_module, config, tuple(passes))

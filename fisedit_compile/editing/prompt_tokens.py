@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 #: Tokenizers without a length of their own report a number around 1e30.
 _LONGEST_PROMPT = 1_000_000
 
-#: Of how many tokens attention maps are kept, where a prompt has no more.
-_TOKENS = (16, 24, 32, 48, 64)
-
 #: A word, or a run of punctuation.
 WORD = re.compile(r"\w+|[^\w\s]+")
 
@@ -89,8 +86,7 @@ def pipeline_prompts(
 def own_tokens(pipe: Any, prompts: Sequence[str], arguments: Mapping[str, Any]) -> int:
     """How many tokens hold all words of all prompts, begin and end of text included, for each of a pipeline's encoders.
 
-    Rounded up to one of a few numbers: on a GPU recorded calls of each are a CUDA graph of their own, which takes a
-    second to make.
+    Rounded up to a multiple of 8, so that base and edits of prompts of about the same length read maps of one shape.
 
     Args:
         pipe, prompts, arguments: see :func:`pipeline_prompts`.
@@ -99,7 +95,7 @@ def own_tokens(pipe: Any, prompts: Sequence[str], arguments: Mapping[str, Any]) 
     for tokenizer, texts in pipeline_prompts(pipe, prompts, arguments):
         for tokens in (tokenize(tokenizer, text) for text in texts):
             longest = max(longest, tokens.length - len(tokens.padding))
-    return next((count for count in _TOKENS if longest <= count), longest)
+    return -(-longest // 8) * 8
 
 
 def check_text_length(pipe: Any, tokens: int) -> None:

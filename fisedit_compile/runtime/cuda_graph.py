@@ -110,8 +110,8 @@ class StaticStage:
         self._names = [name for name in stage.names if name not in self._fixed]
         self._captured: dict[object, tuple[list[Tensor], Callable[[], Any]]] = {}
 
-    def __call__(self, values: Mapping[Any, Tensor]) -> Any:
-        """What the stage returns, in memory of its own."""
+    def __call__(self, values: Mapping[Any, Tensor], own: Callable[[Any], Any] | None = None) -> Any:
+        """What the stage returns, or what ``own`` takes of it, in memory of its own."""
         given = [values[name] for name in self._names]
         shapes = tuple((each.shape, each.dtype) for each in given)
         with self._capturer.in_turn():
@@ -119,7 +119,8 @@ class StaticStage:
                 self._captured[shapes] = self._capture(given)
             inputs, replay = self._captured[shapes]
             torch._foreach_copy_(inputs, given)
-            return copied(replay())
+            out = replay()
+            return copied(out if own is None else own(out))
 
     def forget(self) -> None:
         """Capture anew at the next call, because a graph reads the weights where they were."""
@@ -133,10 +134,12 @@ class StaticStage:
 
 
 def copied(values: _Out) -> _Out:
-    """The same nested tensors in memory of their own, by one launch for all of a dtype."""
+    """The same nested tensors in memory of their own, by one launch for all of a dtype that are no pieces of others."""
     tensors, tree = pytree.tree_flatten(values)
     copies = [torch.empty_like(each) for each in tensors]
-    if copies:
-        torch._foreach_copy_(copies, tensors)
+    for whole in (True, False):  # one piece among them would have each tensor copied by a launch of its own
+        pairs = [pair for pair in zip(copies, tensors, strict=True) if (pair[0].stride() == pair[1].stride()) is whole]
+        if pairs:
+            torch._foreach_copy_([copy for copy, _ in pairs], [each for _, each in pairs])
     result: _Out = pytree.tree_unflatten(copies, tree)
     return result

@@ -48,10 +48,20 @@ class WholeSteps:
     def record(
         self, inputs: dict[Any, Tensor], entries: Sequence[CacheEntry], samples: int, part: int, tokens: int | None
     ) -> tuple[Tensor, dict[CacheEntry, Tensor]]:
-        """See :meth:`~fisedit_compile.runtime.dense_graphs.DenseGraphs.record`."""
-        key = ("record", samples, part, tokens, tuple(entries))
-        options = {"samples": samples, "part": part, "tokens": tokens}
-        out, kept = self._step(key, lambda: lower_whole(self._lowered, entries, **options)).run(inputs)  # type: ignore[arg-type]
+        """See :meth:`~fisedit_compile.runtime.dense_graphs.DenseGraphs.record`.
+
+        The graph makes the maps of all tokens, and of these are copied away those that are asked for, so that prompts
+        of any length have one graph.
+        """
+
+        def own(values: tuple[Tensor, Sequence[Tensor]]) -> tuple[Tensor, list[Tensor]]:
+            out, kept = values
+            each = zip(entries, kept, strict=True)
+            return out, [value[..., :tokens] if entry.kind == "attention" else value for entry, value in each]
+
+        key = ("record", samples, part, tuple(entries))
+        step = self._step(key, lambda: lower_whole(self._lowered, entries, samples=samples, part=part))
+        out, kept = step.run(inputs, own=own)
         return out, dict(zip(entries, kept, strict=True))
 
     def controlled(self, inputs: dict[Any, Tensor], cache: StepCache, control: Control) -> Tensor:
@@ -86,8 +96,14 @@ class _WholeStep:
         self._prompt = PromptValues()
         self._static: StaticStage | None = None
 
-    def run(self, inputs: dict[Any, Tensor], cache: StepCache | None = None, control: Control | None = None) -> Any:
-        """What the graph returns, in memory of its own."""
+    def run(
+        self,
+        inputs: dict[Any, Tensor],
+        cache: StepCache | None = None,
+        control: Control | None = None,
+        own: Callable[[Any], Any] | None = None,
+    ) -> Any:
+        """What the graph returns, or what ``own`` takes of it, in memory of its own."""
         with self._capturer.in_turn():
             if control is not None:
                 assert cache is not None
@@ -96,7 +112,7 @@ class _WholeStep:
             if self._static is None or self._capturer.device.type != "cuda":  # where nothing is replayed, maps move
                 fixed = {**self._constants.values, **self._plan, **self._control.values}
                 self._static = StaticStage(self._step, self._capturer, fixed)
-            return self._static({**inputs, **prompt})
+            return self._static({**inputs, **prompt}, own)
 
     def forget(self) -> None:
         self._static, self._prompt = None, PromptValues()

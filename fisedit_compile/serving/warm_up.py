@@ -24,9 +24,6 @@ logger = logging.getLogger(__name__)
 #: Words of a picture and of its edit.
 _WORDS = ("a cat", "a dog")
 
-#: The same with more words, as recorded calls of longer prompts are a graph of their own.
-_MORE_WORDS = "a cat, a bird, a tree, a house and a small red car by the sea"
-
 #: Steps of these pictures. On a CPU a dense and a sparse one; a GPU has graphs also of the steps that edits of longer
 #: pictures do not visit, and is quick.
 _STEPS = {"cpu": 2, "cuda": 30}
@@ -55,8 +52,6 @@ def draw_edits(editor: Editor, side: int, batch: int) -> None:
     kind = editor.pipe.device.type
     picture: dict[str, Any] = {"num_inference_steps": _STEPS[kind], "width": side, "height": side}
     base = editor.generate(_WORDS[0], generator=torch.Generator().manual_seed(0), **picture)
-    if kind == "cuda":
-        editor.generate(_MORE_WORDS, generator=torch.Generator().manual_seed(0), **picture)
     masks = list(_masks(side // editor.pipe.vae_scale_factor, kind))
     for count in (2**i for i in range(batch.bit_length())):
         for given in (*masks, None):

@@ -36,7 +36,7 @@ def keep_values(graph_module: GraphModule, entries: Sequence[CacheEntry]) -> Non
 
 
 def record_rows(
-    entries: Sequence[CacheEntry], samples: int, part: int = -1, tokens: int | None = None
+    entries: Sequence[CacheEntry], samples: int, part: int = -1
 ) -> Callable[[GraphModule, SparsityConfig], PassReport]:
     """A pass that lets a graph of rows return ``entries``, in the place of the values of :func:`keep_values`.
 
@@ -44,7 +44,6 @@ def record_rows(
         entries: those that :func:`keep_values` was given.
         samples: pictures in the batch, which guidance makes parts of ``samples`` each of.
         part: place of the conditional part in the U-Net's batch; -1 is the last.
-        tokens: of how many tokens of the text attention maps are kept; None keeps those of all.
     """
 
     def record_rows(graph_module: GraphModule, config: SparsityConfig) -> PassReport:
@@ -56,7 +55,7 @@ def record_rows(
         for entry, value in zip(entries, values, strict=True):
             rows = arguments_of(value)["rows"] if value.target is targets.SCATTER_ROWS else value
             with graph.inserting_before(output):
-                recorded.append(_kept(graph_module, entry, rows, samples=samples, part=part, tokens=tokens))
+                recorded.append(_kept(graph_module, entry, rows, samples=samples, part=part))
             report.change(value)
         output.args = ((noise, tuple(recorded)),)
         prune(graph)

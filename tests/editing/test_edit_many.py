@@ -144,7 +144,7 @@ def test_prompts_of_which_bases_keep_more_or_fewer_tokens() -> None:
     long = f"{PROMPT} on {DOG} on {THERE}"
     made = [generate(editor), generate(editor, long, generator=seeded(4))]
     kept = [{t.shape[2] for e, t in base.calls[0].cache.items() if e.kind == "attention"} for base in made]
-    assert kept == [{16}, {24}]
+    assert kept == [{8}, {24}]
     longer = [f"{APPLE} on the apple on the left", long.replace("dog", "apple")]
     for masks in ((None, left_half()), (left_half(), left_half()), (None, None)):
         pairs = zip(made, longer, masks, strict=True)

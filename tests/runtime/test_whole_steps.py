@@ -54,6 +54,23 @@ def test_what_is_recorded(both: Both) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, TOKENS, None])
+def test_maps_of_any_number_of_tokens_are_made_by_one_graph(both: Both, tokens: int | None) -> None:
+    both.record(both.rows, both.calls[0])
+    whole = both.rows.program(both.calls[0])._whole
+    graphs = dict(whole._steps)
+    (_, want), (_, kept) = (
+        each.record(both.calls[0], samples=SAMPLES, attention=True, tokens=tokens) for each in (both.dense, both.rows)
+    )
+    assert whole._steps == graphs
+    for entry, value in want.items():
+        assert kept[entry].shape == value.shape
+        assert kept[entry].is_contiguous()
+        assert kept[entry].untyped_storage().nbytes() == kept[entry].nbytes
+        assert_close(kept[entry], value)
+
+
+@torch.no_grad()
 def test_a_later_call_changes_nothing_that_was_recorded(both: Both) -> None:
     out, kept = both.record(both.rows, both.calls[0])
     before = [out.clone(), *(value.clone() for value in kept.values())]
