@@ -352,9 +352,7 @@ class TestRefused:
         requests = [EditRequest(bases[0], EDIT), EditRequest(other, EDIT)]
         assert_as_alone(tiny_editor, requests, tiny_editor.edit_many(requests))
 
-    def test_other_schedules(
-        self, tiny_editor: Editor, bases: list[Base], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_other_schedules(self, tiny_editor: Editor, bases: list[Base], monkeypatch: pytest.MonkeyPatch) -> None:
         editor, base = tiny_editor, bases[0]
         monkeypatch.setattr(editor.pipe, "scheduler", EulerDiscreteScheduler.from_config(editor.pipe.scheduler.config))
         other = generate(editor)
