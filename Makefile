@@ -27,8 +27,10 @@ OLDEST := $(shell $(PYTHON) -c 'import re, tomllib; \
 	pairs = (re.match(r"(torch|diffusers|transformers)>=([\d.]+)", each) for each in needs); \
 	print(*(f"{pair[1]}=={pair[2]}.*" for pair in pairs if pair))')
 
-.PHONY: help demo serve test lint types smoke interpreter pytest test-oldest test-newest format clean
+.PHONY: help demo serve test lint types-and-smoke types smoke interpreter pytest test-oldest test-newest format clean
+ifndef TWO_AT_ONCE
 .NOTPARALLEL:
+endif
 
 help:
 	@echo "make demo    edit a picture with the demo model: pictures and report in out/demo"
@@ -47,17 +49,22 @@ serve: $(READY_TO_SERVE)
 	$(BIN)/fisedit-compile serve --model $(DEMO_MODEL) --steps 12 --guidance 5 --store out/service
 
 # pytest stays last: its closing line is then the last one.
-test: lint types smoke interpreter pytest
+test: lint types-and-smoke interpreter pytest
 
 lint: $(READY_TO_TEST)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
+# Side by side, which takes as long as the longer one; the output of each is printed in one piece.
+types-and-smoke: $(READY_TO_TEST)
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target TWO_AT_ONCE=1 types smoke
+
 types: $(READY_TO_TEST)
 	$(BIN)/python -m mypy
 
+# One thread: a second one would wait for the core that mypy has.
 smoke: $(READY_TO_TEST)
-	$(EDIT) --steps 6 --out out/smoke
+	OMP_NUM_THREADS=1 $(EDIT) --steps 6 --out out/smoke
 
 # Two workers of one thread each: the inputs are tiny, and a second thread makes such a test slower. A file stays in one
 # worker, because its U-Nets are captured once.

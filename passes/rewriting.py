@@ -128,11 +128,9 @@ def move_gathers(
 
 def prune(graph: Graph) -> None:
     """Remove what nobody reads: operations, and placeholders, those of the U-Net's own inputs among them."""
-    # torch counts attention as impure, for its dropout. Export has ruled dropout out, so that only the graph's
-    # inputs and its output have to stay, whoever reads them.
-    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
-    for node in graph.find_nodes(op="placeholder"):
-        if not node.users:
+    # Without ``eliminate_dead_code``, for which attention is impure, and which checks the whole graph each time.
+    for node in reversed(graph.nodes):
+        if not node.users and node.op != "output":
             graph.erase_node(node)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.unets import UNets
 
-from fisedit_compile.architectures import build_unet, unet_inputs
+from fisedit_compile.architectures import unet_inputs
 from fisedit_compile.backend import editing, fisedit, recording
 from fisedit_compile.errors import BaseMismatchError, CaptureError, MaskError
 from fisedit_compile.testing import assert_close
@@ -21,7 +21,7 @@ def eager(graph_module, inputs, **_):
 
 @pytest.fixture(scope="module")
 def unet():
-    return build_unet("tiny")
+    return UNets.fresh("micro", torch.float32)
 
 
 @pytest.fixture(scope="module")

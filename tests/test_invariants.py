@@ -35,11 +35,13 @@ CASES = [(2, 1, (16, 16)), (1, 1, (13, 10)), (4, 2, (13, 10)), (3, 3, (17, 24))]
 #: (attention, dense_below): everything sparse, or the lower resolution dense within.
 REGIONS = [("full", 4), ("masked", 4), ("full", 10)]
 
-cases = pytest.mark.parametrize(("batch", "n", "size"), CASES)
+#: Each case where everything is sparse; a single sample, which a batch has in it, there alone.
+PAIRS = [(*region, *case) for region in REGIONS for case in CASES if region == REGIONS[0] or case[0] > 1]
+
+_NAMES = ("attention", "dense_below", "batch", "n", "size")
+pairs = pytest.mark.parametrize(_NAMES, PAIRS)
+pairs_of_full_attention = pytest.mark.parametrize(_NAMES, [pair for pair in PAIRS if pair[0] == "full"])
 regions = pytest.mark.parametrize(("attention", "dense_below"), REGIONS)
-full_attention = pytest.mark.parametrize(
-    ("attention", "dense_below"), [region for region in REGIONS if region[0] == "full"]
-)
 
 
 def with_maps(cache: Mapping[CacheEntry, torch.Tensor], value: float) -> dict[CacheEntry, torch.Tensor]:
@@ -47,8 +49,7 @@ def with_maps(cache: Mapping[CacheEntry, torch.Tensor], value: float) -> dict[Ca
     return {entry: torch.full_like(kept, value) if entry.kind == "map" else kept for entry, kept in cache.items()}
 
 
-@cases
-@regions
+@pairs
 def test_1_with_a_full_mask_the_sparse_graph_is_the_dense_unet(
     unets: UNets, attention: str, dense_below: int, batch: int, n: int, size: tuple[int, int]
 ) -> None:
@@ -60,8 +61,7 @@ def test_1_with_a_full_mask_the_sparse_graph_is_the_dense_unet(
     assert_close(out, sparse.unet(*args, **kwargs).sample)
 
 
-@cases
-@regions
+@pairs
 def test_1_also_for_other_inputs_than_the_base_s(
     unets: UNets, attention: str, dense_below: int, batch: int, n: int, size: tuple[int, int]
 ) -> None:
@@ -74,8 +74,7 @@ def test_1_also_for_other_inputs_than_the_base_s(
     assert_close(out, sparse.unet(*args, **kwargs).sample)
 
 
-@cases
-@full_attention
+@pairs_of_full_attention
 def test_2_unchanged_inputs_reproduce_the_base(
     unets: UNets, attention: str, dense_below: int, batch: int, n: int, size: tuple[int, int]
 ) -> None:
@@ -89,8 +88,7 @@ def test_2_unchanged_inputs_reproduce_the_base(
     reproduces()
 
 
-@cases
-@regions
+@pairs
 def test_3_an_empty_mask_is_the_base_bit_for_bit(
     unets: UNets, attention: str, dense_below: int, batch: int, n: int, size: tuple[int, int]
 ) -> None:
@@ -100,8 +98,7 @@ def test_3_an_empty_mask_is_the_base_bit_for_bit(
     assert same_bits(sparse.step(edit, base.cache, prepared), base.out)
 
 
-@cases
-@regions
+@pairs
 def test_4_outside_the_mask_are_the_base_s_bits_and_inside_are_new_values(
     unets: UNets, attention: str, dense_below: int, batch: int, n: int, size: tuple[int, int]
 ) -> None:
@@ -120,8 +117,7 @@ def test_4_outside_the_mask_are_the_base_s_bits_and_inside_are_new_values(
     leaves_the_outside()
 
 
-@cases
-@regions
+@pairs
 def test_maps_are_not_read_where_they_are_computed_anew(
     unets: UNets, attention: str, dense_below: int, batch: int, n: int, size: tuple[int, int]
 ) -> None:
@@ -169,8 +165,7 @@ def test_5_a_batch_of_different_masks_gives_what_each_sample_gives_alone(
     samples_are_independent()
 
 
-@cases
-@regions
+@pairs
 def test_6_plans_and_prompts_of_one_base_take_turns_and_nothing_is_written_to(
     unets: UNets, attention: str, dense_below: int, batch: int, n: int, size: tuple[int, int]
 ) -> None:
@@ -248,8 +243,12 @@ def test_outside_editing_the_unet_is_the_dense_one(unets: UNets) -> None:
     assert (sparse.config, sparse.dtype) == (sparse.unet.config, torch.float64)
 
 
-@pytest.mark.parametrize("arch", ["tiny-sd15", "tiny", "tiny-sdxl"])
-@pytest.mark.parametrize("attention", ["full", "masked"])
+#: Attention of SD 2 differs from that of SDXL by the number of layers alone.
+SHAPES = [(arch, attention) for arch in ("tiny-sd15", "tiny", "tiny-sdxl") for attention in ("full", "masked")]
+SHAPES.remove(("tiny", "masked"))
+
+
+@pytest.mark.parametrize(("arch", "attention"), SHAPES)
 def test_stable_diffusion_shapes(unets: UNets, arch: str, attention: str) -> None:
     """Invariants 1 to 4 for SD 1.5, SD 2 and SDXL: three resolutions, fp32, a height that is odd on the way down."""
     batch, n, size = 2, 1, (18, 12)
@@ -272,8 +271,14 @@ def test_stable_diffusion_shapes(unets: UNets, arch: str, attention: str) -> Non
     holds()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("attention", ["full", "masked"])
+@pytest.mark.parametrize(
+    ("attention", "dtype"),
+    [  # masked attention in fp32 is above
+        *(("full", dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)),
+        *(("masked", dtype) for dtype in (torch.float16, torch.bfloat16)),
+    ],
+    ids=str,
+)
 def test_dtypes(unets: UNets, dtype: torch.dtype, attention: str) -> None:
     """Invariants 1 to 4 in the dtypes that people run; numbers are held to the same U-Net in fp64."""
     batch, n, size = 2, 2, (13, 10)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fisedit_compile.ir.layout import Size
 from fisedit_compile.ir.tile_grid import GRID, TILES, pixels_of_tiles_on
-from fisedit_compile.kernels.norms.tile_moments import moments_of_tiles
+from fisedit_compile.kernels.norms.tile_moments import moments_dtype, moments_of_tiles
 
 
 def moments_of_map(pixels: Tensor, batch: int, size: Size, groups: int) -> Tensor:
@@ -19,6 +19,8 @@ def moments_of_map(pixels: Tensor, batch: int, size: Size, groups: int) -> Tenso
         size: (H, W).
         groups: see ``tile_moments``.
     """
+    if pixels.is_meta:  # each of some thirty small operations takes longer there than on a CPU
+        return pixels.new_empty(batch * TILES, groups, 2, dtype=moments_dtype(pixels.dtype))
     tiles = pixels_of_tiles_on(size, pixels.device)
     first = torch.arange(batch, device=pixels.device).repeat_interleave(TILES)[:, None] * (size[0] * size[1])
     tiles = tiles.repeat(batch, 1)

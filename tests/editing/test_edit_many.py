@@ -119,8 +119,7 @@ def test_each_edit_is_what_it_is_alone(tiny_editor: Editor, bases: list[Base], w
     assert_as_alone(tiny_editor, requests, tiny_editor.edit_many(requests))
 
 
-@pytest.mark.parametrize("cache", ["balanced", "small"])
-@pytest.mark.parametrize("attention", ["full", "masked"])
+@pytest.mark.parametrize(("cache", "attention"), [("balanced", "masked"), ("small", "full")])
 def test_bases_in_few_bits_and_longer_steps(cache: str, attention: str) -> None:
     editor = Editor(tiny_pipeline(), {**CONFIG, "cache": cache, "attention": attention, "stride": 2})
     made = [generate(editor, num_inference_steps=8), generate(editor, DOG, num_inference_steps=8, generator=seeded(4))]
@@ -216,10 +215,11 @@ def test_embeddings_beside_the_words(tiny_editor: Editor) -> None:
 
 
 @pytest.mark.parametrize("scheduler", [EulerAncestralDiscreteScheduler, EulerDiscreteScheduler])
-def test_each_has_the_noise_of_its_own_base(scheduler: Any) -> None:
-    pipe = tiny_pipeline()
-    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
-    editor = Editor(pipe, CONFIG)
+def test_each_has_the_noise_of_its_own_base(
+    tiny_editor: Editor, scheduler: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    editor, pipe = tiny_editor, tiny_editor.pipe
+    monkeypatch.setattr(pipe, "scheduler", scheduler.from_config(pipe.scheduler.config))
     drawn = [
         generate(editor),
         generate(editor, [PROMPT, DOG], generator=[seeded(5), seeded(6)]),
@@ -273,8 +273,8 @@ def test_rounds_and_saved_bases(tiny_editor: Editor, bases: list[Base], tmp_path
     assert torch.equal(tiny_editor.load(tmp_path / "second").latents, second[1].latents)
 
 
-def test_bases_are_not_held_and_not_changed() -> None:
-    editor = Editor(tiny_pipeline(), CONFIG)
+def test_bases_are_not_held_and_not_changed(tiny_editor: Editor) -> None:
+    editor = tiny_editor
     made = [generate(editor), generate(editor, DOG, generator=seeded(4))]
     before = [{e: t.clone() for e, t in call.cache.items()} for base in made for call in base.calls]
     edits = editor.edit_many([EditRequest(made[0], APPLE), EditRequest(made[1], EDIT)])
@@ -355,9 +355,8 @@ class TestRefused:
         requests = [EditRequest(bases[0], EDIT), EditRequest(other, EDIT)]
         assert_as_alone(tiny_editor, requests, tiny_editor.edit_many(requests))
 
-    def test_other_schedules(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        editor = Editor(tiny_pipeline(), CONFIG)
-        base = generate(editor)
+    def test_other_schedules(self, tiny_editor: Editor, bases: list[Base], monkeypatch: pytest.MonkeyPatch) -> None:
+        editor, base = tiny_editor, bases[0]
         monkeypatch.setattr(editor.pipe, "scheduler", EulerDiscreteScheduler.from_config(editor.pipe.scheduler.config))
         other = generate(editor)
         with pytest.raises(ValueError, match=r"edit 1 .* the scheduler of its base is another one \(Euler"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -44,9 +45,18 @@ def encoded(run: Callable[[], object]) -> int:
     return mode.count
 
 
-@pytest.fixture
-def editor() -> Editor:
+@pytest.fixture(scope="module")
+def captured() -> Editor:
     return Editor(tiny_pipeline(), CONFIG)
+
+
+@pytest.fixture
+def editor(captured: Editor, monkeypatch: pytest.MonkeyPatch) -> Editor:
+    """An editor that knows no text, with a text encoder of its own."""
+    captured._texts._known.clear()
+    captured._texts._nbytes = 0
+    monkeypatch.setattr(captured.pipe, "text_encoder", copy.deepcopy(captured.pipe.text_encoder))
+    return captured
 
 
 def pixels(given: Any) -> np.ndarray:

@@ -87,3 +87,11 @@ def test_tiles_come_out_the_same_whatever_is_beside_them(maps: tuple[Tensor, Ten
     for some in (slice(3, 4), slice(0, 17), slice(59, 60)):
         assert torch.equal(together[some], tile_moments_reference(rows, tiles[some], GROUPS))
     assert int(sizes_of_tiles(SIZE).sum()) == SIZE[0] * SIZE[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_the_meta_device_gives_the_shape_and_dtype_of_a_map_s_moments(dtype: torch.dtype) -> None:
+    rows = normal(2 * SIZE[0] * SIZE[1], CHANNELS, dtype=dtype, seed=0)
+    real, of_meta = (moments_of_map(each, 2, SIZE, GROUPS) for each in (rows, rows.to("meta")))
+    assert of_meta.is_meta
+    assert (of_meta.shape, of_meta.dtype, of_meta.stride()) == (real.shape, real.dtype, real.stride())

@@ -25,11 +25,21 @@ pytestmark = MARKS
 dtypes = pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
 
 
-@dtypes
-@pytest.mark.parametrize("statistics", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(("rows", "channels"), [(0, 8), (1, 8), (70, 24), (37, 64)])
+@pytest.mark.parametrize(
+    ("dtype", "statistics"),
+    [(torch.float32, torch.float32), (torch.float32, torch.float64), (torch.float16, torch.float32)],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("rows", "channels", "count"),
+    [
+        *((0, 8, count) for count in (None, 0, 33)),
+        *((1, 8, count) for count in (None, 0, 1, 99)),
+        *((70, 24, count) for count in (None, 0, 1, 33, 99)),
+        *((37, 64, count) for count in (None, 33, 99)),
+    ],
+)
 @pytest.mark.parametrize("silu", [False, True])
-@pytest.mark.parametrize("count", [None, 0, 1, 33, 99])
 def test_given_scale_and_shift(
     dtype: torch.dtype, statistics: torch.dtype, rows: int, channels: int, silu: bool, count: int | None
 ) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.interpreter import INTERPRETED_DTYPES, MARKS
 from support.random_rows import normal
-from support.row_products import EPILOGUES, check, conv_arguments, epilogue
+from support.row_products import EPILOGUES, check, conv_arguments, epilogue, linear_arguments
 
 from fisedit_compile.kernels.implicit_gemm.conv2d_rows import conv2d_rows_and_norm_reference, conv2d_rows_reference
 from fisedit_compile.kernels.implicit_gemm.linear_rows import (
@@ -29,26 +29,30 @@ pytestmark = MARKS
 
 WHOLE, SPLIT = Tile(32, 16, 16, 4, 2), Tile(16, 32, 16, 4, 2, splits=3)
 APART = Tile(16, 16, 16, 4, 2, splits=2, second_kernel=True)
-tiles = pytest.mark.parametrize("tile", [WHOLE, SPLIT, APART], ids=["whole", "split", "second kernel"])
+TILES = {"whole": WHOLE, "split": SPLIT, "second kernel": APART}
+LINEAR_TILES = TILES | {"library": Library()}
+tiles = pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
+linear_tiles = pytest.mark.parametrize("tile", LINEAR_TILES.values(), ids=LINEAR_TILES)
 dtypes = pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
 
 
 @dtypes
 @tiles
-@pytest.mark.parametrize("channels", [16, 21])
-@pytest.mark.parametrize("halo", [None, 0, 9])
+@pytest.mark.parametrize(("channels", "halo"), [(16, None), (21, None), (16, 0), (16, 9), (21, 9)])
 def test_convolution(dtype: torch.dtype, tile: Tile, channels: int, halo: int | None) -> None:
     check(conv.conv2d_rows_triton, conv2d_rows_reference, conv_arguments(dtype, 37, 29, halo, channels, 20), tile)
 
 
 @dtypes
 @tiles
-@pytest.mark.parametrize(("channels", "shortcut_channels"), [(16, 32), (16, 21), (21, 16), (21, 5)])
-@pytest.mark.parametrize("halo", [None, 9])
+@pytest.mark.parametrize(
+    ("channels", "shortcut_channels", "halo"),
+    [(16, 32, 9), (16, 21, 9), (21, 16, 9), (21, 5, 9), (21, 21, None)],
+)
 def test_a_convolution_with_a_shortcut(
     dtype: torch.dtype, tile: Tile, channels: int, shortcut_channels: int, halo: int | None
 ) -> None:
-    arguments = conv_arguments(dtype, 37, 29, halo, channels, 20, shortcut_channels=shortcut_channels)
+    arguments = conv_arguments(dtype, 37, 29, halo, channels, 20, taps=4, shortcut_channels=shortcut_channels)
     check(conv.conv2d_rows_triton, conv2d_rows_reference, arguments, tile)
 
 
@@ -62,7 +66,7 @@ def test_a_split_of_the_shortcut_alone(tile: Tile) -> None:
 @tiles
 @pytest.mark.parametrize("parts", EPILOGUES.values(), ids=EPILOGUES)
 def test_every_epilogue_behind_a_shortcut(tile: Tile, parts: set[str]) -> None:
-    arguments = conv_arguments(torch.float16, 41, 41, 9, 16, 24, shortcut_channels=21)
+    arguments = conv_arguments(torch.float16, 41, 41, 9, 16, 24, taps=3, shortcut_channels=21)
     arguments |= epilogue(parts, 41, 24, torch.float16)
     check(conv.conv2d_rows_triton, conv2d_rows_reference, arguments, tile)
     if "geglu" not in parts:
@@ -84,25 +88,25 @@ def test_linear_layer(dtype: torch.dtype, tile: Tile, channels: int) -> None:
 @dtypes
 @tiles
 @pytest.mark.parametrize("parts", EPILOGUES.values(), ids=EPILOGUES)
-@pytest.mark.parametrize("kind", ["convolution", "linear"])
-def test_every_epilogue(dtype: torch.dtype, tile: Tile, parts: set[str], kind: str) -> None:
-    count, filters = 41, 24
-    arguments = conv_arguments(dtype, count, 41, 9, 32, filters) | epilogue(parts, count, filters, dtype)
-    if kind == "convolution":
-        check(conv.conv2d_rows_triton, conv2d_rows_reference, arguments, tile)
-        if "geglu" not in parts:
-            check(conv.conv2d_rows_and_norm_triton, conv2d_rows_and_norm_reference, arguments, tile)
-        return
-    del arguments["halo"], arguments["table"]
-    arguments["weight"] = arguments["weight"][:, :32] * 3
-    for each in (tile, Library()):
-        check(linear.linear_rows_triton, linear_rows_reference, arguments, each)
-        if "geglu" not in parts:
-            check(linear.linear_rows_and_norm_triton, linear_rows_and_norm_reference, arguments, each)
+def test_every_epilogue(dtype: torch.dtype, tile: Tile, parts: set[str]) -> None:
+    arguments = conv_arguments(dtype, 41, 41, 9, 32, 24, taps=3) | epilogue(parts, 41, 24, dtype)
+    check(conv.conv2d_rows_triton, conv2d_rows_reference, arguments, tile)
+    if "geglu" not in parts:
+        check(conv.conv2d_rows_and_norm_triton, conv2d_rows_and_norm_reference, arguments, tile)
 
 
 @dtypes
-@pytest.mark.parametrize("tile", [WHOLE, SPLIT, APART, Library()], ids=["whole", "split", "second kernel", "library"])
+@linear_tiles
+@pytest.mark.parametrize("parts", EPILOGUES.values(), ids=EPILOGUES)
+def test_every_epilogue_of_a_linear_layer(dtype: torch.dtype, tile: Tile | Library, parts: set[str]) -> None:
+    arguments = linear_arguments(dtype, 41, 32, 24) | epilogue(parts, 41, 24, dtype)
+    check(linear.linear_rows_triton, linear_rows_reference, arguments, tile)
+    if "geglu" not in parts:
+        check(linear.linear_rows_and_norm_triton, linear_rows_and_norm_reference, arguments, tile)
+
+
+@dtypes
+@linear_tiles
 @pytest.mark.parametrize(("real", "width", "affine"), [(41, 24, True), (0, 24, True), (17, 33, False)])
 def test_a_layer_norm_behind_a_linear_layer(
     dtype: torch.dtype, tile: Tile | Library, real: int, width: int, affine: bool
@@ -127,12 +131,16 @@ def test_padding_is_not_computed(tile: Tile, real: int) -> None:
     arguments["table"][real:] = -1
     arguments["count"] = torch.tensor([real], dtype=torch.int32)
     check(conv.conv2d_rows_and_norm_triton, conv2d_rows_and_norm_reference, arguments, tile, real)
-    del arguments["halo"], arguments["table"]
-    rows = normal(70, 32, dtype=torch.float32, seed=1)
-    rows[real:] = torch.nan
-    arguments |= {"rows": rows, "weight": arguments["weight"][:, :32]}
-    for each in (tile, Library()):
-        check(linear.linear_rows_triton, linear_rows_reference, arguments, each, real)
+
+
+@linear_tiles
+@pytest.mark.parametrize("real", [0, 1, 16, 33, 70, 80])
+def test_padding_of_a_linear_layer_is_not_computed(tile: Tile | Library, real: int) -> None:
+    arguments = linear_arguments(torch.float32, 70, 32, 24) | epilogue(EPILOGUES["all"], 70, 24, torch.float32)
+    for name in ("rows", "residual"):
+        arguments[name][real:] = torch.nan
+    arguments["count"] = torch.tensor([real], dtype=torch.int32)
+    check(linear.linear_rows_triton, linear_rows_reference, arguments, tile, real)
 
 
 @tiles

@@ -23,6 +23,7 @@ from fisedit_compile.quality.judge import Judge, JudgeConfig
 from fisedit_compile.quality.runs import CaseRun, CaseRunner
 
 VARIANTS = ("dense_below=8", "dense_below=8,attention=masked")
+OPTIONS = ("--cases", "2", "--steps", "6", "--control", "0", "0.5", "1")
 
 
 def untrained_judge() -> Judge:
@@ -59,8 +60,7 @@ def measured(
 ) -> tuple[dict[str, Any], str, Path]:
     """The JSON, stdout and page of two cases by two variants."""
     out = tmp_path_factory.mktemp("quality")
-    options = ["--cases", "2", "--steps", "6", "--control", "0", "0.5", "1"]
-    options += ["--clip", str(clip_folder)]
+    options = [*OPTIONS, "--clip", str(clip_folder)]
     options += [part for variant in VARIANTS for part in ("--variant", variant)]
     status, stdout, stderr = quality(model, *options, "--json", str(out / "q.json"), "--html", str(out / "page"))
     assert status == 0, stderr
@@ -131,15 +131,16 @@ def test_the_page_shows_pictures_that_are_there(measured: tuple[dict[str, Any], 
     assert str(page / "index.html") in stdout
 
 
-def test_two_processes_draw_what_one_draws(model: Path, tmp_path: Path) -> None:
-    drawn = []
-    for workers in ("1", "2"):
-        file = tmp_path / f"{workers}.json"
-        options = ["--cases", "2", "--steps", "4", "--control", "0.5", "--variant", VARIANTS[0]]
-        status, _, stderr = quality(model, *options, "--workers", workers, "--json", str(file))
-        assert status == 0, stderr
-        cases = json.loads(file.read_text())["cases"]
-        drawn.append([(each["case"]["id"], each["variants"][VARIANTS[0]]) for each in cases])
+def test_two_processes_draw_what_one_draws(
+    model: Path, measured: tuple[dict[str, Any], str, Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "two.json"
+    status, _, stderr = quality(model, *OPTIONS, "--variant", VARIANTS[0], "--workers", "2", "--json", str(file))
+    assert status == 0, stderr
+    drawn = [
+        [(each["case"]["id"], each["variants"][VARIANTS[0]]) for each in values["cases"]]
+        for values in (measured[0], json.loads(file.read_text()))
+    ]
     for (one, alone), (other, beside) in zip(*drawn, strict=True):  # processes with fewer threads may round otherwise
         assert one == other
         assert alone["mask"] == beside["mask"]

@@ -38,24 +38,39 @@ class Weaker(AttnProcessor):
         return super().__call__(*args, **kwargs) * self.share
 
 
-@dataclass(frozen=True)
-class Change:
-    """What is done to a U-Net and taken back, the words of the difference, and what is prepared before the base."""
-
-    do: Callable[[Any], object]
-    undo: Callable[[Any], object]
-    words: str
-    prepare: Callable[[Any], object] = lambda unet: None
-    arguments: dict[str, Any] = field(default_factory=dict)
-    rounds: bool = False  # taking it back leaves other last bits
-
-
 def adapters(unet: Any, *names: str) -> None:
     for name in names:
         lora = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v"], init_lora_weights=False)
         unet.add_adapter(lora, adapter_name=name)
     if names:
         unet.set_adapters([names[0]], [0.5])
+
+
+def as_it_is(unet: Any) -> None:
+    """Prepares nothing."""
+
+
+def with_snow(unet: Any) -> None:
+    adapters(unet, "snow")
+
+
+def with_snow_and_rain(unet: Any) -> None:
+    adapters(unet, "snow", "rain")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is done to a U-Net and taken back, the words of the difference, and what is prepared before the base.
+
+    Changes that are prepared alike and do not round are made to one U-Net, one after another.
+    """
+
+    do: Callable[[Any], object]
+    undo: Callable[[Any], object]
+    words: str
+    prepare: Callable[[Any], object] = as_it_is
+    arguments: dict[str, Any] = field(default_factory=dict)
+    rounds: bool = False  # taking it back leaves other last bits
 
 
 def weights(unet: Any, factor: float) -> None:
@@ -101,31 +116,31 @@ CHANGES = {
         lambda unet: unet.set_adapters(["snow"], [1.0]),
         lambda unet: unet.set_adapters(["snow"], [0.5]),
         "LoRA adapter 'snow': weight 0.5 -> 1.0",
-        prepare=lambda unet: adapters(unet, "snow"),
+        prepare=with_snow,
     ),
     "LoRA switched": Change(
         lambda unet: unet.set_adapters(["rain"], [0.5]),
         lambda unet: unet.set_adapters(["snow"], [0.5]),
         "active LoRA adapters: 'snow' -> 'rain'",
-        prepare=lambda unet: adapters(unet, "snow", "rain"),
+        prepare=with_snow_and_rain,
     ),
     "LoRAs joined": Change(
         lambda unet: unet.set_adapters(["snow", "rain"], [0.5, 0.5]),
         lambda unet: unet.set_adapters(["snow"], [0.5]),
         "active LoRA adapters: 'snow' -> 'snow', 'rain'",
-        prepare=lambda unet: adapters(unet, "snow", "rain"),
+        prepare=with_snow_and_rain,
     ),
     "LoRA disabled": Change(
         lambda unet: unet.disable_adapters(),
         lambda unet: unet.enable_adapters(),
         "LoRA adapters: on -> off",
-        prepare=lambda unet: adapters(unet, "snow"),
+        prepare=with_snow,
     ),
     "LoRA fused": Change(
         lambda unet: unet.fuse_lora(),
         lambda unet: unet.unfuse_lora(),
         "LoRA adapter 'snow': fused; weights of .*",
-        prepare=lambda unet: adapters(unet, "snow"),
+        prepare=with_snow,
         rounds=True,
     ),
     "LoRA fused and disabled": Change(
