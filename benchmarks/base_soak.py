@@ -121,11 +121,8 @@ class Soak:
 
     def _record_on_disk(self) -> None:
         """The same picture twice: its base in memory, and on the disk."""
-        editor, seed, folder = (
-            self._chance.choice(self.editors),
-            self._chance.randrange(2**32),
-            self.folder / "recorded",
-        )
+        editor, seed = self._chance.choice(self.editors), self._chance.randrange(2**32)
+        folder = self.folder / "recorded"
         self._remember(editor, self._generated(editor, seed))
         self._hold(self._generated(editor, seed, folder), self._memory[-1][1], "recorded on the disk")
         shutil.rmtree(folder)

@@ -9,11 +9,11 @@ compiled: at the base's steps, and at as many as the edit makes.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from plot_files import DOTS_PER_INCH, MODELS, run
 
 #: The parts of an edit in their order, and their colours.
 PARTS = {
@@ -24,50 +24,19 @@ PARTS = {
     "all else": "#b8b8b8",
 }
 _COMPILED = "#444444"
-_TITLES = {"tiny": "tiny", "sd15": "SD 1.5", "sd2": "SD 2.1", "sdxl": "SDXL"}
-_DOTS_PER_INCH = 200
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
-    parser = argparse.ArgumentParser(description="Plot what whole edits spend their time on.")
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE.json", help="of fisedit-compile bench edit --json")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the picture: .svg, .png or .pdf")
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns 0, or 2 for a file that cannot be used."""
-    args = build_parser().parse_args(argv)
-    try:
-        results = [read_result(path) for path in args.files]
-        if not args.out.resolve().parent.is_dir():
-            raise ValueError(f"--out {args.out}: there is no folder {args.out.resolve().parent}")
-        draw(results, args.out)
-    except (ValueError, OSError) as error:
-        print(f"plot_edit: error: {error}", file=sys.stderr)
-        return 2
-    print(args.out)
-    return 0
-
-
-def read_result(path: Path) -> dict[str, Any]:
-    """The contents of a file that ``bench edit --json`` wrote.
-
-    Raises:
-        ValueError: the file is something else, or has no row.
-    """
-    try:
-        result = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(result, dict) or not {"parts_ms", "compiled_ms", "rows"} <= result.keys() or not result["rows"]:
-        raise ValueError(f"{path} is not of fisedit-compile bench edit --json, or has no rows")
-    return result
+    description = "Plot what whole edits spend their time on."
+    return run("plot_edit", description, bench="bench edit", keys=("parts_ms", "compiled_ms"), draw=draw, argv=argv)
 
 
 def parts_of(row: dict[str, Any], result: dict[str, Any]) -> dict[str, float]:
-    """Milliseconds of each of :data:`PARTS` in an edit; they add up to the whole."""
+    """Milliseconds of each of :data:`PARTS` in an edit; ``all else`` is what is left of its own time.
+
+    The text encoder, and a decoder of whole pictures, were measured by themselves.
+    """
     parts = {
         "text encoder": result["parts_ms"]["text"],
         "dense steps": row["dense_steps"] * (row["dense_step_ms"] or 0.0),
@@ -93,7 +62,7 @@ def draw(results: list[dict[str, Any]], out: Path) -> None:
     figure, axes = plt.subplots(1, len(results), figsize=size, squeeze=False, layout="constrained")
     for axis, result in zip(axes[0], results, strict=True):
         draw_panel(axis, result)
-    figure.savefig(out, dpi=_DOTS_PER_INCH)
+    figure.savefig(out, dpi=DOTS_PER_INCH)
     plt.close(figure)
 
 
@@ -118,7 +87,7 @@ def draw_panel(axis: Any, result: dict[str, Any]) -> None:
     axis.invert_yaxis()
     axis.set_xlim(0, 1.18 * max([slowest, *(row["edit_ms"] for row in result["rows"])]))
     axis.set_xlabel("from words to pixels (ms)")
-    title = f"{_TITLES.get(result['arch'], result['arch'])}, {result['size']}x{result['size']}, {result['steps']} steps"
+    title = f"{MODELS.get(result['arch'], result['arch'])}, {result['size']}x{result['size']}, {result['steps']} steps"
     axis.set_title(f"{title}, {result['dtype']}\n{result['device_name']}", fontsize=10)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)

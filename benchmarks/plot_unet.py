@@ -10,63 +10,29 @@ masks.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from plot_files import DOTS_PER_INCH, MODELS, run
+
 from fisedit_compile.bench.unet.curve import points
 
 _MODES = {"full": "#0b5fa5", "masked": "#d1495b"}
-_TITLES = {"tiny": "tiny", "sd15": "SD 1.5", "sd2": "SD 2.1", "sdxl": "SDXL"}
-_DOTS_PER_INCH = 200  # twice the resolution of usual screens
 _MOST_HEADROOM = 2.5  # an eager call slower than all else by more than this factor is named instead of drawn
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
-    parser = argparse.ArgumentParser(description="Plot the time of a sparse step over the active area.")
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE.json", help="of fisedit-compile bench unet --json")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the picture: .svg, .png or .pdf")
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns 0, or 2 for a file that cannot be used."""
-    args = build_parser().parse_args(argv)
-    try:
-        results = [read_result(path) for path in args.files]
-        if not args.out.resolve().parent.is_dir():
-            raise ValueError(f"--out {args.out}: there is no folder {args.out.resolve().parent}")
-        draw(results, args.out)
-    except (ValueError, OSError) as error:
-        print(f"plot_unet: error: {error}", file=sys.stderr)
-        return 2
-    print(args.out)
-    return 0
-
-
-def read_result(path: Path) -> dict[str, Any]:
-    """The contents of a file that ``bench unet --json`` wrote.
-
-    Raises:
-        ValueError: the file is something else, or has no row.
-    """
-    try:
-        result = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(result, dict) or not {"arch", "size", "rows"} <= result.keys() or not result["rows"]:
-        raise ValueError(f"{path} is not of fisedit-compile bench unet --json, or has no rows")
-    return result
+    description = "Plot the time of a sparse step over the active area."
+    return run("plot_unet", description, bench="bench unet", keys=("arch", "size"), draw=draw, argv=argv)
 
 
 def title(result: dict[str, Any]) -> str:
     """Two lines with the conditions of a result."""
     return (
-        f"{_TITLES.get(result['arch'], result['arch'])}, {result['size']}x{result['size']}, batch {result['batch']}, "
+        f"{MODELS.get(result['arch'], result['arch'])}, {result['size']}x{result['size']}, batch {result['batch']}, "
         f"{result['dtype']}\n{result['device_name']}, torch {result['versions']['torch']}"
     )
 
@@ -85,7 +51,7 @@ def draw(results: list[dict[str, Any]], out: Path) -> None:
     figure, axes = plt.subplots(1, len(results), figsize=(5.6 * len(results), 4.4), squeeze=False, layout="constrained")
     for axis, result in zip(axes[0], results, strict=True):
         draw_panel(axis, result)
-    figure.savefig(out, dpi=_DOTS_PER_INCH)
+    figure.savefig(out, dpi=DOTS_PER_INCH)
     plt.close(figure)
 
 

@@ -91,12 +91,12 @@ def bind(unet: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     return Call(tensors, Signature(str(tree), key), tuple(leaves), tree, tuple(before_none))
 
 
-#: Of functions and of what stands in for them; to read one takes longer than to launch a step on a GPU.
+#: Of the functions behind methods; to read one from its function takes longer than to launch a step on a GPU.
 _signatures: WeakKeyDictionary[Callable[..., Any], inspect.Signature] = WeakKeyDictionary()
 
 
 def _signature_of(forward: Callable[..., Any]) -> inspect.Signature:
-    """``inspect.signature``, read once for each function, of which a module makes a new method at each access."""
+    """The signature of a module's ``forward``, which is another method at each access: read once for its function."""
     if not isinstance(forward, MethodType) or not isinstance(forward.__func__, FunctionType):
         return inspect.signature(forward)
     if forward.__func__ not in _signatures:

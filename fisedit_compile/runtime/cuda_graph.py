@@ -134,10 +134,10 @@ class StaticStage:
 
 
 def copied(values: _Out) -> _Out:
-    """The same nested tensors in memory of their own, by one launch for all of a dtype that are no pieces of others."""
+    """The same nested tensors in memory of their own: one launch for all whole ones of a dtype, and one a piece."""
     tensors, tree = pytree.tree_flatten(values)
     copies = [torch.empty_like(each) for each in tensors]
-    for whole in (True, False):  # one piece among them would have each tensor copied by a launch of its own
+    for whole in (True, False):  # torch copies a list that has a piece of a larger tensor in it one by one
         pairs = [pair for pair in zip(copies, tensors, strict=True) if (pair[0].stride() == pair[1].stride()) is whole]
         if pairs:
             torch._foreach_copy_([copy for copy, _ in pairs], [each for _, each in pairs])

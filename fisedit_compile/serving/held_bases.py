@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Bases that wait to be written, with the one that is. Where pictures are drawn faster than the disk takes their bases,
-#: others stay in memory alone: nobody waits for the disk, and a base that is gone can be drawn again.
+#: Bases that wait to be written, with the one that is, and cannot leave the memory before. Where more are drawn than
+#: the disk takes, the others are written when their turn comes, if they are still in memory then: nobody waits for the
+#: disk, and a base that is gone can be drawn again.
 _MOST_WAITING = 4
 
 #: Seconds behind the last picture in which nothing is written: its answer is being sent, and the next request may come.
@@ -79,6 +81,7 @@ class HeldBases:
         self._held: OrderedDict[str, Base] = OrderedDict()
         self._nbytes: dict[str, int] = {}  # of those, counted once: a base has thousands of tensors
         self._waiting: OrderedDict[str, Future[None]] = OrderedDict()
+        self._later: OrderedDict[str, Base] = OrderedDict()  # in memory, to be written behind those that wait
         self._lock = threading.Lock()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="write-bases")
 
@@ -115,16 +118,10 @@ class HeldBases:
     def add(self, name: str, base: Base) -> None:
         """Hold a base in memory, and write it to the store in the background."""
         self._hold(name, base)
-        if not self._write_at_all:
-            return
         with self._lock:
-            if len(self._waiting) == _MOST_WAITING:
-                logger.info("base %s stays in memory alone: %d others are being written", name, _MOST_WAITING)
-                return
-            future = self._waiting[name] = self._writer.submit(
-                self._write, name, base, time.monotonic() + self._patience
-            )
-        future.add_done_callback(lambda _: self._written(name))
+            if self._write_at_all:
+                self._later[name] = base
+            self._begin_writing()
 
     def drop(self, name: str | None = None) -> None:
         """Let go of a base in memory, or of all of them."""
@@ -132,6 +129,7 @@ class HeldBases:
             gone = [each for each in self._held if name in (None, each)]
             for each in gone:
                 del self._held[each], self._nbytes[each]
+                self._later.pop(each, None)
             gone = [each for each in gone if each not in self._waiting]
         for each in gone:
             self._library.note_base_gone(each)
@@ -143,14 +141,20 @@ class HeldBases:
             return sum(self._nbytes.values())
 
     def wait(self) -> None:
-        """Wait until the bases that were added so far are written."""
-        with self._lock:
-            waiting = list(self._waiting.values())
-        for each in waiting:
-            each.result()
+        """Wait until the bases that were added so far are written, as far as they stay in memory."""
+        while True:
+            with self._lock:
+                waiting = list(self._waiting.values())
+            if not waiting:
+                return
+            for each in waiting:
+                each.result()
 
     def close(self) -> None:
-        """Wait until all bases are written."""
+        """Wait until those that wait for the writer are written; others leave with the memory."""
+        with self._lock:
+            self._later.clear()
+            self._write_at_all = False
         self._writer.shutdown()
 
     def _hold(self, name: str, base: Base) -> None:
@@ -162,6 +166,7 @@ class HeldBases:
             while taken > self._max_bytes and len(self._held) > 1:
                 oldest, _ = self._held.popitem(last=False)
                 taken -= self._nbytes.pop(oldest)
+                self._later.pop(oldest, None)
                 gone += [] if oldest in self._waiting else [oldest]
         for each in gone:
             self._library.note_base_gone(each)
@@ -172,7 +177,15 @@ class HeldBases:
                 if self.quiet.wait(left):
                     time.sleep(min(_MOMENT, left))
 
-        give_way()
+        try:
+            give_way()
+            self._put(name, base, give_way)
+        finally:
+            with self._lock:
+                self._waiting.pop(name, None)
+                self._begin_writing()
+
+    def _put(self, name: str, base: Base, give_way: Callable[[], None]) -> None:
         try:
             self._store.put(base, name, give_way=give_way)
         except (FiseditError, OSError) as error:
@@ -182,9 +195,12 @@ class HeldBases:
                 self._library.note_base(name, BasePlace.NOWHERE)
         note_saved_bases(self._store, self._library)
 
-    def _written(self, name: str) -> None:
-        with self._lock:
-            self._waiting.pop(name, None)
+    def _begin_writing(self) -> None:
+        """Let bases wait for the writer in the order in which they came, as many as may; the lock is held."""
+        while self._later and len(self._waiting) < _MOST_WAITING:
+            name, base = self._later.popitem(last=False)
+            until = time.monotonic() + self._patience
+            self._waiting[name] = self._writer.submit(self._write, name, base, until)
 
 
 def note_saved_bases(store: BaseStore, library: Library, *, held: bool = True) -> None:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 #: on the host.
 _SHARES = {"cuda": 0.5, "cpu": 0.25}
 
-#: Seconds that a base waits until it is written beside pictures that are drawn. On a GPU these take up to three times
-#: as long meanwhile, and a base can be drawn again in less time than it is written; on a CPU it goes unnoticed.
+#: Seconds that a base waits until it is written beside pictures that are drawn. Those of a GPU wait for the host, which
+#: writing keeps busy, and a base is drawn again in less time than it is written; beside a CPU's it goes unnoticed.
 _PATIENCE = {"cuda": 60.0, "cpu": 0.0}
 
 #: The mode of ``torch.compile`` that draws fastest (docs/performance.md): with CUDA graphs.

@@ -253,47 +253,53 @@ class TestAgainstTheStore:
         assert len(index) == 0
 
     def test_nobody_waits_for_the_disk(self, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What it does not take in time stays in memory, and is found for as long as it does."""
+        """What it does not take in time is written later, if it is still in memory then."""
         store, disk = open_store(tmp_path, 100 * SIZE), threading.Event()
         put = store.put
         monkeypatch.setattr(store, "put", lambda *arguments, **options: (disk.wait(), put(*arguments, **options)))
-        bases: Any = HeldBases(None, store, library, 7)  # type: ignore[arg-type]
+        bases: Any = HeldBases(None, store, library, 3)  # type: ignore[arg-type]
         pictures = [picture() for _ in range(8)]
         for each in pictures:
             library.add(each)
             bases.add(each.id, Small())
         index = RequestIndex(library, ENCODER)
-        assert len(index) == 8
+        assert len(index) == 7  # four that wait for the disk, and three in memory
         disk.set()
         bases.wait()
+        assert {base.name for base in store.bases()} == {each.id for each in pictures} - {pictures[4].id}
+        assert [library.get(each.id).base for each in pictures] == [2] * 4 + [0] + [2] * 3
+
+    def test_those_that_leave_the_memory_are_not_written(
+        self, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store, disk = open_store(tmp_path, 100 * SIZE), threading.Event()
+        put = store.put
+        monkeypatch.setattr(store, "put", lambda *arguments, **options: (disk.wait(), put(*arguments, **options)))
+        bases: Any = HeldBases(None, store, library, 9)  # type: ignore[arg-type]
+        pictures = [picture() for _ in range(7)]
+        for each in pictures:
+            library.add(each)
+            bases.add(each.id, Small())
+        bases.drop(pictures[5].id)
+        assert library.get(pictures[5].id).base is BasePlace.NOWHERE
+        bases.drop(pictures[1].id)  # it waits for the disk
+        disk.set()
+        bases.close()
         assert {base.name for base in store.bases()} == {each.id for each in pictures[:4]}
-        assert [library.get(each.id).base for each in pictures] == [2] * 4 + [1] * 4
-        bases.drop(pictures[4].id)
-        assert library.get(pictures[4].id).base is BasePlace.NOWHERE
-        bases.add(picture().id, Small())
-        bases.add(picture().id, Small())
-        assert len(index) == 7
-        bases.drop()
-        assert len(index) == 4
 
-    def test_bases_are_written_while_nobody_waits_for_a_picture(self, library: Library, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(("patience", "in_the_end"), [(60.0, "it is quiet"), (0.5, "it is not")])
+    def test_bases_are_written_while_nobody_waits_for_a_picture_and_at_last_in_any_case(
+        self, library: Library, tmp_path: Path, patience: float, in_the_end: str
+    ) -> None:
         store, made = open_store(tmp_path, 100 * SIZE), picture()
         library.add(made)
-        bases: Any = HeldBases(None, store, library, 7, patience=60.0)  # type: ignore[arg-type]
+        bases: Any = HeldBases(None, store, library, 7, patience=patience)  # type: ignore[arg-type]
         bases.quiet.clear()
         bases.add(made.id, Small())
-        time.sleep(0.2)
+        time.sleep(0.1)
         assert store.bases() == []
-        bases.quiet.set()
-        bases.wait()
-        assert [base.name for base in store.bases()] == [made.id]
-
-    def test_but_not_at_last_where_somebody_always_does(self, library: Library, tmp_path: Path) -> None:
-        store, made = open_store(tmp_path, 100 * SIZE), picture()
-        library.add(made)
-        bases: Any = HeldBases(None, store, library, 7, patience=0.2)  # type: ignore[arg-type]
-        bases.quiet.clear()
-        bases.add(made.id, Small())
+        if in_the_end == "it is quiet":
+            bases.quiet.set()
         bases.wait()
         assert [base.name for base in store.bases()] == [made.id]
 

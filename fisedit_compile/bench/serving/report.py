@@ -109,11 +109,10 @@ def success(outcomes: Sequence[Outcome], judge: Judge) -> float:
 
 def success_of_changes(outcomes: Sequence[Outcome], judge: Judge) -> float | None:
     """Share of the pictures that show what they change of another one; None where none does."""
-    changes = [each.asked for each in outcomes if each.asked.changed]
-    pictures = [of_png(each.png) for each in outcomes if each.asked.changed]
     right = [
-        shows(judge.look(picture, asked.scene), asked.scene, asked.changed)
-        for picture, asked in zip(pictures, changes, strict=True)
+        shows(judge.look(of_png(each.png), each.asked.scene), each.asked.scene, each.asked.changed)
+        for each in outcomes
+        if each.asked.changed
     ]
     return sum(right) / len(right) if right else None
 
