@@ -35,12 +35,13 @@ _UNTIL_REPLAY = 3
 #: somebody asks for them.
 _LARGEST = 0.31
 
-#: Of how many latents in each direction a ragged mask has one square.
+#: Of how many latents in each direction a ragged mask has one square. With sides of 14 or 15 of them, at odd positions,
+#: a mask grows at coarser levels by as much as buckets of the class "ragged" have room for: less for large ones.
 _SQUARE = 16
 
 
 def draw_edits(editor: Editor, side: int, batch: int) -> None:
-    """Draw pictures with their bases and edit one, within masks of many sizes and one that is found.
+    """Draw a picture with its base and edit it, within masks of many sizes and one that is found.
 
     Args:
         editor: the editor.
