@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
@@ -17,6 +18,7 @@ from fisedit_compile.serving.errors import OtherPipelineError, PictureGoneError
 from fisedit_compile.serving.held_bases import HeldBases
 from fisedit_compile.serving.library import Library
 from fisedit_compile.serving.picture_files import of_png
+from fisedit_compile.serving.picture_writer import PictureWriter
 from fisedit_compile.serving.recall import Recall
 from fisedit_compile.serving.requests import Answer, GenerationRequest, Job, PhotoRequest, Reuse, Settings
 from fisedit_compile.serving.tasks import Made, Stop, Task
@@ -46,6 +48,7 @@ class Engine:
         self.artist = Artist(editor)
         self.recall = Recall(editor, self.artist, bases, library, self.pipeline)
         self.changes = Changes(editor, self.artist, bases, library, self.recall)
+        self._pictures = PictureWriter(bases, self.recall, library, self.pipeline)
         self._turn, self._running_lock = threading.Lock(), threading.Lock()
         self._running: list[Stop] = []
 
@@ -64,18 +67,21 @@ class Engine:
             FiseditError, ValueError: the editor refuses it: no mask is found, the mask is of no pixels, a size or a
                 number of steps that the pipeline does not take.
         """
-        made: list[Made] = []
-        self.draw_together([Task(job, stop or Stop())], lambda _, each: made.append(each))
-        if isinstance(made[0], Exception):
-            raise made[0]
-        return made[0]
+        future: Future[Made] = Future()
+        self.draw_together([Task(job, stop or Stop())], lambda _, made: future.set_result(made))
+        if isinstance(made := future.result(), Exception):
+            raise made
+        return made
 
     def draw_together(self, tasks: Sequence[Task], done: Callable[[Task, Made], None]) -> None:
         """Compute several pictures; the edits among them in one run, where the editor can.
 
+        They are written down in the background, and may be so still when this returns.
+
         Args:
             tasks: what to compute, and who waits for it.
-            done: called with each task as soon as it has an answer, or the error that :meth:`draw` raises.
+            done: called with each task as soon as it has an answer, or the error that :meth:`draw` raises; from this
+                thread or another.
         """
         with self._turn:
             edits = []
@@ -112,6 +118,15 @@ class Engine:
             with self._running_lock:  # nobody sets it behind this, so that the next job is not stopped
                 self._running, self.editor.pipe._interrupt = [], False
 
+    def settle(self) -> None:
+        """Wait until the pictures that were drawn so far are written, and whoever waits for them was told."""
+        self._pictures.wait()
+
+    def close(self) -> None:
+        """Wait until all pictures are written, and the bases whose turn it is."""
+        self._pictures.close()
+        self.bases.close()
+
     def _known(self, task: Task) -> Made | None:
         """The answer to a job that was drawn by a process that was killed behind this; or why it cannot be drawn."""
         if task.job.pipeline != self.pipeline:
@@ -125,10 +140,10 @@ class Engine:
         try:
             with self._stoppable([task]):
                 drawn = self._with_room(lambda: self._new(task, why))
-            made: Made = self._write_down(task.job, drawn, before + time.perf_counter() - start)
         except Exception as error:
-            made = error
-        done(task, made)
+            done(task, error)
+        else:
+            self._pictures.write(task, drawn, before + time.perf_counter() - start, done)
 
     def _make_edits(self, tasks: Sequence[Task], done: Callable[[Task, Made], None]) -> None:
         """Change pictures. What was to be changed without being asked for, and cannot be, is drawn anew."""
@@ -150,7 +165,7 @@ class Engine:
             if task.stop.asked.is_set():
                 done(task, PipelineInterruptedError("stopped"))
             elif isinstance(result, Drawn):
-                done(task, self._written(task.job, result, seconds))
+                self._pictures.write(task, result, seconds, done)
             elif chosen and isinstance(result, (MaskError, PictureGoneError, ValueError)):
                 anew.append((task, str(result)))
             else:
@@ -183,19 +198,3 @@ class Engine:
             return Drawn("new", image, request.settings, job.seed, reuse, flags, report={"recorded": False})
         base = self.artist.new_picture(*asked)
         return Drawn("new", base.image, request.settings, job.seed, reuse, base.nsfw, base=base)
-
-    def _written(self, job: Job, drawn: Drawn, seconds: float) -> Made:
-        try:
-            return self._write_down(job, drawn, seconds)
-        except Exception as error:
-            return error
-
-    def _write_down(self, job: Job, drawn: Drawn, seconds: float) -> Answer:
-        usual = self.library.seconds_of_new(drawn.settings.key(self.pipeline))
-        picture = drawn.picture(job, self.pipeline, seconds, usual)
-        self.library.add(picture)
-        if drawn.base is not None:
-            self.bases.add(job.id, drawn.base)
-        elif drawn.edit is not None:
-            self.recall.keep_edit(job.id, drawn.edit)
-        return picture.answer()

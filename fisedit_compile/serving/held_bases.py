@@ -107,7 +107,7 @@ class HeldBases:
         ) as error:  # none, one of another model, one that goes
             logger.info("base %s is not in the store: %s", name, error)
             return None
-        self._hold(name, base)
+        self.hold(name, base)
         return base
 
     def holds(self, name: str) -> bool:
@@ -117,7 +117,26 @@ class HeldBases:
 
     def add(self, name: str, base: Base) -> None:
         """Hold a base in memory, and write it to the store in the background."""
-        self._hold(name, base)
+        self.hold(name, base)
+        self.write(name, base)
+
+    def hold(self, name: str, base: Base) -> None:
+        """Hold a base in memory; those that were used longest ago leave it if they take too much with it."""
+        nbytes = base.nbytes
+        with self._lock:
+            self._held[name], self._nbytes[name] = base, nbytes
+            self._held.move_to_end(name)
+            taken, gone = sum(self._nbytes.values()), []
+            while taken > self._max_bytes and len(self._held) > 1:
+                oldest, _ = self._held.popitem(last=False)
+                taken -= self._nbytes.pop(oldest)
+                self._later.pop(oldest, None)
+                gone += [] if oldest in self._waiting else [oldest]
+        for each in gone:
+            self._library.note_base_gone(each)
+
+    def write(self, name: str, base: Base) -> None:
+        """Write a base to the store in the background; its picture is in the library."""
         with self._lock:
             if self._write_at_all:
                 self._later[name] = base
@@ -156,20 +175,6 @@ class HeldBases:
             self._later.clear()
             self._write_at_all = False
         self._writer.shutdown()
-
-    def _hold(self, name: str, base: Base) -> None:
-        nbytes = base.nbytes
-        with self._lock:
-            self._held[name], self._nbytes[name] = base, nbytes
-            self._held.move_to_end(name)
-            taken, gone = sum(self._nbytes.values()), []
-            while taken > self._max_bytes and len(self._held) > 1:
-                oldest, _ = self._held.popitem(last=False)
-                taken -= self._nbytes.pop(oldest)
-                self._later.pop(oldest, None)
-                gone += [] if oldest in self._waiting else [oldest]
-        for each in gone:
-            self._library.note_base_gone(each)
 
     def _write(self, name: str, base: Base, patient_until: float) -> None:
         def give_way() -> None:

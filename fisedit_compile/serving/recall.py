@@ -55,6 +55,10 @@ class Recall:
             gone, _ = self._edits.popitem(last=False)
             self._library.note_base_gone(gone)
 
+    def let_go_of_edit(self, name: str) -> None:
+        """Forget an edit, if it is kept, whose picture could not be written."""
+        self._edits.pop(name, None)
+
     def record(self, name: str) -> Picture:
         """The picture of that name.
 

@@ -100,12 +100,12 @@ class Worker:
                 ending.add_done_callback(self._ending.discard)
 
     def close(self) -> None:
-        """Wait for the job that runs, and until all bases are written."""
+        """Wait for the job that runs, and until its picture and all bases are written."""
         self._thread.shutdown(cancel_futures=True)
         for waiting in self._queue:
             waiting.cancel()
         self.engine.bases.quiet.set()
-        self.engine.bases.close()
+        self.engine.close()
 
     def _draw_next(self) -> None:
         """Draw what waits longest, and what fits to it; nothing, where that was drawn with others."""
@@ -118,6 +118,7 @@ class Worker:
             left |= {other.task: other for other in self._beside(first.task.job)}
             self.engine.draw_together(tuple(left), lambda task, made: left.pop(task).settle(made))
         except Exception as error:
+            self.engine.settle()  # those that are drawn have their answers
             for waiting in left.values():
                 waiting.settle(error)
         finally:

@@ -138,6 +138,47 @@ def test_bases_wait_while_somebody_waits_for_a_picture(tiny: Service) -> None:
     assert tiny.bases.quiet.wait(10)
 
 
+def test_the_next_picture_is_drawn_while_one_is_written(tiny: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    add, generate, both = tiny.library.add, tiny.engine.editor.generate, threading.Event()
+    calls: list[str] = []
+
+    def slow(picture: Any) -> None:
+        assert both.wait(60), "the second picture waits until the first is written"
+        add(picture)
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        calls.append(arguments[0])
+        if len(calls) == 2:
+            both.set()
+        return generate(*arguments, **named)
+
+    monkeypatch.setattr(tiny.library, "add", slow)
+    monkeypatch.setattr(tiny.engine.editor, "generate", watched)
+    answers = ask(tiny, request(CAT, reuse="never"), request(APPLE, seed=4, reuse="never"))
+    assert sorted(calls) == sorted(answer.prompt for answer in answers) == sorted([CAT, APPLE])
+    assert tiny.library.count() == 2
+
+
+@pytest.mark.parametrize("kind", ["new", "edit"])
+def test_nothing_is_kept_of_a_picture_that_cannot_be_written(
+    tiny: Service, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    (cat,) = new(tiny, request(CAT, reuse="never"))
+    asked = request(DOG, reuse="never") if kind == "new" else EditRequest(cat.id, DOG, left_half())
+
+    def fail(_: Any) -> None:
+        raise OSError("no space left on the disk")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tiny.library, "add", fail)
+        (answer,) = ask(tiny, asked)
+    assert isinstance(answer, OSError)
+    assert tiny.library.count() == 1
+    assert list(tiny.bases._held) == [cat.id]
+    assert not tiny.engine.recall._edits
+    assert ask(tiny, asked)[0].prompt == DOG
+
+
 def test_one_at_a_time(tmp_path: Path, tiny_editor: Editor) -> None:
     with service(tmp_path, tiny_editor, similar=-1.0) as made:
         new(made, request(CAT, reuse="never"))

@@ -325,7 +325,7 @@ class TestRunning:
         def fail(*_: Any, **__: Any) -> None:
             raise RuntimeError("a secret")
 
-        monkeypatch.setattr(running.parts.engine, "_write_down", fail)
+        monkeypatch.setattr(running.parts.library, "add", fail)
         with pytest.raises(openai.APIError, match="its log says why") as caught:
             list(running.generate(seed=40, stream=True, partial_images=1))
         assert "secret" not in str(caught.value)
