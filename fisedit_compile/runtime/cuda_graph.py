@@ -111,7 +111,13 @@ class StaticStage:
         self._captured: dict[object, tuple[list[Tensor], Callable[[], Any]]] = {}
 
     def __call__(self, values: Mapping[Any, Tensor], own: Callable[[Any], Any] | None = None) -> Any:
-        """What the stage returns, or what ``own`` takes of it, in memory of its own."""
+        """What the stage returns, in memory of its own.
+
+        Args:
+            values: what it reads, by name.
+            own: takes what is wanted of it to memory of its own; whatever else lies there the next run overwrites. None
+                copies all.
+        """
         given = [values[name] for name in self._names]
         shapes = tuple((each.shape, each.dtype) for each in given)
         with self._capturer.in_turn():
@@ -119,8 +125,7 @@ class StaticStage:
                 self._captured[shapes] = self._capture(given)
             inputs, replay = self._captured[shapes]
             torch._foreach_copy_(inputs, given)
-            out = replay()
-            return copied(out if own is None else own(out))
+            return (own or copied)(replay())
 
     def forget(self) -> None:
         """Capture anew at the next call, because a graph reads the weights where they were."""

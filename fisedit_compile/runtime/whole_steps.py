@@ -14,7 +14,8 @@ from fisedit_compile.compiler.whole import WholeGraphs, lower_whole
 from fisedit_compile.ir.requests import CacheEntry
 from fisedit_compile.runtime.constants import Constants
 from fisedit_compile.runtime.control import Control, ControlBuffers
-from fisedit_compile.runtime.cuda_graph import GraphCapturer, StaticStage
+from fisedit_compile.runtime.cuda_graph import GraphCapturer, StaticStage, copied
+from fisedit_compile.runtime.kept_copies import KeptCopies
 from fisedit_compile.runtime.prompt_values import PromptValues
 from fisedit_compile.runtime.stage import Stage
 
@@ -39,6 +40,7 @@ class WholeSteps:
     def __init__(self, lowered: Lowered, constants: Constants, capturer: GraphCapturer) -> None:
         self._lowered, self._constants, self._capturer = lowered, constants, capturer
         self._steps: dict[object, _WholeStep] = {}
+        self._kept: dict[object, KeptCopies] = {}
 
     def dense(self, inputs: dict[Any, Tensor]) -> Tensor:
         """The U-Net's output."""
@@ -53,16 +55,16 @@ class WholeSteps:
         The graph makes the maps of all tokens, and of these are copied away those that are asked for, so that prompts
         of any length have one graph.
         """
-
-        def own(values: tuple[Tensor, Sequence[Tensor]]) -> tuple[Tensor, list[Tensor]]:
-            out, kept = values
-            each = zip(entries, kept, strict=True)
-            return out, [value[..., :tokens] if entry.kind == "attention" else value for entry, value in each]
-
         key = ("record", samples, part, tuple(entries))
         step = self._step(key, lambda: lower_whole(self._lowered, entries, samples=samples, part=part))
+        kept_calls = self._kept.setdefault(key, KeptCopies(entries))
+
+        def own(values: tuple[Tensor, Sequence[Tensor]]) -> tuple[Tensor, dict[CacheEntry, Tensor]]:
+            out, kept = values
+            return copied(out), kept_calls.take(kept, tokens)
+
         out, kept = step.run(inputs, own=own)
-        return out, dict(zip(entries, kept, strict=True))
+        return out, kept
 
     def controlled(self, inputs: dict[Any, Tensor], cache: StepCache, control: Control) -> Tensor:
         """The U-Net's output with the base's cross-attention maps of unchanged words."""
@@ -75,6 +77,7 @@ class WholeSteps:
         """Capture CUDA graphs anew: the weights have moved."""
         for step in self._steps.values():
             step.forget()
+        self._kept.clear()
 
     def _step(self, key: object, build: Callable[[], WholeGraphs]) -> _WholeStep:
         if key not in self._steps:
@@ -103,7 +106,7 @@ class _WholeStep:
         control: Control | None = None,
         own: Callable[[Any], Any] | None = None,
     ) -> Any:
-        """What the graph returns, or what ``own`` takes of it, in memory of its own."""
+        """What the graph returns, in memory of its own; ``own`` see :meth:`StaticStage.__call__`."""
         with self._capturer.in_turn():
             if control is not None:
                 assert cache is not None

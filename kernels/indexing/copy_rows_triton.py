@@ -99,13 +99,17 @@ class CopyLaunch:
             )
         return _table([source.data_ptr() for source in sources], self._counts.device)
 
-    def run(self, addresses: Tensor) -> None:
-        """Launch on the current stream; ``addresses`` is a result of :meth:`addresses`."""
+    def run(self, addresses: Tensor, *, moved: int = 0) -> None:
+        """Launch on the current stream; ``addresses`` is a result of :meth:`addresses`.
+
+        Args:
+            moved: by how many bytes, a multiple of 16, all targets lie further on than those given.
+        """
         if not len(self._programs):
             return
         launch(_copy_rows_kernel, (len(self._programs),), self._counts)(
             addresses,
-            self._targets,
+            self._targets + moved if moved else self._targets,
             self._indices,
             self._counts,
             self._widths,

@@ -10,6 +10,7 @@ from support.interpreter import MARKS
 from support.random_rows import normal
 
 from fisedit_compile.kernels.indexing.copy_rows import RowCopies
+from fisedit_compile.kernels.indexing.copy_tensors import TensorCopies, launches
 
 Run = Callable[[list[torch.Tensor], list[torch.Tensor | None], torch.Tensor, list[torch.Tensor]], None]
 
@@ -82,3 +83,39 @@ def test_refuses_what_does_not_fit() -> None:
         RowCopies([torch.zeros(4, 2).t()], [None], counts)
     with pytest.raises(ValueError, match="give as many of each"):
         RowCopies([], [None], counts)
+
+
+SHAPES = [((3, 40), torch.float16), ((2, 5), torch.uint8), ((7,), torch.float32), ((0, 4), torch.float32)]
+
+
+def copied_by_launches(sources: list[torch.Tensor]) -> list[torch.Tensor]:
+    """As :class:`TensorCopies` copies on a GPU."""
+    copies = TensorCopies(sources)
+    first, memory = copies._memory(), copies._memory()
+    for each, addresses in launches(sources, copies._targets(first)):
+        each.run(addresses, moved=memory.data_ptr() - first.data_ptr())
+    return copies._targets(memory)
+
+
+def copied_by_loop(sources: list[torch.Tensor]) -> list[torch.Tensor]:
+    copies = TensorCopies(sources)
+    memory = copies.copy()
+    assert memory.shape == (copies.nbytes,)
+    return copies._targets(memory)
+
+
+@pytest.mark.parametrize("copy", [copied_by_loop, pytest.param(copied_by_launches, marks=MARKS)])
+def test_tensors_are_copied_into_one_piece(copy: Callable[[list[torch.Tensor]], list[torch.Tensor]]) -> None:
+    sources = [torch.arange(torch.Size(shape).numel()).to(dtype).view(shape) for shape, dtype in SHAPES]
+    made = copy(sources)
+    assert all(map(torch.equal, made, sources))
+    for each in sources:
+        each.add_(1)
+    assert not any(torch.equal(one, other) for one, other in zip(made, sources, strict=True) if len(one))
+    assert all(map(torch.equal, copy(sources), sources))
+
+
+def test_a_tensor_that_does_not_fit_is_copied_by_itself() -> None:
+    for source in (torch.zeros(4, 4)[:, :2], torch.zeros(5)[1:]):
+        with pytest.raises(ValueError, match="copy it by itself"):
+            TensorCopies([source])

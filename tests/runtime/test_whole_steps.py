@@ -66,7 +66,8 @@ def test_maps_of_any_number_of_tokens_are_made_by_one_graph(both: Both, tokens: 
     for entry, value in want.items():
         assert kept[entry].shape == value.shape
         assert kept[entry].is_contiguous()
-        assert kept[entry].untyped_storage().nbytes() == kept[entry].nbytes
+        if entry.kind == "attention":  # let go of before the rest
+            assert kept[entry].untyped_storage().nbytes() == kept[entry].nbytes
         assert_close(kept[entry], value)
 
 
