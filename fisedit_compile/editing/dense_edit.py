@@ -31,8 +31,6 @@ class DenseEdit(RunningEdit):
         super().__init__(pipe, replace(asked, given=mask, combine="replace"))
         self.asked = asked
         self.dense_steps = len(asked.base.visits)
-        if asked.controlled is not None:
-            self._controlled = [asked.controlled] * samples
 
     @property
     def ran_dense(self) -> bool:

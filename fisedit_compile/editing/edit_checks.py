@@ -177,25 +177,19 @@ def check_output(base: Base, output_type: Any, background: str) -> None:
         )
 
 
-def count_controlled_steps(base: Base, *, dense: bool, cross_replace: Any) -> int | None:
-    """How many of the steps that a dense edit visits take the base's attention maps; None: as the config says.
+def count_controlled_steps(base: Base, cross_replace: Any) -> int | None:
+    """How many of the steps that an edit visits take the base's attention maps; None: as the config says.
 
     Args:
         base: of the edit.
-        dense: whether all its steps run dense.
         cross_replace: share of these steps, in [0, 1]; None leaves it to the config.
 
     Raises:
-        ValueError: a share without ``dense``, or none in [0, 1].
+        ValueError: no share in [0, 1].
         BaseMismatchError: the base keeps the maps of fewer steps.
     """
     if cross_replace is None:
         return None
-    if not dense:
-        raise ValueError(
-            f"cross_replace={cross_replace!r}: an edit takes the config's, Editor(pipe, {{'cross_replace': ...}}); "
-            "here it belongs to dense=True"
-        )
     number = isinstance(cross_replace, int | float) and not isinstance(cross_replace, bool)
     if not number or not 0 <= cross_replace <= 1:
         raise ValueError(f"cross_replace={cross_replace!r}: a share of the steps in [0, 1]")

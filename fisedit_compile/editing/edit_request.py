@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 #: Arguments of :meth:`fisedit_compile.Editor.edit` that edits which are made together do not have of their own.
 _OF_ALL = ("background", "output_type")
-_ALONE = ("dense", "cross_replace", "callback_on_step_end_tensor_inputs")
+_ALONE = ("dense", "callback_on_step_end_tensor_inputs")
 
 
 class EditRequest:
     """One of the edits that :meth:`fisedit_compile.Editor.edit_many` makes together.
 
     Args:
-        base, prompt, mask, weights, combine, largest_mask, arguments: as :meth:`fisedit_compile.Editor.edit` takes
-            them.
+        base, prompt, mask, weights, combine, largest_mask, cross_replace, arguments: as
+            :meth:`fisedit_compile.Editor.edit` takes them.
         callback_on_step_end: as pipelines take it; it is given the latents of this edit's samples, and may return
             others. What it changes of the pipeline is changed for all edits.
 
@@ -52,6 +52,7 @@ class EditRequest:
         weights: Weights | Sequence[Weights | None] | None = None,
         combine: Combine = "replace",
         largest_mask: float = 1.0,
+        cross_replace: float | None = None,
         callback_on_step_end: Callable[..., Any] | None = None,
         **arguments: Any,
     ) -> None:
@@ -62,7 +63,8 @@ class EditRequest:
                 raise ValueError(f"{name} is of an edit that is made alone: give it to edit(...)")
         self.base, self.prompt, self.mask, self.weights = base, prompt, mask, weights
         self.combine: Combine = combine
-        self.largest_mask, self.callback, self.arguments = largest_mask, callback_on_step_end, arguments
+        self.largest_mask, self.cross_replace = largest_mask, cross_replace
+        self.callback, self.arguments = callback_on_step_end, arguments
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +80,7 @@ class CheckedEdit:
         given: the user's mask, bool ``[n, h, w]`` at latent resolution, on the host; None has it found.
         combine, largest_mask: see :meth:`fisedit_compile.Editor.edit`.
         dense: whether all steps run dense.
-        controlled: how many of the steps of a dense edit are controlled; None: as the config says.
+        controlled: how many of its steps are controlled; None: as the config says.
         callback: see :class:`EditRequest`.
     """
 
@@ -106,7 +108,6 @@ class CheckedEdit:
         output_type: Any,
         has_callback: bool,
         dense: bool,
-        cross_replace: Any,
     ) -> CheckedEdit:
         """A request, held to its base.
 
@@ -115,7 +116,7 @@ class CheckedEdit:
             request: what is asked for.
             base: of the request, or recorded of the edit that the request names.
             index: see the attribute.
-            background, output_type, dense, cross_replace: see :meth:`fisedit_compile.Editor.edit`.
+            background, output_type, dense: see :meth:`fisedit_compile.Editor.edit`.
             has_callback: whether the edit runs a callback, of the request or beside it.
 
         Raises:
@@ -126,7 +127,7 @@ class CheckedEdit:
         prompts = check_prompts(request.prompt)
         changes = changed_arguments(pipe, base, without_return_dict(request.arguments))
         weights = weights_of_samples(request.weights, len(prompts))
-        controlled = count_controlled_steps(base, dense=dense, cross_replace=cross_replace)
+        controlled = count_controlled_steps(base, request.cross_replace)
         check_request(
             base,
             prompts,

@@ -287,9 +287,9 @@ class Editor:
             dense: run all steps through the dense U-Net, to see what a sparse edit should look like
                 (:class:`~fisedit_compile.editing.dense_edit.DenseEdit`). No mask is looked for: without one given the
                 whole picture is free.
-            cross_replace: with ``dense``: the share of the steps, in [0, 1], that take the base's attention maps; None
-                is the config's. The base keeps those of the first steps, as many as the config's ``cross_replace``
-                says.
+            cross_replace: share of the steps, in [0, 1], counted from the first, that take the base's attention maps of
+                unchanged words: much of it keeps shapes and places, none draws the new words as a new picture would.
+                None is the config's, of which the base keeps maps, so that more cannot be asked for.
             callback_on_step_end, callback_on_step_end_tensor_inputs: as the pipeline takes them; it sees the latents
                 before the background is restored.
             arguments: ``guidance_scale``, ``negative_prompt``, for SDXL ``prompt_2`` and ``negative_prompt_2``, and
@@ -309,7 +309,14 @@ class Editor:
                 ``weights`` that the prompt has not; or pictures whose background cannot be the base's in pixels.
         """
         request = EditRequest(
-            base, prompt, mask, weights=weights, combine=combine, largest_mask=largest_mask, **arguments
+            base,
+            prompt,
+            mask,
+            weights=weights,
+            combine=combine,
+            largest_mask=largest_mask,
+            cross_replace=cross_replace,
+            **arguments,
         )
         [edit] = self._make(
             [request],
@@ -318,7 +325,6 @@ class Editor:
             output_type=output_type,
             callback=self._callback(callback_on_step_end, callback_on_step_end_tensor_inputs),
             dense=dense,
-            cross_replace=cross_replace,
         )
         assert isinstance(edit, Edit)
         return edit
@@ -391,7 +397,6 @@ class Editor:
         output_type: Output | None,
         callback: StepCallback | None = None,
         dense: bool = False,
-        cross_replace: float | None = None,
     ) -> list[Edit | Exception]:
         """The edits of one run, or the error of each that failed."""
         checked: list[CheckedEdit] = []
@@ -408,7 +413,6 @@ class Editor:
                         output_type=output_type,
                         has_callback=(request.callback or callback) is not None,
                         dense=dense,
-                        cross_replace=cross_replace,
                     )
                 )
         if not checked:

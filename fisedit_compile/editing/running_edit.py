@@ -83,6 +83,8 @@ class RunningEdit:
         # Of each sample, how many steps are controlled.
         self._controlled = [
             base.config.count_controlled_steps(len(base.visits), _word_change(*pair))
+            if asked.controlled is None
+            else asked.controlled
             for pair in zip(base.prompts, prompts, strict=True)
             for _ in range(copies)
         ]

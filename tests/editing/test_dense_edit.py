@@ -112,7 +112,8 @@ def test_a_mask_holds_from_the_first_step_where_no_step_of_the_base_is_sparse(
         ({"dense": True, "cross_replace": 1.5}, ValueError, "in \\[0, 1\\]"),
         ({"dense": True, "cross_replace": True}, ValueError, "in \\[0, 1\\]"),
         ({"dense": 1}, ValueError, "give True or False"),
-        ({"cross_replace": 0.25}, ValueError, "belongs to dense=True"),
+        ({"cross_replace": 0.75}, BaseMismatchError, "attention maps of 3 steps, and the base keeps"),
+        ({"cross_replace": "0.2"}, ValueError, "in \\[0, 1\\]"),
         ({"dense": True, "mask": left_half(), "combine": "or"}, ValueError, "finds no mask"),
     ],
 )
