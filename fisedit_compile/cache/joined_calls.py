@@ -11,8 +11,8 @@ Rows of maps and of packed maps stand by themselves, and lie sample by sample, s
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from fisedit_compile.cache.step_cache import Recorded
 from fisedit_compile.errors import BaseMismatchError
 from fisedit_compile.ir.call import Signature
 from fisedit_compile.ir.requests import CacheEntry
+from fisedit_compile.kernels.indexing.copy_tensors import PartCopies
 
 #: Shape and dtype of each entry of a call's cache.
 Specs = Mapping[CacheEntry, tuple[torch.Size, torch.dtype]]
@@ -130,31 +131,31 @@ class JoinedCalls:
 class _Copies:
     """Copies of the entries of one base to where they lie beside those of others, the same at each step.
 
-    The views of the places are made once: there are hundreds, and the host has a few milliseconds between two steps.
+    There are hundreds, and the host has a few milliseconds between two steps: so the places are made once, and where
+    the entries of a recorded call lie is looked up once.
     """
 
     def __init__(self) -> None:
-        # Of one dtype, so that they are few launches.
-        self._targets: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-        self._entries: dict[torch.dtype, list[tuple[CacheEntry, int]]] = defaultdict(list)
+        self._parts: dict[CacheEntry, list[Tensor]] = {}
         self._with_gaps: list[tuple[CacheEntry, Tensor]] = []
+        self._copies: PartCopies | None = None
+        self._addresses: WeakKeyDictionary[Recorded, Sequence[Tensor]] = WeakKeyDictionary()
 
     def add(self, entry: CacheEntry, targets: Sequence[Tensor]) -> None:
         """Copy an entry's rows to ``targets``, as many to each; attention maps have one, which may have gaps."""
         first = targets[0]
         if first.is_contiguous():
-            self._targets[first.dtype].extend(targets)
-            self._entries[first.dtype].append((entry, len(first) if len(targets) > 1 else 0))
+            self._parts[entry] = list(targets)
         else:
             self._with_gaps.append((entry, first))
 
     def run(self, source: Recorded) -> None:
         """Copy the entries of a call, which lies on the device of the places."""
-        for dtype, targets in self._targets.items():
-            blocks: list[Tensor] = []
-            for entry, rows in self._entries[dtype]:
-                blocks += source[entry].split(rows) if rows else (source[entry],)
-            torch._foreach_copy_(targets, blocks)
+        if self._copies is None:
+            self._copies = PartCopies([*self._parts.values()])
+        if source not in self._addresses:
+            self._addresses[source] = self._copies.addresses([source[entry] for entry in self._parts])
+        self._copies.run(self._addresses[source])
         for entry, target in self._with_gaps:
             target.copy_(source[entry])
 

@@ -52,9 +52,19 @@ class Artist:
             of_png(photo), prompt, num_inference_steps=settings.steps, guidance_scale=settings.guidance
         )
 
-    def edit(self, base: Base, prompt: str, mask: bytes | None, before: Settings, after: Settings) -> Edit:
+    def edit(
+        self,
+        base: Base,
+        prompt: str,
+        mask: bytes | None,
+        before: Settings,
+        after: Settings,
+        *,
+        cross_replace: float | None = None,
+    ) -> Edit:
         """A picture with other words; arguments as of :meth:`request`."""
-        [edit] = self._editor.edit_many([self.request(base, prompt, mask, before, after, None)])
+        asked = self.request(base, prompt, mask, before, after, None, cross_replace=cross_replace)
+        [edit] = self._editor.edit_many([asked])
         return edit
 
     def request(
@@ -67,6 +77,7 @@ class Artist:
         steps: StepWatch | None,
         *,
         largest_mask: float = 1.0,
+        cross_replace: float | None = None,
     ) -> EditRequest:
         """A picture with other words, within a mask (PNG) or one that is found.
 
@@ -76,6 +87,7 @@ class Artist:
             mask: where to edit; None has it found.
             steps: watches.
             largest_mask: share of the picture that a mask which is found may cover.
+            cross_replace: see :meth:`fisedit_compile.Editor.edit`.
         """
         changes: dict[str, Any] = {}
         if after.guidance != before.guidance:
@@ -83,8 +95,8 @@ class Artist:
         if after.negative_prompt != before.negative_prompt:
             changes["negative_prompt"] = after.negative_prompt or None
         given = None if mask is None else of_png(mask)
-        watched = step_callback(steps, len(base.visits))
-        return EditRequest(base, prompt, given, largest_mask=largest_mask, **changes, **watched)
+        changes |= step_callback(steps, len(base.visits))
+        return EditRequest(base, prompt, given, largest_mask=largest_mask, cross_replace=cross_replace, **changes)
 
 
 def _arguments(settings: Settings, seed: int, steps: StepWatch | None) -> dict[str, Any]:

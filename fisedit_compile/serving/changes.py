@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from fisedit_compile.editing.result import Edit
 
 
+#: Share of the steps that keep the attention maps of a picture which the service chose to change. Whoever asked for a
+#: new picture expects the new words to be drawn as one would draw them, not the shapes of the old ones to be kept.
+_CONTROL = 0.0
+
+
 @dataclass(frozen=True)
 class _Change:
     """What a job makes of which picture.
@@ -42,7 +47,9 @@ class _Change:
         chosen = task.job.similar
         reuse = Reuse("edit", self.record.id, chosen.similarity if chosen else None, edit.report.mask_area)
         kind, seed = ("reused" if chosen else "edit"), self.record.seed
-        return Drawn(kind, edit.image, self.settings, seed, reuse, edit.nsfw, edit=edit, report=_report(edit, task))
+        return Drawn(
+            kind, edit.image, self.settings, seed, reuse, edit.nsfw, edit=edit, report=_report(edit, self.asked, task)
+        )
 
 
 class Changes:
@@ -131,11 +138,13 @@ class Changes:
         visits_all = len(held.visits) == len(held.step_latents)
         largest = self._editor.config.dense_above if visits_all else 1.0
         same = (found.settings, found.settings)
-        asked = self._artist.request(held, request.prompt, None, *same, task.steps, largest_mask=largest)
+        asked = self._artist.request(
+            held, request.prompt, None, *same, task.steps, largest_mask=largest, cross_replace=_CONTROL
+        )
         return _Change(found, asked, found.settings)
 
 
-def _report(edit: Edit, task: Task) -> dict[str, Any]:
+def _report(edit: Edit, asked: AskedEdit, task: Task) -> dict[str, Any]:
     """What an answer says of an edit; its multiply-accumulates, which take a plan to count, for those who watch."""
     report = edit.report
     return {
@@ -147,5 +156,6 @@ def _report(edit: Edit, task: Task) -> dict[str, Any]:
         "ran_dense": report.ran_dense,
         "seconds": report.seconds,
         "made_together": report.made_together,
+        "cross_replace": asked.cross_replace,
         **({"macs_ratio": report.macs["ratio"]} if task.watch else {}),
     }

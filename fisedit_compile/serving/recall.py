@@ -88,7 +88,8 @@ class Recall:
                 raise PictureGoneError(f"picture {record.id} is an edit of too many edits whose bases are gone")
             line.append(self.record(parent))
         for parent_record, each in pairwise(reversed(line)):
-            edit = self._artist.edit(base, each.prompt, each.mask, parent_record.settings, each.settings)
+            settings, control = (parent_record.settings, each.settings), each.report.get("cross_replace")
+            edit = self._artist.edit(base, each.prompt, each.mask, *settings, cross_replace=control)
             base = self._recorded(each.id, edit, each)
         return base
 

@@ -97,7 +97,11 @@ class CopyLaunch:
             raise ValueError(
                 f"a source does not start at a multiple of {self.bytes} bytes, as the targets do: clone it"
             )
-        return _table([source.data_ptr() for source in sources], self._counts.device)
+        return self.table([source.data_ptr() for source in sources])
+
+    def table(self, addresses: Sequence[int]) -> Tensor:
+        """Addresses of the sources, multiples of :attr:`bytes`, in the form that :meth:`run` takes."""
+        return _table(addresses, self._counts.device)
 
     def run(self, addresses: Tensor, *, moved: int = 0) -> None:
         """Launch on the current stream; ``addresses`` is a result of :meth:`addresses`.

@@ -10,7 +10,7 @@ from support.interpreter import MARKS
 from support.random_rows import normal
 
 from fisedit_compile.kernels.indexing.copy_rows import RowCopies
-from fisedit_compile.kernels.indexing.copy_tensors import TensorCopies, launches
+from fisedit_compile.kernels.indexing.copy_tensors import PartCopies, TensorCopies, launches
 
 Run = Callable[[list[torch.Tensor], list[torch.Tensor | None], torch.Tensor, list[torch.Tensor]], None]
 
@@ -92,8 +92,8 @@ def copied_by_launches(sources: list[torch.Tensor]) -> list[torch.Tensor]:
     """As :class:`TensorCopies` copies on a GPU."""
     copies = TensorCopies(sources)
     first, memory = copies._memory(), copies._memory()
-    for each, addresses in launches(sources, copies._targets(first)):
-        each.run(addresses, moved=memory.data_ptr() - first.data_ptr())
+    for each, some in launches(copies._targets(first)):
+        each.run(each.addresses([sources[i] for i in some]), moved=memory.data_ptr() - first.data_ptr())
     return copies._targets(memory)
 
 
@@ -119,3 +119,44 @@ def test_a_tensor_that_does_not_fit_is_copied_by_itself() -> None:
     for source in (torch.zeros(4, 4)[:, :2], torch.zeros(5)[1:]):
         with pytest.raises(ValueError, match="copy it by itself"):
             TensorCopies([source])
+
+
+def parted_by_launches(targets: list[list[torch.Tensor]], sources: list[torch.Tensor]) -> None:
+    """As :class:`PartCopies` copies on a GPU."""
+    copies = PartCopies(targets)
+    copies._launches = launches([part for parts in targets for part in parts])
+    copies.run(copies.addresses(sources))
+
+
+def parted_by_loop(targets: list[list[torch.Tensor]], sources: list[torch.Tensor]) -> None:
+    copies = PartCopies(targets)
+    copies.run(copies.addresses(sources))
+
+
+@pytest.mark.parametrize("copy", [parted_by_loop, pytest.param(parted_by_launches, marks=MARKS)])
+def test_parts_go_each_to_a_place_of_its_own(
+    copy: Callable[[list[list[torch.Tensor]], list[torch.Tensor]], None],
+) -> None:
+    shapes = [((6, 40), torch.float16, 2), ((3, 5), torch.uint8, 3), ((7,), torch.float32, 1), ((0, 4), torch.int64, 1)]
+    sources = [torch.arange(torch.Size(shape).numel()).to(dtype).view(shape) for shape, dtype, _ in shapes]
+    rooms = [torch.full((len(source) + 4, *source.shape[1:]), 9, dtype=source.dtype) for source in sources]
+    targets, wanted = [], []
+    for source, room, (*_, parts) in zip(sources, rooms, shapes, strict=True):
+        rows = len(source) // parts
+        starts = [k * (rows + 1) for k in range(parts)]  # with a row between each two
+        targets.append([room[start : start + rows] for start in starts])
+        want = room.clone()
+        for start, part in zip(starts, source.split(rows) if rows else [source], strict=True):
+            want[start : start + rows] = part
+        wanted.append(want)
+    copy(targets, sources)
+    assert all(map(torch.equal, rooms, wanted))
+
+
+@pytest.mark.parametrize(
+    "source", [torch.zeros(3, 4), torch.zeros(4, 5), torch.zeros(4, 4).double(), torch.zeros(4, 8)[:, ::2]]
+)
+def test_a_source_that_does_not_fit_its_parts_is_refused(source: torch.Tensor) -> None:
+    room = torch.zeros(8, 4)
+    with pytest.raises(ValueError, match="contiguous one that fits"):
+        PartCopies([[room[:2], room[4:6]]]).addresses([source])

@@ -100,7 +100,7 @@ def test_similar_pictures_are_changed_together(tiny: Service, tiny_editor: Edito
     assert [answer.reuse.kind for answer in answers] == ["edit"] * 3
     assert answers[0].reuse.base == cat.id
     for answer, prompt, seed in zip(answers, (DOG, APPLE, DOG), (3, 3, 4), strict=True):
-        assert_same(answer, tiny_editor.edit(drawn(tiny_editor, CAT, seed), prompt).image)
+        assert_same(answer, tiny_editor.edit(drawn(tiny_editor, CAT, seed), prompt, cross_replace=0).image)
 
 
 def test_what_does_not_fit_is_drawn_by_itself(tiny: Service) -> None:
@@ -300,8 +300,8 @@ def test_a_picture_whose_base_is_gone_is_made_again_but_for_rounding(
     tiny.engine.recall._edits.clear()
     make = tiny.engine.artist.edit
 
-    def rounded(*arguments: Any) -> Edit:
-        edit = make(*arguments)
+    def rounded(*arguments: Any, **named: Any) -> Edit:
+        edit = make(*arguments, **named)
         pixels = np.clip(np.asarray(edit.image, dtype=int) + levels, 0, 255).astype(np.uint8)
         return dataclasses.replace(edit, images=[Image.fromarray(pixels)])
 

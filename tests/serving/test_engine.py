@@ -152,7 +152,7 @@ class TestGeneration:
         assert (edited.reuse.kind, edited.reuse.base) == ("edit", base.id)
         assert -1 <= edited.reuse.similarity <= 1
         assert edited.reuse.seconds_saved is not None
-        want = tiny_editor.edit(drawn(tiny_editor, CAT), DOG)
+        want = tiny_editor.edit(drawn(tiny_editor, CAT), DOG, cross_replace=0)
         assert of_png(edited.png).tobytes() == want.image.tobytes()
         assert edited.reuse.mask_area == want.report.mask_area
         assert ask(tiny, request(DOG)).id == edited.id
@@ -182,7 +182,7 @@ class TestGeneration:
             answer = ask(made, request(DOG, settings=settings))
             assert (answer.reuse.kind, answer.reuse.base) == ("edit", base.id)
             assert answer.report["ran_dense"]
-            want = editor.edit(drawn(editor, CAT, steps=8), DOG)
+            want = editor.edit(drawn(editor, CAT, steps=8), DOG, cross_replace=0)
             assert of_png(answer.png).tobytes() == want.image.tobytes()
 
     def test_words_that_the_encoder_does_not_tell_apart_are_a_new_picture(self, tiny: Service) -> None:
@@ -228,7 +228,7 @@ class TestGeneration:
             width=32,
             height=32,
         )
-        want = editor.edit(editor.edit(base, DOG), apple)
+        want = editor.edit(editor.edit(base, DOG, cross_replace=0), apple, cross_replace=0)
         assert of_png(answer.png).tobytes() == want.image.tobytes()
 
     def test_a_repeated_job_is_answered_once(self, tiny: Service) -> None:
@@ -276,6 +276,20 @@ class TestEdit:
         assert of_png(second.png).tobytes() == rounds.image.tobytes()
         rounds = tiny_editor.edit(rounds, "an apple on the apple", of_png(left_half()))
         assert of_png(third.png).tobytes() == rounds.image.tobytes()
+
+    def test_one_that_the_service_chose_is_made_again_as_it_was(self, tmp_path: Path, tiny_editor: Editor) -> None:
+        with service(tmp_path, tiny_editor, similar=-1.0) as made:
+            ask(made, request())
+            reused = ask(made, request(DOG))
+            assert reused.reuse.kind == "edit"
+            made.names()
+            made.engine.recall._edits.clear()
+            made.store.evict(0)
+            made.bases.drop()
+            answer = ask(made, EditRequest(reused.id, "a dog on the apple", left_half()))
+        dog = tiny_editor.edit(drawn(tiny_editor, CAT), DOG, cross_replace=0)
+        want = tiny_editor.edit(dog, "a dog on the apple", of_png(left_half()))
+        assert of_png(answer.png).tobytes() == want.image.tobytes()
 
     def test_one_that_cannot_be_drawn_again_is_refused(
         self, tiny: Service, tiny_editor: Editor, monkeypatch: pytest.MonkeyPatch
