@@ -53,11 +53,13 @@ def draw_edits(editor: Editor, side: int, batch: int) -> None:
     kind = editor.pipe.device.type
     picture: dict[str, Any] = {"num_inference_steps": _STEPS[kind], "width": side, "height": side}
     base = editor.generate(_WORDS[0], generator=torch.Generator().manual_seed(0), **picture)
-    masks = list(_masks(side // editor.pipe.vae_scale_factor, kind))
+    edits = [EditRequest(base, _WORDS[1], mask) for mask in _masks(side // editor.pipe.vae_scale_factor, kind)]
+    # Those within masks that are found have dense steps, with the base's attention maps or without.
+    edits += [EditRequest(base, _WORDS[1]), EditRequest(base, _WORDS[1], cross_replace=0.0)]
     for count in (2**i for i in range(batch.bit_length())):
-        for given in (*masks, None):
+        for edit in edits:
             try:
-                editor.edit_many([EditRequest(base, _WORDS[1], given)] * count)
+                editor.edit_many([edit] * count)
             except (FiseditError, ValueError) as error:  # a model to which both are one word, or that changes nothing
                 logger.info("edits before the first request: %s", error)
 
