@@ -118,6 +118,8 @@ class HostMemory:
 def brought_to_host(tensors: Sequence[Tensor], places: Sequence[Place], nbytes: int) -> Tensor:
     """Tensors in one piece of host memory, uint8 ``[nbytes]``; a GPU is waited for once, not for each.
 
+    What others have launched on the GPU is not waited for, so that the tensors' values have to be there.
+
     Args:
         tensors: any, of the host and of one GPU.
         places: where each of them comes to lie.
@@ -125,14 +127,11 @@ def brought_to_host(tensors: Sequence[Tensor], places: Sequence[Place], nbytes: 
     """
     device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
     host = torch.empty(-(-nbytes // 16) * 16, dtype=torch.uint8, pin_memory=device is not None)
-    plain = [each.resolve_conj().resolve_neg() if each.is_conj() or each.is_neg() else each for each in tensors]
-    if device is None:
-        torch._foreach_copy_(tensors_in(host, places), plain)
-    else:  # on a stream of its own, so that what others launch meanwhile is not waited for
-        stream = torch.cuda.Stream(device, priority=_PRIORITY)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            torch._foreach_copy_(tensors_in(host, places), plain, non_blocking=True)
+    stream = None if device is None else torch.cuda.Stream(device, priority=_PRIORITY)
+    with torch.cuda.stream(stream):
+        plain = [each.resolve_conj().resolve_neg() if each.is_conj() or each.is_neg() else each for each in tensors]
+        torch._foreach_copy_(tensors_in(host, places), plain, non_blocking=stream is not None)
+    if stream is not None:
         stream.synchronize()
     return host[:nbytes]
 

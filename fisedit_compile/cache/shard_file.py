@@ -70,7 +70,8 @@ class Part:
 def shard_chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     """The file of a shard in pieces: safetensors, whose tensors begin at a multiple of :data:`ALIGNMENT`.
 
-    A piece is of use until the next one is asked for.
+    A piece is of use until the next one is asked for. Tensors of a GPU are read at once, so that their values have to
+    be there.
     """
     # As the library orders them: the widest elements first, so that each tensor lies at a multiple of its elements.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))

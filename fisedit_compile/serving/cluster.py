@@ -27,10 +27,13 @@ logger = logging.getLogger(__name__)
 
 _APP = "fisedit"
 
-#: Requests that are sent to one replica: those that it draws, and some that wait there for the bases that it holds, as
-#: many as it makes together at least. Others go to the next replica that has room, which has to read these bases, or
-#: wait for any.
+#: Requests that are sent to one replica on a CPU: those that it draws, and some that wait there for the bases that it
+#: holds, as many as it makes together at least. Others go to the next replica that has room, which reads these bases.
 _AT_ONCE = 4
+
+#: The same on a GPU: as many as may wait at all. Bases are not written there while somebody waits, so that another replica
+#: would have to draw them again.
+_AT_ONCE_ON_GPU = 1024
 
 #: Seconds behind which a request that waits asks again at the latest: a picture may take less than Serve's own 0.5.
 _ASK_AGAIN = 0.05
@@ -179,7 +182,7 @@ def running_replicas(options: ReplicaOptions, least: int) -> Iterator[Replicas]:
     import ray
     from ray import serve
 
-    gpus = 1 if options.device.startswith("cuda") else 0
+    on_gpu = options.device.startswith("cuda")
     port = _free_port()
     ray.init(
         address="local",
@@ -197,8 +200,8 @@ def running_replicas(options: ReplicaOptions, least: int) -> Iterator[Replicas]:
             scale = {"autoscaling_config": {"min_replicas": least, "max_replicas": options.replicas}}
         deployment = serve.deployment(Replica).options(
             **scale,
-            max_ongoing_requests=max(_AT_ONCE, 2 * options.batch),
-            ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
+            max_ongoing_requests=_AT_ONCE_ON_GPU if on_gpu else max(_AT_ONCE, 2 * options.batch),
+            ray_actor_options={"num_cpus": 1, "num_gpus": int(on_gpu)},
             request_router_config={
                 "request_router_class": _ROUTER,
                 "request_router_kwargs": {"num_fallback_replicas": options.replicas},

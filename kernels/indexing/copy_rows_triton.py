@@ -79,13 +79,7 @@ class CopyLaunch:
         self._word = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}[word]
         widths = [_WORDS if index is None else size // word for index, size in zip(indices, row_bytes, strict=True)]
         totals = [target.numel() * target.element_size() // word for target in targets]
-        programs = [
-            (i, row, first)
-            for i in self._plain
-            for row in range(0, -(-totals[i] // max(widths[i], 1)), _ROWS)
-            for first in range(0, widths[i], _WORDS)
-        ]
-        self._programs = torch.tensor(programs, dtype=torch.int32).reshape(-1, 3).to(device)
+        self._programs = _programs(self._plain, widths, totals).to(device)
         self._widths = torch.tensor(widths, dtype=torch.int32, device=device)
         self._totals = torch.tensor(totals, dtype=torch.int64, device=device)
         self._targets = _table([target.data_ptr() for target in targets], device)
@@ -125,6 +119,23 @@ class CopyLaunch:
             BW=_WORDS,
             num_warps=4,
         )
+
+
+def _programs(copies: Sequence[int], widths: Sequence[int], totals: Sequence[int]) -> Tensor:
+    """What each program copies, int32 ``[programs, 3]``: a target, its first row, and the first word of the rows.
+
+    Args:
+        copies: the targets.
+        widths, totals: of all targets, words of a row and of the target.
+    """
+    rows = [-(-totals[i] // (max(widths[i], 1) * _ROWS)) for i in copies]
+    across = [-(-widths[i] // _WORDS) for i in copies]
+    counts = torch.tensor([down * wide for down, wide in zip(rows, across, strict=True)], dtype=torch.int64)
+    each = torch.repeat_interleave(torch.arange(len(copies)), counts)
+    within = torch.arange(len(each)) - (counts.cumsum(0) - counts)[each]
+    wide = torch.tensor(across, dtype=torch.int64)[each]
+    found = [torch.tensor(copies, dtype=torch.int64)[each], within // wide * _ROWS, within % wide * _WORDS]
+    return torch.stack(found, 1).to(torch.int32)
 
 
 def _table(values: Sequence[int], device: torch.device) -> Tensor:

@@ -202,6 +202,8 @@ def test_tensors_are_brought_to_one_piece_of_host_memory(device: str) -> None:
     for each in tensors:
         places.append(Place(size, each.dtype, tuple(each.shape)))
         size += each.nbytes
+    if device == "cuda":
+        torch.cuda.synchronize()
     with ThreadPoolExecutor(4) as threads:
         made = [threads.submit(brought_to_host, tensors, places, size) for _ in range(20)]
         for _ in range(100):
