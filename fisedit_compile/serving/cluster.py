@@ -31,8 +31,8 @@ _APP = "fisedit"
 #: holds, as many as it makes together at least. Others go to the next replica that has room, which reads these bases.
 _AT_ONCE = 4
 
-#: The same on a GPU: as many as may wait at all. Bases are not written there while somebody waits, so that another replica
-#: would have to draw them again.
+#: The same on a GPU: as many as may wait at all. Bases are not written there while somebody waits, so that another
+#: replica would have to draw them again.
 _AT_ONCE_ON_GPU = 1024
 
 #: Seconds behind which a request that waits asks again at the latest: a picture may take less than Serve's own 0.5.
