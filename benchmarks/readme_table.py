@@ -28,7 +28,9 @@ CALLS = (
 EDITS = (
     ("SD 2.1, 768x768, a whole edit, 50 steps, H200", "edit_sd2_768_h200.json"),
     ("- the same, all 50 steps visited", "edit_sd2_768_stride1_h200.json"),
+    ("- another run, with real masks", "edit_sd2_768_real_h200.json"),
     ("SD 2.1, 768x768, a whole edit, 20 steps, H200", "edit_sd2_768_dpm20_h200.json"),
+    ("SD 2.1, 768x768, 8 steps without guidance, H200", "edit_sd2_768_8steps_h200.json"),
     ("SD 1.5, 512x512, a whole edit, 50 steps, H200", "edit_sd15_512_h200.json"),
     ("SDXL, 1024x1024, a whole edit, 30 steps, H200", "edit_sdxl_1024_h200.json"),
 )
@@ -62,24 +64,31 @@ def _call_line(title: str, file: str, unit: str, scale: float) -> list[str]:
     for size in (0.05, 0.15, 0.30):
         nearest = min(squares, key=lambda measured: abs(measured - size))
         cells.append(_cell(squares[nearest], unit, scale) + _note(nearest, size))
-    return [*cells, _cell(real[0], unit, scale) + f" at {real[0]['active']:.0%}".replace("%", " %") if real else "-"]
+    return [*cells, _cell(real[0], unit, scale) + _share(real[0]) if real else "-"]
 
 
 def _edit_line(title: str, file: str) -> list[str]:
     result = _read(file)
     dense = result["compiled_ms"][str(result["steps"])]
     edits = {row["edit_size"]: row["edit_ms"] for row in result["rows"] if row["source"] == "square"}
+    real = [row for row in result["rows"] if row["source"] != "square"]
     cells = []
     for size in (0.05, 0.15, 0.30):
         near = min(edits, key=lambda measured: abs(measured - size))
         shown = f"{edits[near]:.0f} ms, {dense / edits[near]:.1f}x" + _note(near, size)
         cells.append(shown if abs(near - size) < 0.06 else "-")
-    return [title, f"{dense:.0f} ms", *cells, "-"]
+    of_real = [f"{row['edit_ms']:.0f} ms, {dense / row['edit_ms']:.1f}x{_share(row)}" for row in real]
+    return [title, f"{dense:.0f} ms", *cells, *(of_real or ["-"])]
 
 
 def _note(measured: float, size: float) -> str:
     """What is said of a cell that is of another size than its column."""
     return "" if measured == size else f" at {measured:.0%}".replace("%", " %")
+
+
+def _share(row: dict[str, Any]) -> str:
+    """What is said of real masks: the share of the picture that they cover."""
+    return f" at {row['active']:.0%}".replace("%", " %")
 
 
 def _cell(row: dict[str, Any], unit: str, scale: float) -> str:

@@ -91,7 +91,7 @@ def draw(args: argparse.Namespace, words: WordEncoder, chance: random.Random) ->
             largest = editor.config.dense_above if len(base.visits) == args.steps else 1.0  # as a service does
             start = time.perf_counter()
             try:
-                image, failed = editor.edit(base, after.prompt, largest_mask=largest), False
+                image, failed = editor.edit(base, after.prompt, largest_mask=largest, cross_replace=0), False
             except MaskError:
                 image, failed = None, True
             seconds = time.perf_counter() - start + failed * fresh.seconds
