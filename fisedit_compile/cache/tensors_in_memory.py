@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -24,6 +25,15 @@ class Place:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    @cached_property
+    def strides(self) -> tuple[int, ...]:
+        """Of the tensor, in elements; worked out once for places that are used again and again."""
+        strides, step = [], 1
+        for size in reversed(self.shape):
+            strides.append(step)
+            step *= max(size, 1)
+        return tuple(reversed(strides))
+
 
 def tensors_in(memory: Tensor, places: Iterable[Place]) -> list[Tensor]:
     """The tensors at some places of a piece of memory, uint8 ``[n]``, which begins at a multiple of 16 bytes."""
@@ -34,13 +44,5 @@ def tensors_in(memory: Tensor, places: Iterable[Place]) -> list[Tensor]:
             typed[place.dtype] = memory[: len(memory) // _ELEMENT * _ELEMENT].view(place.dtype)
         whole = typed[place.dtype]
         first = whole.storage_offset() + place.start // place.dtype.itemsize
-        tensors.append(whole.as_strided(place.shape, _contiguous(place.shape), first))
+        tensors.append(whole.as_strided(place.shape, place.strides, first))
     return tensors
-
-
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
