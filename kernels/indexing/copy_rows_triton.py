@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -79,7 +80,7 @@ class CopyLaunch:
         self._word = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}[word]
         widths = [_WORDS if index is None else size // word for index, size in zip(indices, row_bytes, strict=True)]
         totals = [target.numel() * target.element_size() // word for target in targets]
-        self._programs = _programs(self._plain, widths, totals).to(device)
+        self._programs = _programs(tuple(self._plain), tuple(widths), tuple(totals)).to(device)
         self._widths = torch.tensor(widths, dtype=torch.int32, device=device)
         self._totals = torch.tensor(totals, dtype=torch.int64, device=device)
         self._targets = _table([target.data_ptr() for target in targets], device)
@@ -121,8 +122,11 @@ class CopyLaunch:
         )
 
 
-def _programs(copies: Sequence[int], widths: Sequence[int], totals: Sequence[int]) -> Tensor:
+@functools.lru_cache(maxsize=64)
+def _programs(copies: tuple[int, ...], widths: tuple[int, ...], totals: tuple[int, ...]) -> Tensor:
     """What each program copies, int32 ``[programs, 3]``: a target, its first row, and the first word of the rows.
+
+    It is the same for each base of a batch, and read only.
 
     Args:
         copies: the targets.
