@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -67,6 +68,29 @@ def tiny_base(tiny_editor: Editor) -> Base:
 def tiny_pipe(tiny_editor: Editor) -> Any:
     """The pipeline of ``tiny_editor``."""
     return tiny_editor.pipe
+
+
+@pytest.fixture(scope="session")
+def tiny_editor_with(tiny_editor: Editor) -> Callable[..., Editor]:
+    """Editors of the pipeline of ``tiny_editor``, by what their configs change, for tests that leave them as they are.
+
+    Each is captured once.
+    """
+
+    @cache
+    def made(**changes: Any) -> Editor:
+        return Editor(tiny_editor.pipe, {**CONFIG, **changes})
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def own_pipeline(tiny_editor: Editor) -> Callable[..., Any]:
+    """Makes pipelines for one test each, which may change all but the U-Net: that of ``tiny_editor``, captured before.
+
+    It is sparse already, so that an editor of such a pipeline has the config of ``tiny_editor``.
+    """
+    return partial(tiny_pipeline, unet=tiny_editor.unet)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ def generated(editor: Editor, kind: str, prompt: str, seed: int, **changes: Any)
     return editor.generate(prompt, **{**settings, **KINDS[kind].arguments, **changes})
 
 
+@cache
 def editor_of(kind: str) -> Editor:
     return Editor(KINDS[kind].build(), {"dense_above": 1.0})
 
