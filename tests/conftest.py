@@ -56,15 +56,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device: torch.cuda.is_available() is False"))
 
 
-def pytest_collection_finish() -> None:
-    """Searches for garbage pass over what was imported and collected: a tenth of the time.
+@pytest.fixture(scope="module", autouse=True)
+def older_objects_are_not_searched() -> None:
+    """Searches for garbage pass over what was imported, collected and left by earlier files.
 
-    They go through all other objects a tenth as often as Python's own, a twentieth of the time; what a test wants to be
-    collected it collects itself.
+    With all of it, each takes seconds at last: what a test wants to be freed it searches for itself, as editors do that
+    are freed, and Python goes through all objects now and then.
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(*gc.get_threshold()[:2], 100)
 
 
 @pytest.hookimpl(wrapper=True)
