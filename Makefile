@@ -66,16 +66,16 @@ types: $(READY_TO_TEST)
 smoke: $(READY_TO_TEST)
 	OMP_NUM_THREADS=1 $(EDIT) --steps 6 --out out/smoke
 
-# Two workers of one thread each: the inputs are tiny, and a second thread makes such a test slower. A file stays in one
-# worker, because its U-Nets are captured once.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# Two workers of one thread each: the inputs are tiny, and a second thread makes such a test slower.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# Triton reads the variable when a kernel is defined: processes of their own.
+# Triton reads the variable when a kernel is defined: processes of their own. These tests share nothing.
 interpreter: $(READY_TO_TEST)
-	TRITON_INTERPRET=1 $(PYTEST) -m interpreter tests/kernels
+	TRITON_INTERPRET=1 $(PYTEST) --dist worksteal -m interpreter tests/kernels
 
+# A file stays in one worker, because its U-Nets are captured once; tests/conftest.py brings the longest ones first.
 pytest: $(READY_TO_TEST)
-	$(PYTEST)
+	$(PYTEST) --dist loadfile --no-loadscope-reorder
 
 # Each in an environment of its own, which is made anew; pip downloads what it needs, several gigabytes with CUDA.
 test-oldest:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from support.unets import UNets
 from fisedit_compile import Base, Editor
 
 torch.set_num_threads(min(2, torch.get_num_threads()))  # OMP_NUM_THREADS=1 is respected
+gc.set_threshold(*gc.get_threshold()[:2], 100)  # all objects are searched a tenth as often: a fortieth of the time
 
 # Without the phase "explain": it runs a failing U-Net hundreds of times more to say which values do not matter.
 _PHASES = (Phase.explicit, Phase.reuse, Phase.generate, Phase.target, Phase.shrink)
@@ -27,7 +30,26 @@ settings.register_profile("thorough", parent=settings.get_profile("ci"), max_exa
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+#: Files that take longest, the longest first: so that of several workers none is left with one while the others wait.
+_LONGEST = (
+    "serving/test_cluster.py",
+    "test_invariants.py",
+    "test_changed_models_backend.py",
+    "bench/test_paper_figures.py",
+    "editing/test_edit_many.py",
+    "test_changed_models.py",
+    "test_readme.py",
+    "editing/test_edit_many_kinds.py",
+    "macs/test_macs.py",
+    "quality/test_quality_command.py",
+    "bench/test_table_a1.py",
+    "test_backend.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {Path(__file__).parent / name: place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
     if torch.cuda.is_available():
         return
     for item in items:
@@ -35,8 +57,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device: torch.cuda.is_available() is False"))
 
 
-def pytest_collection_finish() -> None:
-    """Searches for garbage pass over what was imported and collected, which stays: a tenth of the time."""
+@pytest.fixture(scope="module", autouse=True)
+def older_objects_are_not_searched() -> None:
+    """Searches for garbage pass over what was imported, collected and left by earlier files.
+
+    With all of it, each takes seconds at last: what a test wants to be freed it searches for itself, as editors do that
+    are freed, and Python goes through all objects now and then.
+    """
     gc.collect()
     gc.freeze()
 
@@ -67,6 +94,29 @@ def tiny_base(tiny_editor: Editor) -> Base:
 def tiny_pipe(tiny_editor: Editor) -> Any:
     """The pipeline of ``tiny_editor``."""
     return tiny_editor.pipe
+
+
+@pytest.fixture(scope="session")
+def tiny_editor_with(tiny_editor: Editor) -> Callable[..., Editor]:
+    """Editors of the pipeline of ``tiny_editor``, by what their configs change, for tests that leave them as they are.
+
+    Each is captured once.
+    """
+
+    @cache
+    def made(**changes: Any) -> Editor:
+        return Editor(tiny_editor.pipe, {**CONFIG, **changes})
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def own_pipeline(tiny_editor: Editor) -> Callable[..., Any]:
+    """Makes pipelines for one test each, which may change all but the U-Net: that of ``tiny_editor``, captured before.
+
+    It is sparse already, so that an editor of such a pipeline has the config of ``tiny_editor``.
+    """
+    return partial(tiny_pipeline, unet=tiny_editor.unet)
 
 
 @pytest.fixture(scope="module")

@@ -142,9 +142,9 @@ def test_mode_and_options_of_inductor_are_its_own(monkeypatch_module, compiled):
     ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def micro(compiled):
-    """A U-Net of one's own, compiled, and its inputs for latents of any size."""
+    """Another U-Net, compiled, and its inputs for latents of any size; behind all tests of ``compiled``."""
     torch._dynamo.reset()
     unet = UNets.fresh("micro", torch.float32)
 

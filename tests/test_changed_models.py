@@ -1,7 +1,7 @@
 """What users change of a U-Net between two pictures: the next one is the plain U-Net's, and the old base is refused.
 
-Each change is made and taken back, in one's own loop and in the editor; `test_changed_models_backend.py` makes them
-below ``torch.compile``.
+Each change is made and taken back in one's own loop, and one of each kind in the editor, which follows them through the
+same U-Net; `test_changed_models_backend.py` makes these below ``torch.compile``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
-from support.changes import CHANGES, Change, micro_unet, weights
+from support.changes import CHANGES, ONE_OF_EACH_KIND, Change, small_unet, weights
 from support.pipelines import CONFIG, EDIT, PROMPT, arguments, generate, left_half, tiny_pipeline
 from support.unets import MICRO
 from torch.utils._pytree import tree_map_only
@@ -86,7 +86,7 @@ def shared(build: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.fixture(scope="module")
 def loop_of() -> Callable[[Change, str], OwnLoop]:
     def build(change: Change, device: str) -> OwnLoop:
-        unet = micro_unet().to(device)
+        unet = small_unet().to(device)
         change.prepare(unet)
         return OwnLoop(unet.to(device), change.arguments)
 
@@ -96,7 +96,7 @@ def loop_of() -> Callable[[Change, str], OwnLoop]:
 @pytest.fixture(scope="module")
 def editor_of() -> Callable[[Change], Editor]:
     def build(change: Change) -> Editor:
-        pipe = tiny_pipeline()
+        pipe = tiny_pipeline(unet=small_unet())
         change.prepare(pipe.unet)
         return Editor(pipe, CONFIG)
 
@@ -146,7 +146,7 @@ def plain(pipe: Any) -> torch.Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [name for name, change in CHANGES.items() if not change.arguments])
+@pytest.mark.parametrize("name", [name for name in ONE_OF_EACH_KIND if not CHANGES[name].arguments])
 def test_in_the_editor(name: str, editor_of: Callable[[Change], Editor]) -> None:
     change = CHANGES[name]
     editor = editor_of(change)
@@ -169,11 +169,11 @@ def test_in_the_editor(name: str, editor_of: Callable[[Change], Editor]) -> None
 
 @torch.no_grad()
 def test_the_editor_follows_another_unet_and_the_first_one_again() -> None:
-    pipe = tiny_pipeline()
+    pipe = tiny_pipeline(unet=small_unet())
     editor = Editor(pipe, CONFIG)
     old = generate(editor)
     first = pipe.unet
-    pipe.unet = tiny_pipeline().unet
+    pipe.unet = small_unet()
     weights(pipe.unet, 0.5)
     assert_close(generate(editor).latents, plain(pipe))
     with pytest.raises(BaseMismatchError, match=r"weights of conv_in and .* more"):
@@ -185,7 +185,7 @@ def test_the_editor_follows_another_unet_and_the_first_one_again() -> None:
 
 @torch.no_grad()
 def test_a_unet_that_a_callback_changes_on_the_way_is_refused() -> None:
-    pipe = tiny_pipeline()
+    pipe = tiny_pipeline(unet=small_unet())
     editor = Editor(pipe, CONFIG)
 
     def callback(pipe: Any, *_: Any) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def test_a_unet_that_a_callback_changes_on_the_way_is_refused() -> None:
 
 @torch.no_grad()
 def test_under_model_offload() -> None:
-    pipe = tiny_pipeline()
+    pipe = tiny_pipeline(unet=small_unet())
     expected = plain(pipe)
     editor = Editor(pipe, CONFIG)
     before = generate(editor)

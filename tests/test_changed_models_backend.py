@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.changes import CHANGES, micro_unet
+from support.changes import CHANGES, ONE_OF_EACH_KIND, small_unet
 from support.unets import MICRO
 
 from fisedit_compile.backend import editing, fisedit, recording
@@ -19,18 +19,6 @@ from fisedit_compile.testing import assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-#: One of each kind; each is compiled twice, which takes seconds.
-KINDS = (
-    "FreeU",
-    "LoRA switched",
-    "LoRA fused",
-    "value of a processor",
-    "IP-Adapter scale",
-    "hook",
-    "load_state_dict",
-    "weights in place",
-    "other parameters",
-)
 SIDE = 16
 MASK = torch.zeros(1, SIDE, SIDE, dtype=torch.bool)
 MASK[:, 2:6, 3:7] = True  # norms keep the base's statistics
@@ -58,9 +46,9 @@ def inputs() -> tuple[torch.Tensor, ...]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ONE_OF_EACH_KIND)  # each is compiled twice, which takes seconds
 def test_a_change_is_followed_and_an_old_recording_is_refused(name: str) -> None:
-    change, unet, args = CHANGES[name], micro_unet(), inputs()
+    change, unet, args = CHANGES[name], small_unet(), inputs()
     change.prepare(unet)
     compiled = torch.compile(unet, backend=fisedit, options={"dense_below": 4})
 
@@ -94,7 +82,7 @@ def test_a_change_is_followed_and_an_old_recording_is_refused(name: str) -> None
 
 @torch.no_grad()
 def test_weights_that_change_within_an_edit_are_refused() -> None:
-    unet, args = micro_unet(), inputs()
+    unet, args = small_unet(), inputs()
     compiled = torch.compile(unet, backend=fisedit, options={"dense_below": 4})
     with recording() as base:
         compiled(*args)
@@ -110,7 +98,7 @@ def test_weights_that_change_within_an_edit_are_refused() -> None:
 @torch.no_grad()
 def test_a_scale_that_dynamo_keeps_open_is_followed() -> None:
     """Once it has changed, the scale of a LoRA is a number among the inputs of the compiled graph."""
-    unet, args = micro_unet(), inputs()
+    unet, args = small_unet(), inputs()
     CHANGES["LoRA weight"].prepare(unet)
     compiled = torch.compile(unet, backend=fisedit, options={"dense_below": 4})
     bases: list[Any] = []
@@ -130,7 +118,7 @@ def test_a_scale_that_dynamo_keeps_open_is_followed() -> None:
 @torch.no_grad()
 def test_adapters_that_are_subtracted_within_the_call_are_refused() -> None:
     """PEFT's disabled adapters leave the weights that they were fused into at the next call, as part of it."""
-    change, unet, args = CHANGES["LoRA fused and disabled"], micro_unet(), inputs()
+    change, unet, args = CHANGES["LoRA fused and disabled"], small_unet(), inputs()
     change.prepare(unet)
     change.do(unet)
     compiled = torch.compile(unet, backend=fisedit, options={"dense_below": 4})

@@ -35,8 +35,13 @@ CASES = [(2, 1, (16, 16)), (1, 1, (13, 10)), (4, 2, (13, 10)), (3, 3, (17, 24))]
 #: (attention, dense_below): everything sparse, or the lower resolution dense within.
 REGIONS = [("full", 4), ("masked", 4), ("full", 10)]
 
-#: Each case where everything is sparse; a single sample, which a batch has in it, there alone.
-PAIRS = [(*region, *case) for region in REGIONS for case in CASES if region == REGIONS[0] or case[0] > 1]
+#: Each case where everything is sparse; samples with masks of their own where attention is masked; an even and an odd
+#: size where the lower resolution is dense.
+PAIRS = [
+    *((*REGIONS[0], *case) for case in CASES),
+    *((*REGIONS[1], *case) for case in CASES[2:]),
+    *((*REGIONS[2], *case) for case in CASES[::2]),
+]
 
 _NAMES = ("attention", "dense_below", "batch", "n", "size")
 pairs = pytest.mark.parametrize(_NAMES, PAIRS)
@@ -140,8 +145,7 @@ def test_maps_are_not_read_where_they_are_computed_anew(
     ignores_active_pixels()
 
 
-@regions
-@pytest.mark.parametrize(("batch", "n", "size"), [case for case in CASES if case[1] > 1])
+@pytest.mark.parametrize(_NAMES, [pair for pair in PAIRS if pair[3] > 1])
 def test_5_a_batch_of_different_masks_gives_what_each_sample_gives_alone(
     unets: UNets, attention: str, dense_below: int, batch: int, n: int, size: tuple[int, int]
 ) -> None:

@@ -23,8 +23,8 @@ README = (ROOT / "README.md").read_text()
 #: What a snippet prints -> what runs here in its place, so that it takes seconds. Nothing else is changed.
 SMALLER = {
     r"num_inference_steps=\d+": "num_inference_steps=4",
-    r"(generate\(.*)num_inference_steps": r"\1height=128, width=128, num_inference_steps",
-    r"--steps \d+": "--steps 4 --height 128 --width 128",
+    r"(generate\(.*)num_inference_steps": r"\1height=64, width=64, num_inference_steps",
+    r"--steps \d+": "--steps 4 --height 64 --width 64",
     r"1, (4, )?64, 64": r"1, \g<1>32, 32",
     r"--arch \w+ --size \d+": "--arch tiny --size 128",
     r"--edit-size( [\d.]+)+": "--edit-size 0.3",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
@@ -12,7 +13,7 @@ from diffusers.callbacks import (
     PipelineCallback,
     SDCFGCutoffCallback,
 )
-from support.pipelines import CONFIG, EDIT, PROMPT, STEPS, arguments, generate, left_half
+from support.pipelines import EDIT, PROMPT, STEPS, arguments, generate, left_half
 
 from fisedit_compile import Base, BaseMismatchError, Editor
 from fisedit_compile.testing import assert_close
@@ -139,9 +140,9 @@ def test_one_that_changes_the_model_within_the_loop_is_refused(tiny_editor: Edit
         generate(tiny_editor, callback_on_step_end=callback)
 
 
-def test_one_that_changes_the_loop_meets_edits_of_a_stride(tiny_editor: Editor) -> None:
+def test_one_that_changes_the_loop_meets_edits_of_a_stride(tiny_editor_with: Callable[..., Editor]) -> None:
     """Such edits run it at some steps alone, which is not what the base did."""
-    editor = Editor(tiny_editor.pipe, {**CONFIG, "stride": 2})
+    editor = tiny_editor_with(stride=2)
     with pytest.raises(
         ValueError, match=r"stride=2: SDCFGCutoffCallback may change the loop .*; pass stride=1 or 'auto'"
     ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -61,8 +62,8 @@ class TestOutput:
             tiny_editor.edit(tiny_base, EDIT, left_half(), output_type=kind)
 
 
-def test_progress_bars_are_the_pipeline_s(capsys: pytest.CaptureFixture[str]) -> None:
-    editor = Editor(tiny_pipeline(), CONFIG)
+def test_progress_bars_are_the_pipeline_s(own_pipeline: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    editor = Editor(own_pipeline())
     base = generate(editor)
     assert capsys.readouterr().err == ""  # as tiny_pipeline sets it
     editor.pipe.set_progress_bar_config(desc="steps of ours")

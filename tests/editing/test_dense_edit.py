@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -129,8 +130,8 @@ def test_a_base_without_sparse_steps_says_how_it_can_be_edited(reference_editor:
         reference_editor.edit(reference_base, EDIT)
 
 
-def test_it_visits_what_a_sparse_edit_of_the_base_visits(tiny_editor: Editor) -> None:
-    editor = Editor(tiny_editor.pipe, {**CONFIG, "stride": 2})
+def test_it_visits_what_a_sparse_edit_of_the_base_visits(tiny_editor_with: Callable[..., Editor]) -> None:
+    editor = tiny_editor_with(stride=2)
     base = editor.generate(PROMPT, **arguments(num_inference_steps=8))
     edit = editor.edit(base, EDIT, dense=True)
     assert edit.report.dense_steps == len(base.visits) == 4

@@ -36,8 +36,9 @@ def generate(editor: Editor, folder: Path | None = None, **options: Any) -> Base
     return editor.generate(PROMPT, num_inference_steps=STEPS, generator=seeded, folder=folder, **options)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def editor() -> Editor:
+    """One for all tests: a base that fails leaves it as it was."""
     return Editor(tiny_pipeline())
 
 

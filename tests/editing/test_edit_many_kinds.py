@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -33,13 +35,15 @@ def generated(editor: Editor, kind: str, prompt: str, seed: int, **changes: Any)
     return editor.generate(prompt, **{**settings, **KINDS[kind].arguments, **changes})
 
 
-def editor_of(kind: str) -> Editor:
-    return Editor(KINDS[kind].build(), {"dense_above": 1.0})
+@pytest.fixture(scope="module")
+def editor_of() -> Callable[[str], Editor]:
+    """Makes the editor of a kind, once."""
+    return cache(lambda kind: Editor(KINDS[kind].build(), {"dense_above": 1.0}))
 
 
 @pytest.mark.filterwarnings("ignore:.*(decode_latents|initial images|configuration file):FutureWarning")
 @pytest.mark.parametrize("kind", KINDS if os.environ.get("FISEDIT_ALL_CELLS") else CHOSEN)
-def test_a_kind_of_pipeline(kind: str) -> None:
+def test_a_kind_of_pipeline(editor_of: Callable[[str], Editor], kind: str) -> None:
     if KINDS[kind].added == "perturbed attention":
         pytest.skip("it has no bases")
     editor = editor_of(kind)
@@ -65,7 +69,7 @@ def test_a_kind_of_pipeline(kind: str) -> None:
         assert got.report.background_identical
 
 
-def test_other_pictures_beside_the_words() -> None:
+def test_other_pictures_beside_the_words(editor_of: Callable[[str], Editor]) -> None:
     kind = "SD StableDiffusionControlNetPipeline"
     editor = editor_of(kind)
     base = generated(editor, kind, "a cat on the left", 3)

@@ -195,9 +195,8 @@ def test_a_base_of_another_model_scheduler_or_config_is_refused(tiny_base: Base)
 
 
 def test_all_steps_dense_is_no_edit(tiny_editor: Editor) -> None:
-    editor = Editor(tiny_editor.pipe, {"dense_steps": 3})
     with pytest.raises(ValueError, match="lower dense_steps"):
-        editor.edit(generate(editor, num_inference_steps=3), EDIT)
+        tiny_editor.edit(generate(tiny_editor, num_inference_steps=CONFIG["dense_steps"]), EDIT)
 
 
 def test_what_is_no_pipeline_is_refused(tiny_editor: Editor) -> None:

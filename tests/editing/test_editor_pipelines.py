@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -13,11 +14,13 @@ from support.kinds import KINDS
 from support.pipelines import CONFIG, EDIT, PROMPT, STEPS, arguments, generate, left_half, tiny_pipeline
 from support.pipelines_sdxl import tiny_sdxl
 
-from fisedit_compile import Editor
+from fisedit_compile import Editor, SparseUNet, sparsify
 from fisedit_compile.editing.photo import encode
 from fisedit_compile.testing import assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+ADAPTER = "SD StableDiffusionAdapterPipeline + T2I-Adapter"
 
 
 def quiet(pipe: Any) -> Any:
@@ -25,10 +28,15 @@ def quiet(pipe: Any) -> Any:
     return pipe
 
 
-def test_a_loop_of_more_steps_than_were_asked_for() -> None:
+@pytest.fixture(scope="module")
+def by_shares() -> SparseUNet:
+    """A U-Net that is captured once, with dense and controlled steps that are shares of all."""
+    return sparsify(tiny_pipeline().unet, {"dense_steps": 0.4, "cross_replace": 0.6})
+
+
+def test_a_loop_of_more_steps_than_were_asked_for(by_shares: SparseUNet) -> None:
     """Heun's scheduler evaluates the U-Net twice a step; shares of the steps are of those that are made."""
-    pipe = tiny_pipeline(scheduler=diffusers.HeunDiscreteScheduler(steps_offset=1))
-    editor = Editor(pipe, {"dense_steps": 0.4, "cross_replace": 0.6})
+    editor = Editor(tiny_pipeline(unet=by_shares, scheduler=diffusers.HeunDiscreteScheduler(steps_offset=1)))
     base = generate(editor)
     assert (base.num_inference_steps, base.dense_steps) == (2 * STEPS - 1, 3)
     edit = editor.edit(base, EDIT)
@@ -36,8 +44,8 @@ def test_a_loop_of_more_steps_than_were_asked_for() -> None:
     assert edit.report.background_identical
 
 
-def test_a_loop_that_starts_from_a_picture() -> None:
-    editor = Editor(quiet(diffusers.StableDiffusionImg2ImgPipeline(**tiny_pipeline().components)), {"dense_steps": 0.4})
+def test_a_loop_that_starts_from_a_picture(by_shares: SparseUNet) -> None:
+    editor = Editor(quiet(diffusers.StableDiffusionImg2ImgPipeline(**tiny_pipeline(unet=by_shares).components)))
     picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     base = generate(editor, image=picture, strength=0.5, num_inference_steps=10)
     assert (base.num_inference_steps, base.dense_steps) == (5, 2)
@@ -66,14 +74,18 @@ def test_a_controlnet() -> None:
     assert editor.edit(inverted, EDIT, left_half()).report.background_identical
 
 
+@pytest.fixture(scope="module")
+def with_adapter() -> Editor:
+    """An editor of which each test sets the scheduler."""
+    return Editor(KINDS[ADAPTER].build(), {**CONFIG, "stride": 2})
+
+
 @pytest.mark.filterwarnings("ignore:.*decode_latents:FutureWarning")  # the pipeline itself calls it
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
-def test_a_t2i_adapter_whose_pipeline_has_no_callback(scheduler: str) -> None:
+def test_a_t2i_adapter_whose_pipeline_has_no_callback(with_adapter: Editor, scheduler: str) -> None:
     """Strides, rounds and photos: each sets the scheduler's steps, or what these lead to."""
-    kind = KINDS["SD StableDiffusionAdapterPipeline + T2I-Adapter"]
-    pipe = kind.build()
+    kind, editor, pipe, mask = KINDS[ADAPTER], with_adapter, with_adapter.pipe, left_half()
     pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
-    editor, mask = Editor(pipe, {**CONFIG, "stride": 2}), left_half()
     base = generate(editor, **kind.arguments, num_inference_steps=8)
     assert len(base.visits) < 8
     assert_close(base.latents, pipe(PROMPT, output_type="latent", **kind.arguments, **eight_steps()).images)
@@ -92,8 +104,8 @@ def eight_steps() -> dict[str, Any]:
     return arguments(num_inference_steps=8)
 
 
-def test_perturbed_attention_guidance_is_refused_unless_it_is_off() -> None:
-    editor = Editor(quiet(diffusers.StableDiffusionPAGPipeline(**tiny_pipeline().components)), CONFIG)
+def test_perturbed_attention_guidance_is_refused_unless_it_is_off(own_pipeline: Callable[..., Any]) -> None:
+    editor = Editor(quiet(diffusers.StableDiffusionPAGPipeline(**own_pipeline().components)))
     for scale in ({}, {"pag_scale": 3.0}):
         with pytest.raises(ValueError, match="pass pag_scale=0"):
             generate(editor, **scale)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.pipelines import CONFIG, EDIT, PROMPT, arguments, generate, left_half, tiny_pipeline
+from support.pipelines import CONFIG, EDIT, PROMPT, arguments, generate, left_half
+from support.pipelines_sdxl import tiny_sdxl
 
 from fisedit_compile import Base, Editor
-from fisedit_compile.bench.edit.random_pipeline import random_pipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -93,16 +94,13 @@ def test_samples_whose_embeddings_stay_are_the_bases(tiny_editor: Editor, embeds
 
 
 def test_sdxl_takes_pooled_ones_and_second_words_for_control() -> None:
-    pipe = random_pipeline(
-        "tiny-sdxl", size=128, words=(PROMPT, EDIT), scheduler="ddim", device=CPU, dtype=torch.float32
-    )
+    pipe = tiny_sdxl()
     editor = Editor(pipe, CONFIG)
     (old, _, old_pooled, _), (new, _, new_pooled, _) = encoded(pipe, PROMPT), encoded(pipe, EDIT)
     mask = torch.zeros(16, 16)
     mask[:8] = 1
-    size = {"height": 128, "width": 128}
-    by_words = generate(editor, **size)
-    base = generate(editor, prompt_2=PROMPT, prompt_embeds=old, pooled_prompt_embeds=old_pooled, **size)
+    by_words = generate(editor)
+    base = generate(editor, prompt_2=PROMPT, prompt_embeds=old, pooled_prompt_embeds=old_pooled)
     assert torch.equal(base.latents, by_words.latents)
     given = {"prompt_2": EDIT, "prompt_embeds": new, "pooled_prompt_embeds": new_pooled}
     edit = editor.edit(base, EDIT, mask, **given)
@@ -110,9 +108,9 @@ def test_sdxl_takes_pooled_ones_and_second_words_for_control() -> None:
     with pytest.raises(ValueError, match="align the words"):
         editor.edit(base, EDIT, mask, **{**given, "prompt_2": "a left"})
     with pytest.raises(ValueError, match="pooled_prompt_embeds: StableDiffusionXLPipeline takes both or none"):
-        generate(editor, prompt_embeds=old, **size)
+        generate(editor, prompt_embeds=old)
     with pytest.raises(ValueError, match=r"^prompt_embeds: StableDiffusionXLPipeline takes both or none"):
-        generate(editor, pooled_prompt_embeds=old_pooled, **size)
+        generate(editor, pooled_prompt_embeds=old_pooled)
 
 
 @pytest.mark.parametrize(
@@ -158,8 +156,8 @@ def test_other_words_need_other_embeddings(
             tiny_editor.edit(embedded_base, EDIT, **given)
 
 
-def test_without_control_they_may_have_any_length() -> None:
-    editor = Editor(tiny_pipeline(), {**CONFIG, "cross_replace": 0.0})
+def test_without_control_they_may_have_any_length(tiny_editor_with: Callable[..., Editor]) -> None:
+    editor = tiny_editor_with(cross_replace=0.0)
     torch.manual_seed(0)
     long, other, negative = torch.randn(3, 1, 11, 8)
     base = generate(editor, prompt_embeds=long, negative_prompt_embeds=negative)

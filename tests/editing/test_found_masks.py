@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from support.pipelines import CONFIG, PROMPT, generate, tiny_pipeline
+from support.pipelines import PROMPT, generate
 from torch import Tensor
 
 import fisedit_compile.editing.running_edit as running_edit
@@ -52,17 +53,21 @@ def test_words_that_are_only_added_leave_nothing_to_take_in(
     assert not joined
 
 
-def test_a_base_without_maps_finds_masks_by_the_difference_alone(joined: list[tuple[Tensor, Tensor]]) -> None:
-    editor = Editor(tiny_pipeline(), {**CONFIG, "cross_replace": 0.0})
+def test_a_base_without_maps_finds_masks_by_the_difference_alone(
+    tiny_editor_with: Callable[..., Editor], joined: list[tuple[Tensor, Tensor]]
+) -> None:
+    editor = tiny_editor_with(cross_replace=0.0)
     edit = editor.edit(generate(editor), FEWER)
     ((found, attention),) = joined
     assert not attention.any()
     assert torch.equal(edit.mask, found)
 
 
-def test_samples_of_a_batch_are_looked_at_by_themselves(joined: list[tuple[Tensor, Tensor]]) -> None:
+def test_samples_of_a_batch_are_looked_at_by_themselves(
+    tiny_editor: Editor, joined: list[tuple[Tensor, Tensor]]
+) -> None:
     """The first sample stays, the second loses words, the third gets others."""
-    editor = Editor(tiny_pipeline(), CONFIG)
+    editor = tiny_editor
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 2, 3)]
     base = generate(editor, [PROMPT] * 3, generator=generators)
     editor.edit(base, [PROMPT, FEWER, f"{PROMPT} and a dog"])

@@ -99,9 +99,9 @@ def test_a_base_of_a_callback_keeps_neither_it_nor_the_pipeline() -> None:
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_its_memory_is_free_as_soon_as_it_is_let_go_of(stride: int) -> None:
+def test_its_memory_is_free_as_soon_as_it_is_let_go_of(tiny_editor_with: Callable[..., Editor], stride: int) -> None:
     """Without waiting for the collector of circles, which may come when the memory of a GPU is long full."""
-    editor = Editor(tiny_pipeline(sparse_decoder=True), {**CONFIG, "stride": stride})
+    editor = tiny_editor_with(stride=stride)
     gc.collect()
     gc.disable()
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -58,16 +59,17 @@ def test_pixels_far_from_the_mask_are_the_picture_s(tiny_editor: Editor, prompt:
     assert not np.array_equal(edit.image, photo(64, 32))
 
 
-def quiet_pipeline() -> Any:
-    """Its model says little, as a trained one does, so that a rounding stays one."""
+@pytest.fixture(scope="module")
+def quiet() -> Editor:
+    """Its model says little, as a trained one does, so that a rounding stays one; all of its steps are dense."""
     pipe = tiny_pipeline()
     pipe.unet.conv_out.weight.data.mul_(0.1)
-    return pipe
+    return Editor(pipe, {"dense_steps": STEPS, "cross_replace": 0.0})
 
 
-def test_dense_steps_of_unchanged_words_follow_the_picture() -> None:
+def test_dense_steps_of_unchanged_words_follow_the_picture(quiet: Editor) -> None:
     """The scheduler's own steps would leave it, and a mask would be found of that."""
-    editor = Editor(quiet_pipeline(), {"dense_steps": STEPS, "cross_replace": 0.0})
+    editor = quiet
     base = editor.invert(photo(), PROMPT, **SETTINGS)
     same = editor.edit(base, PROMPT, negative_prompt="", dense=True, background="latents")
     own = editor.pipe(PROMPT, output_type="latent", latents=base.arguments["latents"], **SETTINGS).images
@@ -81,15 +83,13 @@ def test_a_mask_is_found(tiny_editor: Editor, base: Base) -> None:
     assert edit.report.background_identical
 
 
-def test_each_evaluation_brings_the_noise_nearer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_evaluation_brings_the_noise_nearer(quiet: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
     """To noise from which the scheduler's own steps lead back."""
-    pipe = quiet_pipeline()
-    editor = Editor(pipe, {**CONFIG, "dense_steps": 0})
     distances = []
     for evaluations in (1, 2, 4):
         monkeypatch.setattr(inversion, "EVALUATIONS", evaluations)
-        base = editor.invert(photo(), PROMPT, **SETTINGS)
-        again = pipe(
+        base = quiet.invert(photo(), PROMPT, **SETTINGS)
+        again = quiet.pipe(
             PROMPT,
             latents=base.arguments["latents"],
             num_inference_steps=STEPS,
@@ -111,8 +111,8 @@ def test_other_schedulers(
     assert tiny_editor.edit(base, EDIT, left_half()).report.background_identical
 
 
-def test_several_pictures_and_a_stride() -> None:
-    editor = Editor(tiny_pipeline(), {**CONFIG, "stride": 2})
+def test_several_pictures_and_a_stride(tiny_editor_with: Callable[..., Editor]) -> None:
+    editor = tiny_editor_with(stride=2)
     base = editor.invert([photo(), photo(seed=1)], [PROMPT, "an apple"], **SETTINGS)
     assert len(base.visits) < STEPS
     edit = editor.edit(base, [EDIT, "an apple"])

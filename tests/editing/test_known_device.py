@@ -10,7 +10,7 @@ import diffusers.hooks.group_offloading as group_offloading
 import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
-from support.pipelines import CONFIG, EDIT, generate, left_half, tiny_pipeline
+from support.pipelines import EDIT, generate, left_half, tiny_pipeline
 
 from fisedit_compile import Editor
 
@@ -25,8 +25,8 @@ def searches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return made
 
 
-def test_two_edits_search_no_more(searches: list[Any]) -> None:
-    editor = Editor(tiny_pipeline(), CONFIG)
+def test_two_edits_search_no_more(own_pipeline: Callable[..., Any], searches: list[Any]) -> None:
+    editor = Editor(own_pipeline())
     base = generate(editor)
     first = editor.edit(base, EDIT, left_half())
     searches.clear()
@@ -54,23 +54,28 @@ def offload(pipe: Any) -> None:
     ],
     ids=["group offload", "model offload", "moved", "exchanged"],
 )
-def test_a_changed_pipeline_is_searched(change: Callable[[Any], None], searches: list[Any]) -> None:
-    pipe = tiny_pipeline()
-    editor = Editor(pipe, CONFIG)
-    generate(editor)
+def test_a_changed_pipeline_is_searched(
+    own_pipeline: Callable[..., Any], change: Callable[[Any], None], searches: list[Any]
+) -> None:
+    pipe = own_pipeline()
+    editor = Editor(pipe)
     generate(editor)
     searches.clear()
+    generate(editor)
+    assert not searches
     change(pipe)
     generate(editor)
     assert searches
 
 
-def test_a_pipeline_with_a_part_that_nobody_looks_at_is_searched(searches: list[Any]) -> None:
-    pipe = tiny_pipeline()
+def test_a_pipeline_with_a_part_that_nobody_looks_at_is_searched(
+    own_pipeline: Callable[..., Any], searches: list[Any]
+) -> None:
+    pipe = own_pipeline()
     pipe.safety_checker = tiny_pipeline().text_encoder
     pipe.feature_extractor = lambda *_, **__: None
     pipe.run_safety_checker = lambda image, *_: (image, None)
-    editor = Editor(pipe, CONFIG)
+    editor = Editor(pipe)
     generate(editor)
     searches.clear()
     generate(editor)

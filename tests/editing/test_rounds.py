@@ -33,11 +33,18 @@ def pixels(edit: Edit | Base) -> np.ndarray[Any, Any]:
     return np.stack([np.asarray(each) for each in edit.images])
 
 
+@pytest.fixture(scope="module")
+def editors() -> dict[int, Editor]:
+    """One for each stride, with a pipeline of its own, whose scheduler may be any of ``SCHEDULERS``."""
+    return {stride: Editor(tiny_pipeline(), {**CONFIG, "stride": stride}) for stride in (1, 2)}
+
+
 @pytest.fixture(scope="module", params=[(0, 1), (0, 2), (1, 2), (2, 2)], ids=str)
-def rounds(request: pytest.FixtureRequest) -> tuple[Editor, Base, Edit]:
+def rounds(request: pytest.FixtureRequest, editors: dict[int, Editor]) -> tuple[Editor, Base, Edit]:
     """An editor, a base of eight steps, and an edit of its left half."""
     scheduler, stride = request.param
-    editor = Editor(tiny_pipeline(scheduler=SCHEDULERS[scheduler]), {**CONFIG, "stride": stride})
+    editor = editors[stride]
+    editor.pipe.scheduler = SCHEDULERS[scheduler]
     base = generate(editor, num_inference_steps=8)
     return editor, base, editor.edit(base, EDIT, left_half())
 
@@ -78,8 +85,8 @@ def test_a_mask_is_found_in_a_second_round(rounds: tuple[Editor, Base, Edit]) ->
     assert second.report.background_identical
 
 
-def test_the_first_base_may_go() -> None:
-    editor = Editor(tiny_pipeline(), CONFIG)
+def test_the_first_base_may_go(tiny_editor: Editor) -> None:
+    editor = tiny_editor
     base = generate(editor)
     edit, cache = editor.edit(base, EDIT, left_half()), weakref.ref(base.calls[-1].cache)
     del base
@@ -92,8 +99,8 @@ def test_the_first_base_may_go() -> None:
     assert own() is None
 
 
-def test_it_is_saved_and_read_as_any_base(tmp_path: Path) -> None:
-    editor = Editor(tiny_pipeline(), {**CONFIG, "stride": 2})
+def test_it_is_saved_and_read_as_any_base(editors: dict[int, Editor], tmp_path: Path) -> None:
+    editor = editors[2]
     first = editor.edit(generate(editor, num_inference_steps=8), EDIT, left_half())
     own = editor.base_of(first)
     own.save(tmp_path / "base")
@@ -101,8 +108,8 @@ def test_it_is_saved_and_read_as_any_base(tmp_path: Path) -> None:
     assert torch.equal(editor.edit(loaded, AGAIN, right_half()).latents, editor.edit(own, AGAIN, right_half()).latents)
 
 
-def test_samples_and_arguments_that_an_edit_changed_stay() -> None:
-    editor = Editor(tiny_pipeline(), CONFIG)
+def test_samples_and_arguments_that_an_edit_changed_stay(tiny_editor: Editor) -> None:
+    editor = tiny_editor
     base = generate(editor, [PROMPT, PROMPT], negative_prompt="apple")
     first = editor.edit(base, [EDIT, PROMPT], left_half(), negative_prompt="dog")
     own = editor.base_of(first)
@@ -144,8 +151,8 @@ def test_a_callback_that_changed_the_loop_cannot_be_recorded_without(tiny_editor
 
 
 @pytest.mark.parametrize("kind", ["np", "pt"])
-def test_pictures_of_any_kind_are_edited_again_as_that_kind(kind: str) -> None:
-    editor = Editor(tiny_pipeline(), CONFIG)
+def test_pictures_of_any_kind_are_edited_again_as_that_kind(tiny_editor: Editor, kind: str) -> None:
+    editor = tiny_editor
     first = editor.edit(generate(editor, output_type=kind), EDIT, left_half())
     second = editor.edit(first, AGAIN, right_half())
     assert type(second.images) is type(first.images)

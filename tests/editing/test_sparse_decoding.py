@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.pipelines import CONFIG, EDIT, PROMPT, STEPS, arguments, generate, left_half, tiny_pipeline
+from support.pipelines import EDIT, PROMPT, STEPS, arguments, generate, left_half
 from support.vaes import small_vae
 
 import fisedit_compile.vae.sparse_decoder as sparse_decoder
@@ -25,8 +26,8 @@ def always_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def editor() -> Editor:
-    return Editor(tiny_pipeline(sparse_decoder=True), CONFIG)
+def editor(own_pipeline: Callable[..., Any]) -> Editor:
+    return Editor(own_pipeline(sparse_decoder=True))
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +45,15 @@ def pixels(images: Any) -> np.ndarray:
     return np.stack([np.asarray(image) for image in images]).astype(int)
 
 
-def fresh(**parts: Any) -> tuple[Editor, Any]:
-    pipe = tiny_pipeline(sparse_decoder=True, **parts)
-    return Editor(pipe, CONFIG), pipe
+@pytest.fixture
+def fresh(own_pipeline: Callable[..., Any]) -> Callable[..., tuple[Editor, Any]]:
+    """Makes an editor that has decoded nothing, and its pipeline, of which parts are replaced."""
+
+    def made(**parts: Any) -> tuple[Editor, Any]:
+        pipe = own_pipeline(sparse_decoder=True, **parts)
+        return Editor(pipe), pipe
+
+    return made
 
 
 def test_a_base_is_the_plain_picture_and_keeps_little_of_the_decoder(editor: Editor, base: Base) -> None:
@@ -103,7 +110,7 @@ def test_other_kinds_of_pictures(editor: Editor, output_type: str) -> None:
     assert np.array_equal(new[rows], old[rows])
 
 
-def test_an_autoencoder_of_another_class() -> None:
+def test_an_autoencoder_of_another_class(fresh: Callable[..., tuple[Editor, Any]]) -> None:
     editor, _ = fresh(vae=small_vae("tiny"))
     base = generate(editor)
     assert np.array_equal(pixels(base.images), pixels(editor.pipe(PROMPT, **arguments()).images))
@@ -119,8 +126,8 @@ class TestDense:
         wanted = editor.pipe.image_processor.postprocess(out.detach(), output_type="pil")
         assert np.array_equal(pixels(raw.images), pixels(wanted))
 
-    def test_where_most_of_the_picture_is_edited(self, editor: Editor, base: Base) -> None:
-        few = Editor(editor.pipe, {**CONFIG, "dense_above": 0.2})
+    def test_where_most_of_the_picture_is_edited(self, tiny_editor_with: Callable[..., Editor]) -> None:
+        few = tiny_editor_with(dense_above=0.2)
         base = generate(few)
         assert few.edit(base, EDIT, left_half()).report.decoder == "dense (as its steps)"
 
@@ -132,7 +139,7 @@ class TestDense:
         assert "of the picture would be decoded" in edit.report.decoder
         self.is_composed_of_the_dense_one(editor, base, edit)
 
-    def test_with_tiling(self) -> None:
+    def test_with_tiling(self, fresh: Callable[..., tuple[Editor, Any]]) -> None:
         editor, pipe = fresh()
         pipe.vae.enable_tiling()
         base = generate(editor)
@@ -140,7 +147,7 @@ class TestDense:
         edit = editor.edit(base, EDIT, corner()[:16, :16])
         assert edit.report.decoder == "dense (the base keeps nothing of its decoder)"
 
-    def test_with_a_decoder_that_was_compiled(self) -> None:
+    def test_with_a_decoder_that_was_compiled(self, fresh: Callable[..., tuple[Editor, Any]]) -> None:
         editor, pipe = fresh()
         pipe.vae.decode = torch.compile(pipe.vae.decode, backend="eager")
         edit = editor.edit(generate(editor), EDIT, corner()[:16, :16])
@@ -169,7 +176,7 @@ class TestCallbacks:
         edit = editor.edit(base, EDIT, corner()[:16, :16], callback_on_step_end=preview)
         assert edit.report.decoder == "sparse"
 
-    def test_one_that_changes_the_vae_on_the_way(self) -> None:
+    def test_one_that_changes_the_vae_on_the_way(self, fresh: Callable[..., tuple[Editor, Any]]) -> None:
         editor, pipe = fresh()
         base = generate(editor)
 
@@ -182,7 +189,7 @@ class TestCallbacks:
         assert "the VAE is another one than the base was decoded with" in edit.report.decoder
 
 
-def test_the_vae_of_a_pipeline_may_be_exchanged(editor: Editor) -> None:
+def test_the_vae_of_a_pipeline_may_be_exchanged(editor: Editor, fresh: Callable[..., tuple[Editor, Any]]) -> None:
     own, pipe = fresh()
     first = generate(own)
     before = pipe.vae
@@ -208,7 +215,9 @@ def test_an_inverted_photo(editor: Editor, base: Base) -> None:
     assert np.array_equal(pixels(edit.images)[:, 40:], pixels([photo])[:, 40:])
 
 
-def test_an_inverted_photo_of_a_pipeline_that_only_decodes_as_a_whole(editor: Editor, base: Base) -> None:
+def test_an_inverted_photo_of_a_pipeline_that_only_decodes_as_a_whole(
+    editor: Editor, base: Base, fresh: Callable[..., tuple[Editor, Any]]
+) -> None:
     own, pipe = fresh()
     pipe.vae.enable_tiling()
     made = own.invert(base.image, PROMPT, num_inference_steps=STEPS)
@@ -225,7 +234,7 @@ def test_a_saved_base_is_decoded_as_sparsely(editor: Editor, base: Base, tmp_pat
     assert np.array_equal(pixels(got.images), pixels(want.images))
 
 
-def test_a_base_without_a_decoder_is_saved(tmp_path: Path) -> None:
+def test_a_base_without_a_decoder_is_saved(tmp_path: Path, fresh: Callable[..., tuple[Editor, Any]]) -> None:
     editor, pipe = fresh()
     pipe.vae.enable_slicing()
     generate(editor).save(tmp_path / "base")

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from support.pipelines import CONFIG, EDIT, PROMPT, arguments, generate, left_half, tiny_pipeline
+from support.pipelines_sdxl import tiny_sdxl
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fisedit_compile.editing.text_memo as text_memo
 from fisedit_compile import BaseMismatchError, Editor
-from fisedit_compile.bench.edit.random_pipeline import random_pipeline
 from fisedit_compile.editing.text_memo import TextMemo
 
 OTHER = "an apple on the left"
@@ -46,8 +46,8 @@ def encoded(run: Callable[[], object]) -> int:
 
 
 @pytest.fixture(scope="module")
-def captured() -> Editor:
-    return Editor(tiny_pipeline(), CONFIG)
+def captured(own_pipeline: Callable[..., Any]) -> Editor:
+    return Editor(own_pipeline())
 
 
 @pytest.fixture
@@ -63,13 +63,13 @@ def pixels(given: Any) -> np.ndarray:
     return np.stack([np.asarray(each) for each in given])
 
 
-def test_an_edit_encodes_its_new_words_alone(editor: Editor) -> None:
+def test_an_edit_encodes_its_new_words_alone(editor: Editor, own_pipeline: Callable[..., Any]) -> None:
     base = generate(editor)
     edits = []
     assert encoded(lambda: edits.append(editor.edit(base, EDIT, left_half()))) == 1
     assert encoded(lambda: edits.append(editor.edit(base, EDIT, left_half()))) == 0
     assert encoded(lambda: editor.edit(base, OTHER, left_half(), negative_prompt="a dog")) == 2
-    fresh = Editor(tiny_pipeline(), CONFIG)
+    fresh = Editor(own_pipeline())
     want = fresh.edit(generate(fresh), EDIT, left_half())
     for edit in edits:
         assert torch.equal(edit.latents, want.latents)
@@ -77,13 +77,10 @@ def test_an_edit_encodes_its_new_words_alone(editor: Editor) -> None:
 
 
 def test_of_several_text_encoders() -> None:
-    pipe = random_pipeline(
-        "tiny-sdxl", size=128, words=(PROMPT, EDIT), scheduler="ddim", device=torch.device("cpu"), dtype=torch.float32
-    )
-    editor = Editor(pipe, CONFIG)
+    editor = Editor(tiny_sdxl(), CONFIG)
     mask = torch.ones(16, 16)
     mask[:12] = 0
-    base = generate(editor, height=128, width=128, negative_prompt="a cat")
+    base = generate(editor, negative_prompt="a cat")
     edits = []
     assert encoded(lambda: edits.append(editor.edit(base, EDIT, mask))) == 2
     assert encoded(lambda: edits.append(editor.edit(base, EDIT, mask))) == 0

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from support.pipelines import CONFIG, EDIT, PROMPT, generate, left_half, tiny_pipeline
+from support.pipelines import EDIT, PROMPT, generate, left_half
 from support.small_tokenizers import LENGTH, SlowTokenizer, byte_pairs, word_level
 
 from fisedit_compile import Base, Editor
@@ -158,8 +159,8 @@ class TestEdits:
         with pytest.raises(ValueError, match=message):
             tiny_editor.edit(tiny_base, prompt, left_half(), weights=weights)
 
-    def test_without_a_step_under_control_they_would_do_nothing(self) -> None:
-        editor = Editor(tiny_pipeline(), {**CONFIG, "cross_replace": 0.0})
+    def test_without_a_step_under_control_they_would_do_nothing(self, tiny_editor_with: Callable[..., Editor]) -> None:
+        editor = tiny_editor_with(cross_replace=0.0)
         with pytest.raises(ValueError, match="this edit has none: generate the base with cross_replace above 0"):
             editor.edit(generate(editor), EDIT, left_half(), weights={"dog": 2.0})
 

@@ -6,6 +6,7 @@ into its buffers, and what is padding in them, is held to steps of the mask's ow
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -72,14 +73,20 @@ def with_fixed_sizes(unet: torch.nn.Module, call: Any, config: Any) -> SparseUNe
     return sparse
 
 
+@pytest.fixture(scope="module")
+def steps_of(unets: UNets) -> Callable[..., Steps]:
+    """Makes those of a region once."""
+    return functools.cache(functools.partial(Steps, unets))
+
+
 @pytest.fixture(scope="module", params=REGIONS, ids=lambda region: "-".join(map(str, region)))
-def steps(unets: UNets, request: pytest.FixtureRequest) -> Steps:
-    return Steps(unets, *request.param)
+def steps(steps_of: Callable[..., Steps], request: pytest.FixtureRequest) -> Steps:
+    return steps_of(*request.param)
 
 
 @pytest.fixture(scope="module")
-def fp64(unets: UNets) -> Steps:
-    return Steps(unets, *REGIONS[0])
+def fp64(steps_of: Callable[..., Steps]) -> Steps:
+    return steps_of(*REGIONS[0])
 
 
 @pytest.fixture(autouse=True)

@@ -186,7 +186,27 @@ CHANGES = {
 }
 
 
-def micro_unet() -> Any:
+#: For what follows all of them by the same means, and takes seconds for each.
+ONE_OF_EACH_KIND = (
+    "FreeU",
+    "LoRA switched",
+    "LoRA fused",
+    "value of a processor",
+    "IP-Adapter scale",
+    "hook",
+    "load_state_dict",
+    "weights in place",
+    "other parameters",
+)
+
+
+def small_unet() -> Any:
+    """A U-Net to change. It has one resolution, as changes are of layers: most are traced anew behind each change."""
     torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(**MICRO)
+    one = {
+        "block_out_channels": (16,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",),
+    }
+    unet = diffusers.UNet2DConditionModel(**{**MICRO, **one})
     return unet.eval().requires_grad_(False)

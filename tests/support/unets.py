@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 from unittest.mock import patch
 
 import torch
@@ -24,6 +26,25 @@ MICRO: dict[str, Any] = {
 }
 
 
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def once(method: _Method) -> _Method:
+    """``method``, whose results are kept: the same arguments give the same object, in whatever way they are given."""
+    signature = inspect.signature(method)
+
+    @wraps(method)
+    def kept(unets: UNets, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(unets, *args, **kwargs)
+        given.apply_defaults()
+        key = (method.__name__, *given.args[1:])
+        if key not in unets.made:
+            unets.made[key] = method(*given.args)
+        return unets.made[key]
+
+    return cast("_Method", kept)
+
+
 @dataclass(frozen=True)
 class Recorded:
     """One base call of a U-Net, its noise prediction and its cache; all tensors belong to the session: never write."""
@@ -36,14 +57,11 @@ class Recorded:
 class UNets:
     """Dense and sparse U-Nets with random weights, inputs and recorded bases, each made once a session.
 
-    Sizes are those of the latents. The same arguments, given in the same way, give the same object.
+    Sizes are those of the latents. The same arguments give the same object.
     """
 
     def __init__(self) -> None:
-        self.dense = cache(self._dense)
-        self.inputs = cache(self._inputs)
-        self.sparse = cache(self._sparse)
-        self.recorded = cache(self._recorded)
+        self.made: dict[Any, Any] = {}
 
     @staticmethod
     def fresh(arch: str, dtype: torch.dtype = torch.float64) -> Any:
@@ -53,10 +71,12 @@ class UNets:
         with patch.dict(ARCHITECTURES, micro=MICRO):
             return build_unet("micro", dtype=dtype)
 
-    def _dense(self, arch: str, dtype: torch.dtype = torch.float64) -> Any:
+    @once
+    def dense(self, arch: str, dtype: torch.dtype = torch.float64) -> Any:
         return self.fresh(arch, dtype)
 
-    def _inputs(
+    @once
+    def inputs(
         self, arch: str, batch: int, size: tuple[int, int], dtype: torch.dtype = torch.float64, seed: int = 0
     ) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
         """Arguments of one call, positional and by keyword; another seed is other latents and text at its timestep."""
@@ -64,7 +84,8 @@ class UNets:
         args, kwargs = unet_inputs(unet, batch=batch, height=8 * size[0], width=8 * size[1], seed=seed)
         return (args[0], torch.tensor(500), args[2]), kwargs
 
-    def _sparse(
+    @once
+    def sparse(
         self, arch: str, dtype: torch.dtype = torch.float64, attention: str = "full", dense_below: int = 4
     ) -> Any:
         from fisedit_compile.sparse_unet import sparsify
@@ -77,7 +98,8 @@ class UNets:
         args, kwargs = self.inputs(arch, batch, size, sparse.unet.dtype, seed)
         return sparse.call(*args, **kwargs)
 
-    def _recorded(self, sparse: Any, arch: str, batch: int, size: tuple[int, int], seed: int = 0) -> Recorded:
+    @once
+    def recorded(self, sparse: Any, arch: str, batch: int, size: tuple[int, int], seed: int = 0) -> Recorded:
         call = self.call(sparse, arch, batch, size, seed)
         out, kept = sparse.record(call)
         return Recorded(call, out, kept)
