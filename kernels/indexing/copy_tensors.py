@@ -92,7 +92,8 @@ class PartCopies:
         for source, parts in zip(sources, self._targets, strict=True):
             first = parts[0]
             alike = source.dtype is first.dtype and source.device == first.device and source.is_contiguous()
-            if not alike or source.shape != (len(parts) * first.shape[0], *first.shape[1:]):
+            shape = first.shape if len(parts) == 1 else (len(parts) * len(first), *first.shape[1:])
+            if not alike or source.shape != shape:
                 raise ValueError(
                     f"a source {list(source.shape)} {source.dtype} on {source.device} for {len(parts)} parts "
                     f"{list(first.shape)} {first.dtype} on {first.device}; give a contiguous one that fits"
@@ -100,9 +101,7 @@ class PartCopies:
             start = source.data_ptr()
             if self._launches and start % _WORD:
                 raise ValueError(f"a source begins at no multiple of {_WORD} bytes: clone it")
-            starts += (
-                range(start, start + len(parts) * first.nbytes, first.nbytes) if first.nbytes else [0] * len(parts)
-            )
+            starts += [start + i * first.nbytes for i in range(len(parts))]
         return [launch.table([starts[i] for i in some]) for launch, some in self._launches] or list(sources)
 
     def run(self, addresses: Sequence[Tensor]) -> None:
@@ -112,7 +111,7 @@ class PartCopies:
                 launch.run(table)
             return
         for source, parts in zip(addresses, self._targets, strict=True):
-            torch._foreach_copy_(parts, source.split(len(parts[0])) if len(source) else [source] * len(parts))
+            torch._foreach_copy_(parts, [source] if len(parts) == 1 else source.tensor_split(len(parts)))
 
 
 def can_be_copied(source: Tensor) -> bool:

@@ -149,8 +149,9 @@ def test_parts_go_each_to_a_place_of_its_own(
         for start, part in zip(starts, source.split(rows) if rows else [source], strict=True):
             want[start : start + rows] = part
         wanted.append(want)
-    copy(targets, sources)
-    assert all(map(torch.equal, rooms, wanted))
+    number, place = torch.tensor(3.0), torch.zeros(())
+    copy([*targets, [place]], [*sources, number])
+    assert all(map(torch.equal, [*rooms, place], [*wanted, number]))
 
 
 @pytest.mark.parametrize(
