@@ -57,14 +57,15 @@ class WholeSteps:
         """
         key = ("record", samples, part, tuple(entries))
         step = self._step(key, lambda: lower_whole(self._lowered, entries, samples=samples, part=part))
-        kept_calls = self._kept.setdefault(key, KeptCopies(entries))
+        if key not in self._kept:
+            self._kept[key] = KeptCopies(entries)
 
         def own(values: tuple[Tensor, Sequence[Tensor]]) -> tuple[Tensor, dict[CacheEntry, Tensor]]:
             out, kept = values
-            return copied(out), kept_calls.take(kept, tokens)
+            return copied(out), self._kept[key].take(kept, tokens)
 
-        out, kept = step.run(inputs, own=own)
-        return out, kept
+        result: tuple[Tensor, dict[CacheEntry, Tensor]] = step.run(inputs, own=own)
+        return result
 
     def controlled(self, inputs: dict[Any, Tensor], cache: StepCache, control: Control) -> Tensor:
         """The U-Net's output with the base's cross-attention maps of unchanged words."""

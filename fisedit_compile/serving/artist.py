@@ -52,19 +52,9 @@ class Artist:
             of_png(photo), prompt, num_inference_steps=settings.steps, guidance_scale=settings.guidance
         )
 
-    def edit(
-        self,
-        base: Base,
-        prompt: str,
-        mask: bytes | None,
-        before: Settings,
-        after: Settings,
-        *,
-        cross_replace: float | None = None,
-    ) -> Edit:
-        """A picture with other words; arguments as of :meth:`request`."""
-        asked = self.request(base, prompt, mask, before, after, None, cross_replace=cross_replace)
-        [edit] = self._editor.edit_many([asked])
+    def edit(self, request: EditRequest) -> Edit:
+        """A picture with other words."""
+        [edit] = self._editor.edit_many([request])
         return edit
 
     def request(
@@ -74,7 +64,7 @@ class Artist:
         mask: bytes | None,
         before: Settings,
         after: Settings,
-        steps: StepWatch | None,
+        steps: StepWatch | None = None,
         *,
         largest_mask: float = 1.0,
         cross_replace: float | None = None,

@@ -89,7 +89,8 @@ class Recall:
             line.append(self.record(parent))
         for parent_record, each in pairwise(reversed(line)):
             settings, control = (parent_record.settings, each.settings), each.report.get("cross_replace")
-            edit = self._artist.edit(base, each.prompt, each.mask, *settings, cross_replace=control)
+            asked = self._artist.request(base, each.prompt, each.mask, *settings, cross_replace=control)
+            edit = self._artist.edit(asked)
             base = self._recorded(each.id, edit, each)
         return base
 

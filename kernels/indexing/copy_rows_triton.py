@@ -55,7 +55,8 @@ def _copy_rows_kernel(
 class CopyLaunch:
     """The tables of a launch, which depend on the targets and are made once; arguments as of ``RowCopies``.
 
-    Targets whose sources are packed are left alone, see ``unpack_rows_triton``.
+    Whoever makes it keeps targets and indices alive: the tables are of their addresses. Targets whose sources are
+    packed are left alone, see ``unpack_rows_triton``.
     """
 
     def __init__(
@@ -65,7 +66,6 @@ class CopyLaunch:
         counts: Tensor,
         formats: Sequence[RowFormat | None],
     ) -> None:
-        self._keep = (targets, indices)
         self._plain = [i for i, form in enumerate(formats) if form is None]
         self._counts, device = counts, counts.device
         row_bytes = [math.prod(target.shape[1:]) * target.element_size() for target in targets]

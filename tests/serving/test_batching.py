@@ -300,8 +300,8 @@ def test_a_picture_whose_base_is_gone_is_made_again_but_for_rounding(
     tiny.engine.recall._edits.clear()
     make = tiny.engine.artist.edit
 
-    def rounded(*arguments: Any, **named: Any) -> Edit:
-        edit = make(*arguments, **named)
+    def rounded(request: Any) -> Edit:
+        edit = make(request)
         pixels = np.clip(np.asarray(edit.image, dtype=int) + levels, 0, 255).astype(np.uint8)
         return dataclasses.replace(edit, images=[Image.fromarray(pixels)])
 
