@@ -6,6 +6,7 @@ and DIFFEdit (Couairon et al. 2023), all as in ``benchmarks/baselines``.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -38,23 +39,35 @@ class Settings:
 
 
 class FisEdit:
-    """This project: inversion, a mask from the words, sparse steps."""
+    """This project: inversion, a mask from the words, sparse steps.
+
+    ``base_seconds`` is what the last base took, from words or a photo to one that can be edited.
+    """
 
     name, title = "FisEdit", "FISEdit"
 
     def __init__(self, pipe: Any, settings: Settings) -> None:
         self._editor = Editor(pipe)
         self._arguments = {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance}
+        self.base_seconds = 0.0
 
     def edit(self, photo: Image.Image, prompt: str, words: str) -> Image.Image:
         """The photo, changed by the words; the photo itself where no mask can be found."""
-        return self._edited(self._editor.invert(photo, prompt, **self._arguments), words)
+        return self._edited(self._timed(self._editor.invert, photo, prompt), words)
 
     def edit_generated(self, prompt: str, words: str, seed: int) -> tuple[Image.Image, Image.Image]:
         """The same of a picture that the model draws: before and after."""
         generator = torch.Generator("cpu").manual_seed(seed)
-        base = self._editor.generate(prompt, generator=generator, **self._arguments)
+        base = self._timed(partial(self._editor.generate, generator=generator), prompt)
         return base.image, self._edited(base, words)
+
+    def _timed(self, make: Callable[..., Any], *what: Any) -> Any:
+        start = time.perf_counter()
+        base = make(*what, **self._arguments)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self.base_seconds = time.perf_counter() - start
+        return base
 
     def _edited(self, base: Any, words: str) -> Image.Image:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,16 @@ from PIL import Image
 from support.pipelines import EDIT, PROMPT, tiny_pipeline
 from transformers import ViTConfig, ViTModel
 
-from fisedit_compile.quality.cases import load_cases
+from fisedit_compile.quality.cases import Case, load_cases
 from fisedit_compile.quality.judge import Judge
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples")]
 
+import photo_edits.cases  # noqa: E402
 import photos  # noqa: E402
 import pie_bench  # noqa: E402
+from photo_edits.cases import rendered  # noqa: E402
 from photo_edits.measure import PhotoCase, measure, table  # noqa: E402
 from photo_edits.methods import METHODS, Settings  # noqa: E402
 from photo_edits.structure import judge_features, structure_distance  # noqa: E402
@@ -129,7 +132,7 @@ def test_each_method_edits_and_leaves_the_pipeline_alone(name: str, judge: Judge
 
 class TestPhotos:
     def test_a_rendered_case(self, judge: Judge) -> None:
-        seen: list[Any] = [photos.rendered(case, judge) for case in load_cases("quick", 5)]
+        seen: list[Any] = [rendered(case, judge) for case in load_cases("quick", 5)]
         cases = [case for case in seen if case is not None]
         assert len(cases) > 3  # the judge knows the renderer's pictures
         for case in cases:
@@ -137,6 +140,24 @@ class TestPhotos:
             assert case.judge(case.photo) == {"success": 0.0, "right": 0.0}
         shares = {case.id.split("-")[0]: float(case.background.float().mean()) for case in cases}
         assert shares["background"] < 0.5 < shares["object"] < 1
+
+    def test_table(self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        def small(case: Case, judge: Judge) -> PhotoCase:
+            return replace(whole(case, judge), photo=photo(), background=torch.ones(32, 32, dtype=torch.bool))
+
+        whole: Any = rendered
+        monkeypatch.setattr(photo_edits.cases, "rendered", small)  # as large as what the tiny model draws
+        tiny_pipeline().save_pretrained(tmp_path / "model")
+        judge = ROOT / "examples" / "demo_model" / "judge"
+        argv = ["--model", str(tmp_path / "model"), "--judge", str(judge), "--cases", "2", "--steps", "3"]
+        photos.main([*argv, "--methods", "fisedit", "--json", str(tmp_path / "out.json")])
+        printed = capsys.readouterr().out
+        assert "| FISEdit " in printed
+        assert "times as long (medians)" in printed
+        written = json.loads((tmp_path / "out.json").read_text())
+        assert {each["case"] for each in written["base_seconds"]} == {each.id for each in load_cases("all", 2)}
+        assert all(each["inverted"] > 0 and each["drawn"] > 0 for each in written["base_seconds"])
+        assert {each["equal"] for each in written["figures"]} <= {1.0}  # a random model finds no words in a photo
 
     def test_structure_distance(self, judge: Judge) -> None:
         features = judge_features(judge)
