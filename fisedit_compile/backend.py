@@ -28,7 +28,7 @@ from torch.fx import GraphModule
 
 from fisedit_compile.cache.step_cache import Recorded
 from fisedit_compile.compiler.dynamo_graph import ModelGraph, kinds_of_inputs
-from fisedit_compile.compiler.lowered import lower
+from fisedit_compile.compiler.lower import lower
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.errors import BaseMismatchError
 from fisedit_compile.ir.call import Call, bind
@@ -163,9 +163,14 @@ class _Compiled:
         if self._graph is None:
             self._graph = graph = ModelGraph(self._graph_module, self._kinds, inputs).eval()
             self._watch = ModelWatch(graph)
-            self._programs = Programs(lambda call: Program(lower(graph, call, self._config), call.tensors[0]))
+            self._programs = Programs(self._build)
         self._graph.hold(inputs)
         return self._graph
+
+    def _build(self, call: Call) -> Program:
+        assert self._graph is not None
+        lowered = lower(self._graph, call, self._config)
+        return Program(lowered, lowered.weights_of(self._graph), call.tensors[0])
 
     def _step(
         self, program: Program, call: Call, inputs: Sequence[Any], state: ModelState, session: _Editing

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fisedit_compile.cache.step_cache import Recorded, StepCache
-from fisedit_compile.compiler.lowered import lower
+from fisedit_compile.compiler.lower import lower
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.errors import BaseMismatchError, CaptureError
 from fisedit_compile.ir.call import Call, bind
@@ -280,7 +280,8 @@ class SparseUNet(torch.nn.Module):
                 f"latents of {call.tensors[0].shape[1]} channels: this U-Net takes {unet.config.in_channels}"
             )
         with without_offload(unet), self._watch.left_alone("the U-Net"):
-            return Program(lower(unet, call, self.sparsity), call.tensors[0])
+            lowered = lower(unet, call, self.sparsity, form=self._watch.form())
+            return Program(lowered, lowered.weights_of(unet), call.tensors[0])
 
     def explain(self, *args: Any, **kwargs: Any) -> str:
         """What became sparse, what stayed dense and why, module by module; for the arguments of a U-Net call."""

@@ -64,7 +64,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     made: list[str] = []
     lower = module.lower
-    monkeypatch.setattr(module, "lower", lambda *args: made.append("capture") or lower(*args))
+    monkeypatch.setattr(module, "lower", lambda *args, **form: made.append("capture") or lower(*args, **form))
     return made
 
 

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
 
     from fisedit_compile.architectures import build_unet, unet_inputs
     from fisedit_compile.bench.masks import MaskSet
-    from fisedit_compile.compiler.lowered import lower
+    from fisedit_compile.compiler.lower import lower
     from fisedit_compile.cost_model.block_comparison import BlockComparer
     from fisedit_compile.cost_model.calibration import calibrate
     from fisedit_compile.cost_model.layer_timer import LayerTimer

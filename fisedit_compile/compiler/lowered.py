@@ -1,14 +1,14 @@
 """What the compiler makes of a U-Net for one signature of its inputs: the graphs, and what they say without running.
 
-A :class:`Lowered` holds nothing on a device and moves no weights, so that a U-Net on the meta device does as well as
-any other. :class:`~fisedit_compile.runtime.program.Program` runs one; ``explain``, MAC counting and the cost model read
-one.
+A :class:`Lowered` holds no weights and nothing on a device: all U-Nets of the same form share one, and a U-Net on the
+meta device does as well as any other. :class:`~fisedit_compile.runtime.program.Program` runs one with the weights of a
+U-Net; ``explain``, MAC counting and the cost model read one.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,16 +18,15 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
-from fisedit_compile.compiler.export import export
 from fisedit_compile.compiler.kept_of_calls import KeptOfCalls, TensorSpec
 from fisedit_compile.compiler.stage_graph import StageGraph
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.errors import MaskError
-from fisedit_compile.ir.call import Call, Signature
+from fisedit_compile.ir.call import Signature
 from fisedit_compile.ir.layout import Layout, Size
 from fisedit_compile.ir.meta_interpreter import on_meta
 from fisedit_compile.ir.plan_tensor import PlanTensor
-from fisedit_compile.ir.requests import CacheEntry, ControlTensor, Hoisted, requests_of
+from fisedit_compile.ir.requests import CacheEntry, ControlTensor, Hoisted, Weight, requests_of
 from fisedit_compile.passes import targets
 from fisedit_compile.passes.arguments import arguments_of
 from fisedit_compile.passes.dense.control_cross_attention import control_cross_attention
@@ -35,7 +34,6 @@ from fisedit_compile.passes.dense.pack_recorded import pack_recorded
 from fisedit_compile.passes.dense.record_activations import record_activations
 from fisedit_compile.passes.manager import FOLLOWING_PASSES, SPARSE_PASSES, Pass, run_passes
 from fisedit_compile.passes.pass_report import PassReport
-from fisedit_compile.passes.region.annotate_layout import annotate_layout
 from fisedit_compile.passes.rewriting import is_timestep
 from fisedit_compile.passes.staging.hoist_invariants import fetched_rows, split_stages
 from fisedit_compile.planning.apsc import CostModel
@@ -45,42 +43,29 @@ from fisedit_compile.utils.collecting_paused import collecting_paused
 from fisedit_compile.utils.single_thread import single_thread
 
 
-def lower(
-    unet: torch.nn.Module, call: Call, config: SparsityConfig, passes: tuple[Pass, ...] = SPARSE_PASSES
+def lower_graph(
+    signature: Signature,
+    config: SparsityConfig,
+    dense: GraphModule,
+    passes: tuple[Pass, ...],
+    constants: Mapping[str, Tensor],
+    start: float,
 ) -> Lowered:
-    """Export a U-Net for the signature of ``call`` and rewrite it into a sparse graph.
-
-    Args:
-        unet: the dense U-Net, on any device; its parameters are read where they are and never copied.
-        call: a call of it.
-        config: what to make sparse and how.
-        passes: of ``manager.py``: what makes the sparse graph of the dense one.
-
-    Raises:
-        CaptureError: the U-Net cannot be exported as one graph.
-        SparsifyError: no operation of it can be made sparse.
-    """
-    start = time.perf_counter()
-    with collecting_paused():
-        dense = export(unet, call)
-        annotate_layout(dense, config)
-        return _lower(call.signature, config, dense, passes, start)
-
-
-def _lower(
-    signature: Signature, config: SparsityConfig, dense: GraphModule, passes: tuple[Pass, ...], start: float
-) -> Lowered:
+    """Rewrite a copy of a dense graph into a sparse one and cut that into stages; the arguments are of the result."""
     with collecting_paused():
         sparse = copy_graph(dense)
         reports = run_passes(sparse, config, passes)
         stages = {name: StageGraph(graph) for name, graph in split_stages(sparse).items()}
     follows = passes is SPARSE_PASSES
-    return Lowered(signature, config, dense, sparse, reports, stages, time.perf_counter() - start, follows)
+    seconds = time.perf_counter() - start
+    return Lowered(signature, config, dense, sparse, reports, stages, constants, seconds, follows)
 
 
 @dataclass(frozen=True, eq=False)
 class Lowered:
-    """The graphs of a U-Net for one signature. Made by :func:`lower`.
+    """The graphs of a U-Net for one signature. Made by :func:`~fisedit_compile.compiler.lower.lower`.
+
+    In ``dense`` and ``sparse`` weights are attributes on the meta device; a :class:`StageGraph` takes them as inputs.
 
     Attributes:
         signature: says which calls the graphs serve.
@@ -90,6 +75,8 @@ class Lowered:
         reports: what each pass did, in the order of the passes.
         stages: the sparse graph cut into the stages ``constant`` (run once for each model), ``prompt`` (once for each
             edit), ``fetch`` and ``step`` (at each denoising step), by name.
+        constants: the values of those weights that are no parameters or buffers of the U-Net, by path: tensors that it
+            makes when it is called, or that a processor holds.
         build_seconds: how long exporting and rewriting took.
         follows: whether a base also keeps what :attr:`following` reads.
     """
@@ -100,6 +87,7 @@ class Lowered:
     sparse: GraphModule
     reports: list[PassReport]
     stages: dict[str, StageGraph]
+    constants: Mapping[str, Tensor]
     build_seconds: float
     follows: bool = False
 
@@ -108,7 +96,15 @@ class Lowered:
         """The graphs for masks that change much of the picture, whose norms follow the edit; None without norms."""
         if not self.kept.tiles:
             return None
-        return _lower(self.signature, self.config, self.dense, FOLLOWING_PASSES, time.perf_counter())
+        start = time.perf_counter()
+        return lower_graph(self.signature, self.config, self.dense, FOLLOWING_PASSES, self.constants, start)
+
+    def weights_of(self, unet: torch.nn.Module) -> dict[Weight, Tensor]:
+        """What the graphs read of a U-Net, where it lies; it has the form of the one that they were made of."""
+        tensors: dict[str, Tensor] = dict(unet.named_parameters(remove_duplicate=False))
+        tensors |= dict(unet.named_buffers(remove_duplicate=False))
+        tensors |= self.constants
+        return {Weight(path): tensors[path] for path in weights_in(self.dense.graph)}
 
     @property
     def batch(self) -> int:
@@ -178,12 +174,14 @@ class Lowered:
 
     @cached_property
     def step_specs(self) -> dict[Any, Tensor]:
-        """A tensor on the meta device for every input of the U-Net, entry of the base's cache and tensor of control.
+        """A tensor on the meta device for every input and weight, entry of the base's cache and tensor of control.
 
         The plan's tensors are not among them, because their sizes depend on the mask.
         """
         inputs = self.dense.graph.find_nodes(op="placeholder")
         specs: dict[Any, Tensor] = {str(node.target): on_meta(node.meta["val"]) for node in inputs}
+        for node in self.dense.graph.find_nodes(op="get_attr"):
+            specs[Weight(str(node.target))] = on_meta(node.meta["val"])
         for node in self.sparse.graph.find_nodes(op="placeholder"):
             if isinstance(node.meta.get("request"), CacheEntry | ControlTensor):
                 specs[node.meta["request"]] = node.meta["val"]
@@ -225,6 +223,16 @@ class Lowered:
         The batch consists of parts of ``samples`` each, of which the one at place ``part`` is conditional. Attention
         maps are of the first ``tokens`` of the text; None is all.
         """
+        key = (tuple(entries), samples, part, tokens)
+        if key not in self._recordings:
+            self._recordings[key] = self._recording(*key)
+        return self._recordings[key]
+
+    @cached_property
+    def _recordings(self) -> dict[object, StageGraph]:
+        return {}
+
+    def _recording(self, entries: Sequence[CacheEntry], samples: int, part: int, tokens: int | None) -> StageGraph:
         graph_module = copy_graph(self.dense)
         record_activations(graph_module, entries, samples, part, tokens)
         pack_recorded(graph_module, entries, self.kept.formats)
@@ -236,6 +244,11 @@ class Lowered:
         control_cross_attention(graph_module, self.config, part)
         graph_module.recompile()
         return StageGraph(graph_module)
+
+
+def weights_in(graph: Graph) -> list[str]:
+    """The paths of the weights that a graph reads as attributes, each once."""
+    return list(dict.fromkeys(str(node.target) for node in graph.find_nodes(op="get_attr")))
 
 
 def copy_graph(graph_module: GraphModule) -> GraphModule:

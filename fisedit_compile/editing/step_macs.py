@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +12,7 @@ from fisedit_compile.errors import FiseditError
 
 
 class StepMacs:
-    """What is needed to count the steps of one edit. It keeps no graph, weight or cache alive, and pickles its result.
+    """What is needed to count the steps of one edit. It keeps no weight and no cache alive, and pickles its result.
 
     Args:
         lowered: the graphs that the edit ran.
@@ -27,21 +26,21 @@ class StepMacs:
 
     def __init__(self, lowered: Lowered, mask: Tensor, *, dense: bool, share: float = 1.0) -> None:
         self.counted: dict[str, float] | None = None
-        self._lowered: weakref.ref[Lowered] | None = weakref.ref(lowered)
+        self._lowered: Lowered | None = lowered
         self._mask, self._dense, self._share = mask.cpu(), dense, share
 
     def count(self) -> dict[str, float]:
         """Of a dense and a sparse call (``"dense_step"``, ``"sparse_step"``), and their ratio.
 
         Raises:
-            FiseditError: the graphs are gone.
+            FiseditError: it was pickled or copied before.
         """
         if self.counted is None:
-            lowered = self._lowered() if self._lowered else None
+            lowered = self._lowered
             if lowered is None:
                 raise FiseditError(
-                    "the multiply-accumulates of this edit were not counted while its editor was there: read "
-                    "report.macs before the editor goes, and before the report is pickled"
+                    "the multiply-accumulates of this edit were not counted before its report was pickled or copied: "
+                    "read report.macs before"
                 )
             from fisedit_compile.macs.counter import MacCounter  # takes fvcore, which an edit has no use for
 

@@ -1,6 +1,7 @@
 """What a rewritten graph needs beside the U-Net's own inputs, as requests that its placeholders carry.
 
-A request names one tensor: of the edit's plan, of the base's cache, of the prompts' alignment, or of an earlier stage.
+A request names one tensor: of the edit's plan, of the base's cache, of the prompts' alignment, of an earlier stage, or
+of the model.
 """
 
 from __future__ import annotations
@@ -68,7 +69,18 @@ class Hoisted:
         return f"{self.stage}_{self.node}"
 
 
-Request = PlanTensor | CacheEntry | ControlTensor | Hoisted
+@dataclass(frozen=True)
+class Weight:
+    """A parameter or buffer of the model, by its path; or a constant that the model makes when it is called."""
+
+    path: str
+
+    @property
+    def name(self) -> str:
+        return "weight_" + re.sub(r"\W", "_", self.path)
+
+
+Request = PlanTensor | CacheEntry | ControlTensor | Hoisted | Weight
 
 
 class Inputs:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fisedit_compile.architectures import VAE_SCALE_FACTOR, build_unet, latent_size, unet_inputs
 from fisedit_compile.compiler.export import export
-from fisedit_compile.compiler.lowered import Lowered, copy_graph, lower
+from fisedit_compile.compiler.lower import lower
+from fisedit_compile.compiler.lowered import Lowered, copy_graph
 from fisedit_compile.config import AttentionMode, SparsityConfig
 from fisedit_compile.cost_model.row_costs import RowCosts
 from fisedit_compile.ir.call import Call, bind

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,19 +11,25 @@ from torch import Tensor
 from fisedit_compile.cache.step_cache import StepCache
 from fisedit_compile.compiler.lowered import Lowered
 from fisedit_compile.compiler.stage_graph import StageGraph
-from fisedit_compile.ir.requests import CacheEntry
+from fisedit_compile.ir.requests import CacheEntry, Weight
 from fisedit_compile.runtime.control import KEEP, MAPPER, WEIGHT, Control
 from fisedit_compile.runtime.cuda_graph import GraphCapturer, StaticStage
 from fisedit_compile.runtime.stage import Stage
 
 
 class DenseGraphs:
-    """The dense graphs of a lowered U-Net, each made on first use; on a GPU each is one CUDA graph."""
+    """The dense graphs of a lowered U-Net, each made on first use; on a GPU each is one CUDA graph.
 
-    def __init__(self, lowered: Lowered, device: torch.device) -> None:
-        self._lowered = lowered
+    Args:
+        lowered: the U-Net.
+        weights: what its graphs read, where it lies.
+        device: where they run.
+    """
+
+    def __init__(self, lowered: Lowered, weights: Mapping[Weight, Tensor], device: torch.device) -> None:
+        self._lowered, self._weights = lowered, weights
         self._capturer = GraphCapturer(device)
-        self._stages: dict[object, Stage | StaticStage] = {}
+        self._stages: dict[object, Callable[[Mapping[Any, Tensor]], Any]] = {}
 
     def record(
         self, inputs: dict[Any, Tensor], entries: Sequence[CacheEntry], samples: int, part: int, tokens: int | None
@@ -51,9 +57,11 @@ class DenseGraphs:
             if isinstance(stage, StaticStage):
                 stage.forget()
 
-    def _stage(self, key: object, build: Callable[[], StageGraph]) -> Stage | StaticStage:
+    def _stage(self, key: object, build: Callable[[], StageGraph]) -> Callable[[Mapping[Any, Tensor]], Any]:
         if key not in self._stages:
             stage = Stage(build(), compiled=self._lowered.config.compile)
-            on_gpu = self._capturer.device.type == "cuda"
-            self._stages[key] = StaticStage(stage, self._capturer) if on_gpu else stage
+            if self._capturer.device.type == "cuda":
+                self._stages[key] = StaticStage(stage, self._capturer, self._weights)
+            else:
+                self._stages[key] = lambda values: stage({**values, **self._weights})
         return self._stages[key]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import weakref
 from collections.abc import Iterator
@@ -51,6 +52,13 @@ class ModelWatch:
             if self._weights.look(values) or self._state is None:
                 self._state = self._take_state()
             return self._state
+
+    def form(self) -> str:
+        """A digest of all that the graphs of the model depend on, as it is now: all but the values of its weights."""
+        with self._lock:
+            behaviour, tensors = self.look().behaviour, self._weights.tensors
+            kinds = [(path, each.shape, each.stride(), each.dtype, each.device) for path, each in tensors.items()]
+            return hashlib.sha256(repr((behaviour, kinds)).encode()).hexdigest()
 
     def _describe(self) -> None:
         before, self._description = self._description, Description(self.module)

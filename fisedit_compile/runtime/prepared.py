@@ -22,7 +22,8 @@ class Prepared:
     """The plan's tensors, and the values that depend on the prompt alone.
 
     Attributes:
-        lowered: the graphs that it was prepared for.
+        program: an object that the program has which prepared it, and no other one.
+        lowered: the graphs of that program.
         plan: the rows of the mask.
         values: the plan's tensors, where steps have the mask's own sizes.
         bucket, packed: the bucket of the mask and the padded tensors, where steps run at fixed sizes.
@@ -31,6 +32,7 @@ class Prepared:
         prompt: the hoisted values of the prompt.
     """
 
+    program: object
     lowered: Lowered
     plan: EditPlan
     values: dict[Any, Tensor] = field(default_factory=dict)

@@ -1,8 +1,9 @@
-"""A lowered U-Net on a device, and how its graphs run: record, control, sparse step."""
+"""A lowered U-Net with its weights on a device, and how its graphs run: record, control, sparse step."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +15,7 @@ from fisedit_compile.compiler.lowered import Lowered
 from fisedit_compile.cost_model.row_costs import RowCosts
 from fisedit_compile.ir.call import Call, Signature
 from fisedit_compile.ir.layout import inverse_permutation
+from fisedit_compile.ir.requests import Weight
 from fisedit_compile.planning.buckets import Bucket
 from fisedit_compile.planning.edit_plan import EditPlan, follows
 from fisedit_compile.runtime.constants import Constants
@@ -33,19 +35,23 @@ _FEWEST = 2
 
 
 class Program:
-    """A lowered U-Net on a device: it records bases, runs controlled dense calls, and sparse steps.
+    """A lowered U-Net with its weights on a device: it records bases, runs controlled dense calls, and sparse steps.
 
     On a CPU a sparse step has the sizes of its mask. On a GPU it has those of a bucket and is one CUDA graph, see
     :mod:`fisedit_compile.runtime.static_step`; in fp64, which Triton does not take, it runs as on a CPU.
 
     Args:
-        lowered: the graphs; they hold the U-Net's own parameters.
+        lowered: the graphs, which programs of several U-Nets may share.
+        weights: what the graphs read of the U-Net: its own parameters and buffers, which are read where they are.
         sample: a tensor of the dtype of the latents, on the device where the program runs.
         plan_on_device: make the plan of a mask where the program runs. By default it is made on the host, which needs
             the row counts anyway; a plan of a picture's pixels is too large for that.
     """
 
-    def __init__(self, lowered: Lowered, sample: Tensor, *, plan_on_device: bool = False) -> None:
+    def __init__(
+        self, lowered: Lowered, weights: Mapping[Weight, Tensor], sample: Tensor, *, plan_on_device: bool = False
+    ) -> None:
+        self._id = object()
         self.lowered = lowered
         self.config = lowered.config
         self.signature: Signature = lowered.signature
@@ -60,8 +66,9 @@ class Program:
         self._like = sample.new_empty(0)
         self.fixed_sizes = self._device.type == "cuda" and sample.dtype is not torch.float64
         self.dense_as_rows = faster_as_rows(sample)
-        self._weights: Live | None = None  # as they are
-        self._constants = Constants()
+        self.weights = weights
+        self._live: Live | None = None  # how the weights lie now
+        self._constants = Constants(weights)
         self._constants.add(self._stages["constant"])
         self._refreshed_by: Program | None = None  # the one that the constants belong to, where that is another one
         self._static: dict[Bucket, StaticStep] = {}
@@ -84,14 +91,14 @@ class Program:
     def owns(self, prepared: Prepared) -> bool:
         """Whether an edit was prepared by this program."""
         following = self.__dict__.get("_following")
-        return prepared.lowered is self.lowered or (following is not None and following.owns(prepared))
+        return prepared.program is self._id or (following is not None and following.owns(prepared))
 
     def follow(self, state: ModelState) -> None:
         """Run with the weights as they lie now; ``state`` is the one that the graphs were made for, or equals it."""
         assert state.live is not None
-        if self._weights is not None and self._weights.addresses != state.live.addresses:
+        if self._live is not None and self._live.addresses != state.live.addresses:
             self._dense.forget()
-        self._weights = state.live
+        self._live = state.live
 
     def record(
         self,
@@ -158,7 +165,7 @@ class Program:
         """The program of edits whose statistics follow them; it shares what depends on the weights alone."""
         if self.lowered.following is None:
             return None
-        program = Program(self.lowered.following, self._like)
+        program = Program(self.lowered.following, self.weights, self._like)
         self._constants.add(program._stages["constant"])
         program._constants, program._refreshed_by = self._constants, self
         program.fixed_sizes = self.fixed_sizes
@@ -172,17 +179,17 @@ class Program:
                 100 * share,
                 self.config.dense_above,
             )
-            return Prepared(self.lowered, plan.to(self._device), dense=True)
+            return Prepared(self._id, self.lowered, plan.to(self._device), dense=True)
         self._refresh_constants()
         if self.fixed_sizes:
             bucket = self.lowered.buckets.choose(plan)
-            return Prepared(self.lowered, plan, bucket=bucket, packed=self._static_step(bucket).pack(plan))
+            return Prepared(self._id, self.lowered, plan, bucket=bucket, packed=self._static_step(bucket).pack(plan))
         plan = plan.to(self._device)
         values: dict[Any, Tensor] = {request: plan.tensor(request) for request in self.lowered.plan_requests}
         for request, halo in values.items():
             if request.kind == "halo" and len(halo) < _FEWEST:  # rows that no table refers to
                 values[request] = torch.nn.functional.pad(halo, (0, _FEWEST - len(halo)))
-        return Prepared(self.lowered, plan, values=values)
+        return Prepared(self._id, self.lowered, plan, values=values)
 
     def step(self, call: Call, cache: StepCache, prepared: Prepared, control: Control | None = None) -> Tensor:
         """One sparse step: the base's output with the active pixels computed anew, ``[B, C, H, W]``.
@@ -191,7 +198,7 @@ class Program:
             BaseMismatchError: the cache is not of this U-Net, config, size or timestep, or has no attention maps for
                 control.
         """
-        if prepared.lowered is not self.lowered:
+        if prepared.program is not self._id:
             assert self._following is not None
             return self._following.step(call, cache, prepared, control)
         self.cache.check(cache, self.signature, self._known_timesteps(call))
@@ -212,7 +219,7 @@ class Program:
 
     def static_step(self, prepared: Prepared) -> StaticStep | None:
         """What runs the steps of an edit at fixed sizes; None where they have the mask's own."""
-        if prepared.lowered is not self.lowered:
+        if prepared.program is not self._id:
             assert self._following is not None
             return self._following.static_step(prepared)
         return None if prepared.bucket is None else self._static_step(prepared.bucket)
@@ -232,8 +239,8 @@ class Program:
         if self._refreshed_by is not None:
             self._refreshed_by._refresh_constants()
             return
-        assert self._weights is not None
-        if self._constants.follow(self._weights):
+        assert self._live is not None
+        if self._constants.follow(self._live):
             self._static.clear()
             self._dense.forget()
             if (following := self.__dict__.get("_following")) is not None:
@@ -251,7 +258,7 @@ class Program:
 
     @cached_property
     def _dense(self) -> WholeSteps | DenseGraphs:
-        return self._whole if self.dense_as_rows else DenseGraphs(self.lowered, self._device)
+        return self._whole if self.dense_as_rows else DenseGraphs(self.lowered, self.weights, self._device)
 
     @cached_property
     def _shared(self) -> Shared:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fisedit_compile.cache.step_cache import Recorded
-from fisedit_compile.compiler.lowered import lower
+from fisedit_compile.compiler.lower import lower
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.errors import CaptureError
 from fisedit_compile.ir.call import Call
@@ -26,21 +26,22 @@ class DecoderProgram(Program):
     Args:
         decoder: what is exported.
         call: a call of it, whose tensors lie where the program runs.
+        form: of the decoder's VAE, see :func:`~fisedit_compile.compiler.lower.lower`.
 
     Raises:
         CaptureError: it cannot be exported, or not all that lies behind the latents' level can run on rows.
         SparsifyError: there is no level behind that of the latents.
     """
 
-    def __init__(self, decoder: Decoder, call: Call) -> None:
+    def __init__(self, decoder: Decoder, call: Call, form: str) -> None:
         smaller_side = min(call.signature.sample_shape[2:])
         passes = DECODER_PASSES if call.tensors[0].is_cuda else DECODER_PASSES_ON_HOST
         config = SparsityConfig(dense_below=smaller_side + 1, dense_above=1.0, cache="exact")
-        lowered = lower(decoder, call, config, passes)
+        lowered = lower(decoder, call, config, passes, form=form)
         maps = [entry.node for entry in lowered.kept.cache_entries if entry.kind not in ("scale", "shift")]
         if lowered.output is None or maps != [lowered.output[0].node]:
             raise CaptureError(f"not all of the decoder of {type(decoder.vae).__name__} can run on rows ({maps})")
-        super().__init__(lowered, call.tensors[0], plan_on_device=True)
+        super().__init__(lowered, lowered.weights_of(decoder), call.tensors[0], plan_on_device=True)
         # Of the pool of higher priority: torch hands the streams of a pool out in turns, and those on which graphs are
         # captured, where nothing else may run meanwhile, are of the common one.
         self._aside = torch.cuda.Stream(self._device, priority=-1) if self._device.type == "cuda" else None
@@ -70,5 +71,5 @@ class DecoderProgram(Program):
 
     def decode_whole(self, call: Call) -> tuple[Tensor, Recorded]:
         """The picture as the autoencoder itself decodes it, and what decodes of regions read."""
-        out, kept = self._recorder(self._user_values(call))
+        out, kept = self._recorder({**self._user_values(call), **self.weights})
         return out, Recorded(self.signature, (), dict(zip(self.lowered.kept.cache_entries, kept, strict=True)))

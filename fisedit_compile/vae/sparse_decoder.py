@@ -124,4 +124,4 @@ class SparseDecoder:
         watch = self._state.live.watch()
         assert watch is not None
         with watch.left_alone("the VAE"):
-            return DecoderProgram(self._decoder, call)
+            return DecoderProgram(self._decoder, call, watch.form())

@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.pipelines import CONFIG, EDIT, PROMPT, STEPS, arguments, generate, left_half, tiny_pipeline
 
-from fisedit_compile import Base, Editor, FiseditError
+from fisedit_compile import Base, Editor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -81,8 +81,7 @@ def test_an_editor_that_was_freed_holds_no_graph_and_works_on() -> None:
     editor.free()
     gc.collect()
     assert [graph() for graph in graphs] == [None] * len(graphs)
-    with pytest.raises(FiseditError, match="were not counted while its editor was there"):
-        _ = before.report.macs
+    assert before.report.macs["ratio"] > 1
     assert torch.equal(editor.edit(base, EDIT, left_half()).latents, before.latents)
     plain = editor.pipe(PROMPT, **arguments()).images[0]
     assert np.array_equal(np.asarray(plain), np.asarray(base.image))

@@ -93,8 +93,7 @@ def test_a_base_of_a_callback_keeps_neither_it_nor_the_pipeline() -> None:
     gc.collect()
     assert [each() for each in gone] == [None] * len(gone)
     assert base.nbytes > 0
-    with pytest.raises(FiseditError, match="were not counted while its editor was there"):
-        edit.report.macs  # noqa: B018
+    assert edit.report.macs["ratio"] > 1
     assert str(edit.report).startswith("mask 50.0%")
 
 

@@ -11,6 +11,7 @@ from torch.fx import symbolic_trace
 
 from fisedit_compile.architectures import build_unet, unet_inputs
 from fisedit_compile.compiler.stage_graph import StageGraph
+from fisedit_compile.ir.requests import Weight
 from fisedit_compile.masks.sample_masks import square_mask
 from fisedit_compile.runtime.control import Control
 from fisedit_compile.runtime.cuda_graph import GraphCapturer, StaticStage
@@ -39,7 +40,8 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture
 def scaled(device: torch.device) -> tuple[Scaled, StaticStage]:
     module = Scaled().to(device)
-    return module, StaticStage(Stage(StageGraph(symbolic_trace(module)), compiled=False), GraphCapturer(device))
+    stage = Stage(StageGraph(symbolic_trace(module)), compiled=False)
+    return module, StaticStage(stage, GraphCapturer(device), {Weight("weight"): module.weight})
 
 
 def values(sample: float, device: torch.device) -> dict[str, torch.Tensor]:
