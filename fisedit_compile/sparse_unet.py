@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -57,6 +58,9 @@ class SparseUNet(torch.nn.Module):
     looks for that, which takes some milliseconds; :meth:`looked_at` looks once for many calls.
 
     Attributes of the wrapped U-Net (``config``, ``dtype``, ``device``, ...) are its own.
+
+    Attributes:
+        build_seconds: time spent on exporting U-Nets and rewriting their graphs, all together.
     """
 
     def __init__(self, unet: torch.nn.Module, config: SparsityConfig) -> None:
@@ -80,6 +84,7 @@ class SparseUNet(torch.nn.Module):
         self._lock = threading.RLock()
         self._held = threading.local()  # .state: within looked_at(), the state that was seen
         self._described = -1
+        self.build_seconds = 0.0
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -133,13 +138,8 @@ class SparseUNet(torch.nn.Module):
         """The graphs for the signature of ``call`` and the U-Net as it is; exported and rewritten on first use."""
         return self._program(call, self._ready(values=True))
 
-    @property
-    def build_seconds(self) -> float:
-        """Time spent on exporting and rewriting the graphs that are kept."""
-        return sum(program.lowered.build_seconds for program in self._programs)
-
     def free(self) -> None:
-        """Let go of the graphs; the next call exports them anew, and plans of :meth:`prepare` are refused then."""
+        """Let go of the graphs and their memory. The next call makes them anew; plans made before are refused."""
         with self._lock:
             self._programs.clear()
 
@@ -279,9 +279,13 @@ class SparseUNet(torch.nn.Module):
             raise CaptureError(
                 f"latents of {call.tensors[0].shape[1]} channels: this U-Net takes {unet.config.in_channels}"
             )
-        with without_offload(unet), self._watch.left_alone("the U-Net"):
-            lowered = lower(unet, call, self.sparsity, form=self._watch.form())
-            return Program(lowered, lowered.weights_of(unet), call.tensors[0])
+        start = time.perf_counter()
+        with without_offload(unet):
+            alone = self._watch.left_alone("the U-Net")
+            lowered = lower(unet, call, self.sparsity, form=self._watch.form(), holding=alone)
+        program = Program(lowered, lowered.weights_of(unet), call.tensors[0])
+        self.build_seconds += time.perf_counter() - start
+        return program
 
     def explain(self, *args: Any, **kwargs: Any) -> str:
         """What became sparse, what stayed dense and why, module by module; for the arguments of a U-Net call."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Generator, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -45,6 +47,14 @@ _LONGEST = (
     "bench/test_table_a1.py",
     "test_backend.py",
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Graphs that tests export are found by later tests of the same run, in whatever process, and by no other run."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.mkdtemp(prefix="fisedit-graphs-")
+        os.environ["FISEDIT_COMPILE_CACHE"] = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,27 +1,35 @@
-"""Lowers a U-Net, or finds that one of the same form was lowered before in this process.
+"""Lowers a U-Net, or finds what was made of one of the same form: in this process, or on the disk.
 
-Exporting a U-Net and rewriting its graph takes seconds, and depends on all of it but the values of its weights. So
-another checkpoint of the same architecture takes the graphs that are there, which hold no weights.
+Exporting a U-Net takes seconds, and depends on all of it but the values of its weights. So another checkpoint of the
+same architecture takes the graphs that are there, which hold no weights; and another process reads the exported graph.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from operator import attrgetter
 
 import torch
+from torch import Tensor
+from torch.fx import GraphModule
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from fisedit_compile.compiler.export import export
-from fisedit_compile.compiler.lowered import Lowered, lower_graph, weights_in
+from fisedit_compile.compiler.graph_folder import name_of, read_graph, write_graph
+from fisedit_compile.compiler.lowered import Lowered, lower_graph, tensors_of, weights_in
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.ir.call import Call
 from fisedit_compile.ir.meta_interpreter import on_meta
 from fisedit_compile.passes.manager import SPARSE_PASSES, Pass
 from fisedit_compile.passes.region.annotate_layout import annotate_layout
 from fisedit_compile.utils.collecting_paused import collecting_paused
+
+logger = logging.getLogger(__name__)
 
 #: Graphs that are kept for further models; those of a large U-Net take some ten megabytes of the host each.
 _KEPT = 8
@@ -37,6 +45,7 @@ def lower(
     passes: tuple[Pass, ...] = SPARSE_PASSES,
     *,
     form: str | None = None,
+    holding: AbstractContextManager[None] | None = None,
 ) -> Lowered:
     """Export a U-Net for the signature of ``call`` and rewrite it into a sparse graph.
 
@@ -47,22 +56,28 @@ def lower(
         passes: of ``manager.py``: what makes the sparse graph of the dense one.
         form: says all of the U-Net that its graphs depend on, see
             :meth:`~fisedit_compile.runtime.model_watch.ModelWatch.form`. With it the result is that of an earlier call,
-            of this U-Net or another one, where all arguments were equal. None: make it.
+            of this U-Net or another one, where all arguments were equal; and the exported graph is read from the disk
+            where it is there. None: export it.
+        holding: the context in which the U-Net is exported; what raises an error at its end is not kept.
 
     Raises:
         CaptureError: the U-Net cannot be exported as one graph.
         SparsifyError: no operation of it can be made sparse.
     """
-    if form is None:
-        return _lowered(unet, call, config, passes)
+    start = time.perf_counter()
     kind = f"{type(unet).__module__}.{type(unet).__qualname__}"
     key = (kind, form, torch.get_default_dtype(), call.signature, config, passes)
-    with _lock:
-        if key in _kept:
-            _kept.move_to_end(key)
-            return _kept[key]
-    lowered = _lowered(unet, call, config, passes)
-    if not lowered.constants:  # which may be of this U-Net alone
+    if form is not None:
+        with _lock:
+            if key in _kept:
+                _kept.move_to_end(key)
+                return _kept[key]
+    with collecting_paused():
+        name = None if form is None else name_of(kind, form, call.signature)
+        dense, constants = _dense_graph(unet, call, name, holding or nullcontext())
+        annotate_layout(dense, config)
+        lowered = lower_graph(call.signature, config, dense, passes, constants, start)
+    if form is not None and not constants:  # which may be of this U-Net alone
         with _lock:
             _kept[key] = lowered
             while len(_kept) > _KEPT:
@@ -70,14 +85,34 @@ def lower(
     return lowered
 
 
-def _lowered(unet: torch.nn.Module, call: Call, config: SparsityConfig, passes: tuple[Pass, ...]) -> Lowered:
-    start = time.perf_counter()
-    with collecting_paused():
+def _dense_graph(
+    unet: torch.nn.Module, call: Call, name: str | None, holding: AbstractContextManager[None]
+) -> tuple[GraphModule, Mapping[str, Tensor]]:
+    """The dense graph, with weights on the meta device, and the values of those that are no tensors of the U-Net.
+
+    Args:
+        name: of the graph's file; None: there is none.
+    """
+    known = tensors_of(unet)
+    if name is not None and (read := read_graph(name)) is not None and _fits(read, call, known):
+        return read, {}
+    with holding:
         exported = export(unet, call)
-        tensors = {path: attrgetter(path)(exported) for path in weights_in(exported.graph)}
-        dense = _LazyGraphModule({path: on_meta(tensor) for path, tensor in tensors.items()}, exported.graph)
-        annotate_layout(dense, config)
-        named = {path for path, _ in unet.named_parameters(remove_duplicate=False)}
-        named |= {path for path, _ in unet.named_buffers(remove_duplicate=False)}
-        constants = {path: tensor for path, tensor in tensors.items() if path not in named}
-        return lower_graph(call.signature, config, dense, passes, constants, start)
+    tensors = {path: attrgetter(path)(exported) for path in weights_in(exported.graph)}
+    constants = {path: tensor for path, tensor in tensors.items() if path not in known}
+    dense = _LazyGraphModule({path: on_meta(tensor) for path, tensor in tensors.items()}, exported.graph)
+    if name is not None and not constants:
+        write_graph(name, dense)
+    return dense, constants
+
+
+def _fits(read: GraphModule, call: Call, known: Mapping[str, Tensor]) -> bool:
+    """Whether a graph that was read takes the call's tensors and the U-Net's weights, as its name says that it does."""
+    paths = weights_in(read.graph)
+    taken = [node.meta["val"] for node in read.graph.find_nodes(op="placeholder")]
+    taken += [attrgetter(path)(read) for path in paths]
+    given = [*call.tensors, *(known[path] for path in paths if path in known)]
+    fits = [(each.shape, each.dtype) for each in taken] == [(each.shape, each.dtype) for each in given]
+    if not fits:
+        logger.warning("a graph on the disk is not of this U-Net, as its name says: it is exported again")
+    return fits

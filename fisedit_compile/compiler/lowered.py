@@ -101,9 +101,7 @@ class Lowered:
 
     def weights_of(self, unet: torch.nn.Module) -> dict[Weight, Tensor]:
         """What the graphs read of a U-Net, where it lies; it has the form of the one that they were made of."""
-        tensors: dict[str, Tensor] = dict(unet.named_parameters(remove_duplicate=False))
-        tensors |= dict(unet.named_buffers(remove_duplicate=False))
-        tensors |= self.constants
+        tensors = {**tensors_of(unet), **self.constants}
         return {Weight(path): tensors[path] for path in weights_in(self.dense.graph)}
 
     @property
@@ -244,6 +242,12 @@ class Lowered:
         control_cross_attention(graph_module, self.config, part)
         graph_module.recompile()
         return StageGraph(graph_module)
+
+
+def tensors_of(unet: torch.nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a U-Net, by each path that they have."""
+    tensors: dict[str, Tensor] = dict(unet.named_parameters(remove_duplicate=False))
+    return tensors | dict(unet.named_buffers(remove_duplicate=False))
 
 
 def weights_in(graph: Graph) -> list[str]:

@@ -12,6 +12,7 @@ from fisedit_compile.errors import CaptureError
 from fisedit_compile.ir.call import Call
 from fisedit_compile.passes.manager import DECODER_PASSES, DECODER_PASSES_ON_HOST
 from fisedit_compile.planning.edit_plan import EditPlan
+from fisedit_compile.runtime.model_watch import ModelWatch
 from fisedit_compile.runtime.prepared import Prepared
 from fisedit_compile.runtime.program import Program
 from fisedit_compile.runtime.stage import Stage
@@ -26,18 +27,18 @@ class DecoderProgram(Program):
     Args:
         decoder: what is exported.
         call: a call of it, whose tensors lie where the program runs.
-        form: of the decoder's VAE, see :func:`~fisedit_compile.compiler.lower.lower`.
+        watch: of the decoder's VAE.
 
     Raises:
         CaptureError: it cannot be exported, or not all that lies behind the latents' level can run on rows.
         SparsifyError: there is no level behind that of the latents.
     """
 
-    def __init__(self, decoder: Decoder, call: Call, form: str) -> None:
+    def __init__(self, decoder: Decoder, call: Call, watch: ModelWatch) -> None:
         smaller_side = min(call.signature.sample_shape[2:])
         passes = DECODER_PASSES if call.tensors[0].is_cuda else DECODER_PASSES_ON_HOST
         config = SparsityConfig(dense_below=smaller_side + 1, dense_above=1.0, cache="exact")
-        lowered = lower(decoder, call, config, passes, form=form)
+        lowered = lower(decoder, call, config, passes, form=watch.form(), holding=watch.left_alone("the VAE"))
         maps = [entry.node for entry in lowered.kept.cache_entries if entry.kind not in ("scale", "shift")]
         if lowered.output is None or maps != [lowered.output[0].node]:
             raise CaptureError(f"not all of the decoder of {type(decoder.vae).__name__} can run on rows ({maps})")

@@ -123,5 +123,4 @@ class SparseDecoder:
         assert self._state.live is not None
         watch = self._state.live.watch()
         assert watch is not None
-        with watch.left_alone("the VAE"):
-            return DecoderProgram(self._decoder, call, watch.form())
+        return DecoderProgram(self._decoder, call, watch)

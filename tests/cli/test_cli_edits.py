@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fisedit_compile.cli import build_parser, main
 from fisedit_compile.cli.base_options import settle_base_options
 from fisedit_compile.cli.kept_bases import base_name
 from fisedit_compile.cli.png_text import parameters
+from fisedit_compile.compiler import lower
 from fisedit_compile.editing import plain_pipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -396,7 +398,11 @@ class TestInterrupts:
         assert not list(tmp_path.iterdir())
 
 
-def test_progress_says_what_happens(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_says_what_happens(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FISEDIT_COMPILE_CACHE", "")
+    monkeypatch.setattr(lower, "_kept", OrderedDict())
     words = ["--edit", EDIT, "--then", FURTHER]
     assert edit(model, tmp_path, "--prompt", PROMPT, *words, "--set", "dense_above=1.0") == 0
     shown = capsys.readouterr().err

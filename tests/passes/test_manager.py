@@ -28,12 +28,14 @@ from support.hand_built import (
 )
 from torch.fx import GraphModule, Interpreter, Node
 
+from fisedit_compile.compiler.export import export
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.errors import SparsifyError
 from fisedit_compile.ir.requests import CacheEntry
 from fisedit_compile.passes import targets
 from fisedit_compile.passes.arguments import arguments_of, call_form
 from fisedit_compile.passes.manager import SPARSE_PASSES, run_passes
+from fisedit_compile.passes.region.annotate_layout import annotate_layout
 from fisedit_compile.testing import assert_close
 
 if TYPE_CHECKING:
@@ -141,7 +143,9 @@ def test_every_graph_of_a_unet_between_two_passes_runs_and_means_the_same(unets:
     batch, size = 2, (13, 10)
     sparse = unets.sparse("micro", torch.float64, attention, 4)
     calls = [unets.call(sparse, "micro", batch, size, seed) for seed in (0, 1)]
-    done = snapshots(sparse.program(calls[0]).lowered.dense, sparse.sparsity)
+    dense = export(unets.dense("micro"), calls[0])
+    annotate_layout(dense, sparse.sparsity)
+    done = snapshots(dense, sparse.sparsity)
     base, edit = (call.tensors for call in calls)
     mask = torch.rand(batch, *size, generator=torch.Generator().manual_seed(0)) < 0.3
     # these give the sparse graph its meaning, the others keep it

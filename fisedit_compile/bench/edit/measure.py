@@ -12,18 +12,15 @@ from typing import Any
 
 import torch
 
+from fisedit_compile.bench.edit.decodes import Decodes
 from fisedit_compile.bench.edit.random_pipeline import random_pipeline
+from fisedit_compile.bench.edit.timer import Timer
 from fisedit_compile.bench.masks import MaskSet
 from fisedit_compile.bench.progress import say
 from fisedit_compile.config import SparsityConfig
-from fisedit_compile.editing.background import PixelBackground
 from fisedit_compile.editing.base import Base
 from fisedit_compile.editing.editor import Editor
 from fisedit_compile.editing.result import Edit
-from fisedit_compile.errors import CaptureError
-from fisedit_compile.masks.grown import grown
-from fisedit_compile.runtime.model_watch import ModelWatch
-from fisedit_compile.vae.sparse_decoder import SparseDecoder
 
 #: The picture's words, and those of its edits: one word differs, as in the paper's edits.
 PROMPT, EDIT = "a photo of a cat on a chair", "a photo of a dog on a chair"
@@ -75,7 +72,7 @@ def bench_edit(
     result: dict[str, Any] = {"config": asdict(config)}
     with torch.inference_mode():
         pipe = _pipeline(settings, device, dtype)
-        timer = _Timer(device, settings.repeats)
+        timer = Timer(device, settings.repeats)
         result["parts_ms"] = _parts(pipe, settings, timer)
         result["plain_ms"] = timer.milliseconds("the plain pipeline", lambda: _picture(pipe, settings, settings.steps))
         keep(result)
@@ -87,10 +84,10 @@ def bench_edit(
         result["recording_ms"] = timer.milliseconds("recorded bases", lambda: _base(editor, settings))
         keep(result)
         result["rows"], new_words = [], cycle(_EDITS)
-        decodes = _Decodes(pipe, base, timer)
+        decodes = Decodes(pipe, base, timer)
         for each in masks:
             row = _row(editor, base, each, timer, new_words)
-            result["rows"].append({**row, "decode_ms": decodes.milliseconds(each)})
+            result["rows"].append({**row, **decodes.milliseconds(each)})
             keep(result)
         if device.type == "cuda":
             result["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
@@ -98,30 +95,6 @@ def bench_edit(
             result["compiled_ms"] = _compiled(pipe, settings, timer, result["rows"])
             keep(result)
     return result
-
-
-@dataclass(frozen=True)
-class _Timer:
-    """Medians of wall times, the device waited for at both ends."""
-
-    device: torch.device
-    repeats: int
-
-    def milliseconds(self, label: str, run: Callable[[], object]) -> float:
-        say(f"{label} ...")
-        run()
-        return median(self.once(run) for _ in range(self.repeats))
-
-    def once(self, run: Callable[[], object]) -> float:
-        self._wait()
-        start = time.perf_counter()
-        run()
-        self._wait()
-        return (time.perf_counter() - start) * 1e3
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def _pipeline(settings: Settings, device: torch.device, dtype: torch.dtype) -> Any:
@@ -134,41 +107,6 @@ def _pipeline(settings: Settings, device: torch.device, dtype: torch.dtype) -> A
         device=device,
         dtype=dtype,
     )
-
-
-class _Decodes:
-    """Times sparse decodes by themselves, of noise under masks in the latents of a base.
-
-    Args:
-        pipe: the pipeline that the base is of.
-        base: keeps what a sparse decode reads.
-        timer: of the benchmark.
-    """
-
-    def __init__(self, pipe: Any, base: Base, timer: _Timer) -> None:
-        self._decoder, self._watch = SparseDecoder(pipe.vae), ModelWatch(pipe.vae)
-        self._cells = PixelBackground.of(pipe, base.pictures, base.latents, base.arguments).cells(base.latents)
-        self._base, self._timer = base.decoded, timer
-
-    def milliseconds(self, masks: MaskSet) -> float | None:
-        """From latents to pictures, planning included; None where an edit would decode the whole picture."""
-        if self._base is None:
-            return None
-        then = self._base.latents
-        changed = [(torch.where(mask.to(then.device), torch.randn_like(then), then), mask) for mask in masks.masks]
-        try:
-            return self._timer.milliseconds("the sparse decoder", lambda: [self._decode(*each) for each in changed]) / (
-                len(changed)
-            )
-        except CaptureError as error:
-            say(f"not sparse: {error}")
-            return None
-
-    def _decode(self, latents: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        assert self._base is not None
-        region = grown(mask.expand(len(latents), *mask.shape[-2:]), self._cells)
-        prepared = self._decoder.prepare(latents, self._base, self._watch.look(values=False), region)
-        return self._decoder.decode(latents, self._base, prepared)
 
 
 def _arguments(settings: Settings, steps: int) -> dict[str, Any]:
@@ -189,7 +127,7 @@ def _base(editor: Editor, settings: Settings) -> Base:
     return editor.generate(PROMPT, **_arguments(settings, settings.steps))
 
 
-def _parts(pipe: Any, settings: Settings, timer: _Timer) -> dict[str, float]:
+def _parts(pipe: Any, settings: Settings, timer: Timer) -> dict[str, float]:
     """Milliseconds of what a picture takes besides its U-Net calls and its loop, each by itself."""
     guided = settings.guidance > 1
     side = settings.size // pipe.vae_scale_factor
@@ -204,7 +142,7 @@ def _parts(pipe: Any, settings: Settings, timer: _Timer) -> dict[str, float]:
     }
 
 
-def _row(editor: Editor, base: Base, masks: MaskSet, timer: _Timer, new_words: Iterator[str]) -> dict[str, Any]:
+def _row(editor: Editor, base: Base, masks: MaskSet, timer: Timer, new_words: Iterator[str]) -> dict[str, Any]:
     """Edits of one set of masks: each is edited once untimed, since its sizes may have to be captured."""
     say(f"edits at {masks.active:.1%} ({masks.source}) ...")
     edits: list[Edit] = []
@@ -240,7 +178,7 @@ def _median(values: Iterator[float | None]) -> float | None:
     return median(known) if known else None
 
 
-def _compiled(pipe: Any, settings: Settings, timer: _Timer, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+def _compiled(pipe: Any, settings: Settings, timer: Timer, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Milliseconds of a picture of the pipeline with U-Net and decoder compiled, by its number of steps.
 
     Numbers of steps are the base's, and those that edits make.

@@ -95,7 +95,7 @@ class SparseRuns:
             if kept is None and before is not None:
                 kept = (allocated_mb(self.device) or 0.0) - before
         return {
-            "capture_seconds": self.program.lowered.build_seconds,
+            "capture_seconds": self.sparse.build_seconds,
             "first_steps_seconds": time.perf_counter() - begin,
             "captures": self.program.captures,
             "compiles": dynamo_graphs() - compiles,
