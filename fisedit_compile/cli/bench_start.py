@@ -21,7 +21,7 @@ from fisedit_compile.cli.model_options import add_model_options, image_size
 from fisedit_compile.cli.runtime import add_runtime_options, describe, share, start
 
 #: The environment variables that say where Inductor, Triton and the driver keep the kernels that they compile.
-_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
+_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "FISEDIT_COMPILE_CACHE")
 
 _METHOD = """\
 Two processes run one after the other: the first with empty caches of compiled kernels (in a temporary folder), the
