@@ -7,6 +7,7 @@ import logging
 import math
 import secrets
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -87,6 +88,8 @@ class Front:
         self._store, self._words, self._painter = store, words, painter
         self._index = RequestIndex(library, words.digest)
         self._waiting, self._seconds = 0, 1.0
+        # One thread: each new one that embeds words would begin with threads of OpenMP of its own.
+        self._planner = ThreadPoolExecutor(1, thread_name_prefix="plan")
 
     async def answer(
         self, request: Request, *, progress: bool = False, partial_pictures: int = 0
@@ -102,7 +105,7 @@ class Front:
             raise BusyError(self._waiting, math.ceil(self._seconds * self._waiting / self.options.at_once))
         self._waiting += 1
         try:
-            plan = await asyncio.to_thread(self._plan, request)
+            plan = await asyncio.get_running_loop().run_in_executor(self._planner, self._plan, request)
             if isinstance(plan, Answer):
                 yield plan
                 return
