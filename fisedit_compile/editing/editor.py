@@ -526,8 +526,7 @@ class Editor:
         """Let go of all graphs and of their memory on the device.
 
         Bases stay as they are; one that is being read is waited for, so that its folder is let go of. The next call
-        exports graphs anew. Multiply-accumulates of edits that nobody has asked for before (``report.macs``) cannot be
-        counted any more.
+        makes graphs anew, of what was exported before.
         """
         for base in list(self._loaded):
             with contextlib.suppress(FiseditError):  # its next edit says so

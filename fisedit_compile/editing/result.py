@@ -99,7 +99,7 @@ class EditReport:
         """Multiply-accumulates of one dense and one sparse U-Net call, and their ratio; counted on first use.
 
         Raises:
-            FiseditError: the editor is gone, or the report was pickled, before they were counted.
+            FiseditError: the report was pickled or copied before they were counted.
         """
         return self.step_macs.count()
 
