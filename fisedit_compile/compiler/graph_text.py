@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx._lazy_graph_module import _LazyGraphModule
+
+from fisedit_compile.ir.meta_interpreter import on_meta
 
 #: The kinds of values of torch that operations take as arguments, by the names that ``repr`` gives them.
 _NAMED = (torch.dtype, torch.layout, torch.memory_format)
@@ -45,26 +48,27 @@ def as_text(graph_module: GraphModule) -> list[Any]:
 
 
 def of_text(nodes: list[Any]) -> GraphModule:
-    """The graph of :func:`as_text`; its attributes and the values that its nodes are described by have no memory.
+    """The graph of :func:`as_text`. Its nodes have fake tensors, and its attributes are on the meta device.
 
     Raises:
         GraphTextError: the data is not what :func:`as_text` returns.
     """
     graph, made, attributes = Graph(), dict[str, Node](), dict[str, Tensor]()
     try:
-        for each in nodes:
+        vals = _vals([each["val"] for each in nodes])
+        for each, val in zip(nodes, vals, strict=True):
             args = tuple(_value(arg, made) for arg in each["args"])
             kwargs = {name: _value(arg, made) for name, arg in each["kwargs"].items()}
             node = graph.create_node(each["op"], _target(each), args, kwargs, name=each["name"])
             if node.name != each["name"]:
                 raise GraphTextError(f"two nodes are called {each['name']}")
             made[node.name] = node
-            if each["val"] is not None:
-                node.meta["val"] = _val(each["val"])
+            if val is not None:
+                node.meta["val"] = val
             if each["path"] is not None:
                 node.meta["module_path"] = each["path"]
             if node.op == "get_attr":
-                attributes[each["target"]] = node.meta["val"]
+                attributes[each["target"]] = on_meta(val)
         graph.output_node()
         return _LazyGraphModule(attributes, graph)
     except GraphTextError:
@@ -134,14 +138,22 @@ def _value(text: Any, made: dict[str, Node]) -> Any:
 
 
 def _text_of_val(val: Any) -> Any:
-    """Shape, strides and dtype of a tensor; of a tuple or list each; None of anything else."""
+    """Shape, strides, dtype and device of a tensor; of a tuple or list each; None of anything else."""
     if isinstance(val, Tensor):
-        return {"shape": [*val.shape], "stride": [*val.stride()], "dtype": str(val.dtype).removeprefix("torch.")}
+        dtype = str(val.dtype).removeprefix("torch.")
+        return {"shape": [*val.shape], "stride": [*val.stride()], "dtype": dtype, "device": str(val.device)}
     return [_text_of_val(each) for each in val] if isinstance(val, tuple | list) else None
 
 
-def _val(text: Any) -> Any:
-    if not isinstance(text, dict):
-        return None if text is None else tuple(map(_val, text))
-    dtype = getattr(torch, text["dtype"])
-    return torch.empty_strided(text["shape"], text["stride"], dtype=dtype, device="meta")
+def _vals(texts: list[Any]) -> list[Any]:
+    """What :func:`_text_of_val` was given, as tensors without memory on the device that they had."""
+    mode = FakeTensorMode()
+
+    def val(text: Any) -> Any:
+        if not isinstance(text, dict):
+            return None if text is None else tuple(map(val, text))
+        dtype = getattr(torch, text["dtype"])
+        meta = torch.empty_strided(text["shape"], text["stride"], dtype=dtype, device="meta")
+        return FakeTensor(mode, meta, torch.device(text["device"]))
+
+    return [val(text) for text in texts]

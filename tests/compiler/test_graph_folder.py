@@ -24,6 +24,7 @@ from fisedit_compile import sparsify
 from fisedit_compile.compiler import graph_folder
 from fisedit_compile.compiler import lower as lowering
 from fisedit_compile.compiler.graph_text import GraphTextError, as_text, of_text
+from fisedit_compile.compiler.whole import lower_whole
 from fisedit_compile.errors import CaptureError
 from fisedit_compile.ir.call import Signature
 from fisedit_compile.sparse_unet import SparseUNet
@@ -85,6 +86,26 @@ def test_another_process_exports_nothing_and_computes_the_same(
     assert torch.equal(first, second)
 
 
+def test_all_graphs_that_are_made_of_it_are_the_same(
+    unets: UNets, folder: Path, exports: list[str], forget: Callable[[], None]
+) -> None:
+    def graphs() -> list[str]:
+        sparse = captured(unets)
+        program = sparse.program(unets.call(sparse, "micro", 2, SIZE))
+        lowered = program.lowered
+        assert lowered.following is not None
+        entries = [*lowered.kept.cache_entries, *lowered.kept.attention_entries]
+        stages = [*lowered.stages.values(), *lowered.following.stages.values(), lowered.controlled(-1)]
+        stages += [lowered.recording(entries, 1, -1), *lower_whole(lowered).stages.values()]
+        stages += lower_whole(lowered, entries).stages.values()
+        return [f"{stage.graph_module.code} {stage.names} {stage.outputs}" for stage in stages]
+
+    first = graphs()
+    forget()
+    assert graphs() == first
+    assert exports == ["export"]
+
+
 @pytest.mark.parametrize("name", ["plain", "FreeU", "LoRA", "tiny-sdxl"])
 def test_what_is_read_is_what_was_exported(unets: UNets, name: str) -> None:
     unet = unets.fresh("tiny-sdxl" if name == "tiny-sdxl" else "micro")
@@ -110,7 +131,7 @@ def test_what_is_read_is_what_was_exported(unets: UNets, name: str) -> None:
 
 def _shapes(val: Any) -> Any:
     if isinstance(val, torch.Tensor):
-        return tuple(val.shape), val.stride(), val.dtype
+        return tuple(val.shape), val.stride(), val.dtype, val.device
     return [*map(_shapes, val)]
 
 
