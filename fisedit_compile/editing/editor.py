@@ -45,10 +45,10 @@ from fisedit_compile.editing.photo import encode, read_photos
 from fisedit_compile.editing.photo_frame import Box, PhotoFrame
 from fisedit_compile.editing.pipeline_call import in_turn
 from fisedit_compile.editing.pipeline_digest import pipeline_digest
-from fisedit_compile.editing.pipeline_state import PipelineWatch
+from fisedit_compile.editing.pipeline_state import PipelineState, PipelineWatch
 from fisedit_compile.editing.record_run import RecordRun
 from fisedit_compile.editing.result import Edit
-from fisedit_compile.editing.rounds import RebaseRun
+from fisedit_compile.editing.rounds import RebaseRun, Trajectory
 from fisedit_compile.editing.saved_base import SavedBase
 from fisedit_compile.editing.schedule import Schedule, refuse_unseeded
 from fisedit_compile.editing.step_callback import StepCallback
@@ -194,9 +194,9 @@ class Editor:
     ) -> Base:
         """Make a base of a picture that the model did not draw, a photo for example, to edit it like any other.
 
-        The pipeline is run backwards without guidance (:mod:`fisedit_compile.editing.inversion`), which takes two U-Net
-        calls a step, and then recorded along the latents that were found. Outside the mask of an edit they are the
-        picture's, and the pixels its own.
+        The pipeline is run backwards without guidance (:mod:`fisedit_compile.editing.inversion`) through the steps that
+        edits visit, which takes three U-Net calls each (two where that is all of them), and then recorded along the
+        latents that were found. Outside the mask of an edit they are the picture's, and the pixels its own.
 
         Args:
             photo: a PIL image, or a list of them, one a prompt, of any size; see
@@ -232,15 +232,12 @@ class Editor:
         def record(disk: DiskRecord | None) -> Base:
             with self._in_turn() as (unet, unet_state):
                 latents = encode(self.pipe, frame.pictures(), unet.dtype)
-                backwards = InvertRun(unet, self.pipe, self._tokenizers, latents)
+                backwards = InvertRun(unet, self.pipe, self._tokenizers, latents, self.config.stride, kept)
                 plain = {**kept, "latents": latents, "guidance_scale": 1.0, "output_type": "latent"}
                 backwards.draw(prompts, generators, plain)
-                kept["latents"], *trajectory = backwards.trajectory
-                run = RecordRun(unet, self.pipe, self._tokenizers, None, self.config, kept, trajectory, disk)
-                state = self._watch.look(run.pipe, unet_state, prompts)
-                self._texts.serve(run.pipe, state.models, kept)
-                run.decoding = self._decoders.recording(self.pipe, state)
-                return run.record(prompts, generators, state, photos, None if frame.is_whole else frame)
+                state = self._watch.look(backwards.pipe, unet_state, prompts)
+                made = backwards.trajectory(prompts, kept, generators, state, self.config, frame)
+                return self._rebased(unet, made, state, photos, disk=disk)
 
         return self._recorded(record, folder)
 
@@ -456,12 +453,25 @@ class Editor:
         if made.frame is not None and not isinstance(edit.images, list):
             raise ValueError("an edit of a part of a photo is edited again as PIL images: leave output_type out")
         with self._in_turn() as (unet, unet_state):
-            run = RebaseRun(unet, self.pipe, self._tokenizers, made)
-            state = self._watch.look(run.pipe, unet_state, made.prompts)
+            state = self._watch.look(self._tokenizers.within(self.pipe), unet_state, made.prompts)
             made.check(state, Schedule.of(self.pipe.scheduler), self.config)
-            self._texts.serve(run.pipe, state.models, made.arguments)
-            run.decoding = self._decoders.recording(self.pipe, state)
-            return run.rebase(state, owned(edit.images), edit.nsfw)
+            return self._rebased(unet, made, state, owned(edit.images), nsfw=edit.nsfw)
+
+    def _rebased(
+        self,
+        unet: SparseUNet,
+        made: Trajectory,
+        state: PipelineState,
+        images: Any,
+        *,
+        nsfw: tuple[bool, ...] | None = None,
+        disk: DiskRecord | None = None,
+    ) -> Base:
+        """The base of pictures whose latents are known at the steps that edits visit."""
+        run = RebaseRun(unet, self.pipe, self._tokenizers, made, disk)
+        self._texts.serve(run.pipe, state.models, made.arguments)
+        run.decoding = self._decoders.recording(self.pipe, state)
+        return run.rebase(state, images, nsfw)
 
     def _recorded(self, record: Callable[[DiskRecord | None], Base], folder: str | Path | None) -> Base:
         """The base that ``record`` makes; where a folder is given as one that is saved there, and stays there."""

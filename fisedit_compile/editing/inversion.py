@@ -1,5 +1,7 @@
 """Latents from which a diffusion model draws a given picture: DDIM inversion, run by the pipeline's own loop.
 
+It takes the steps that edits of the picture visit, backwards: what lies between them nobody reads.
+
 Source: Song, Meng and Ermon, "Denoising Diffusion Implicit Models", 2020, run backwards: the noise that the model sees
 in a picture leads to the noisier picture that it would have come from. The noise has to be that of the noisier picture,
 which is not known yet; asked again for what was found with it, the model gets closer to it (fixed-point iterations, as
@@ -17,12 +19,19 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
+from fisedit_compile.config import SparsityConfig
 from fisedit_compile.editing.arguments import call_parameters
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
+from fisedit_compile.editing.photo_frame import PhotoFrame
 from fisedit_compile.editing.pipeline_run import PipelineRun
+from fisedit_compile.editing.pipeline_state import PipelineState
+from fisedit_compile.editing.rounds import Trajectory
+from fisedit_compile.editing.schedule import Schedule
+from fisedit_compile.editing.stride import Stride, visits_of
 from fisedit_compile.errors import CaptureError
 from fisedit_compile.ir.call import Call
 from fisedit_compile.sparse_unet import SparseUNet
+from fisedit_compile.utils.frozen_mapping import FrozenMapping
 
 #: Schedulers whose latents are ``sqrt(a) * picture + sqrt(1 - a) * noise`` with ``a`` of ``alphas_cumprod``.
 INVERTIBLE = (
@@ -32,8 +41,9 @@ INVERTIBLE = (
     "UniPCMultistepScheduler",
 )
 
-#: How often the noise of a step is asked for: once for the picture before it, then for what was found.
-EVALUATIONS = 2
+#: How often the noise of a step is asked for: once for the picture before it, then for what was found. Where steps are
+#: left out the others are longer, and need one more (docs/measurements/photos.md).
+EVALUATIONS, OF_LONG_STEPS = 2, 3
 
 
 #: What the picture decides.
@@ -71,11 +81,16 @@ def check_inversion(pipe: Any, arguments: Mapping[str, Any], prompts: Sequence[s
 
 
 class InverseScheduler(SchedulerMixin, ConfigMixin):
-    """Runs the timesteps of another scheduler from the picture to the noise.
+    """Runs timesteps of another scheduler from the picture to the noise; made by :meth:`of`.
 
-    Args:
-        forward: the other scheduler.
+    Attributes:
+        visits: the steps that it runs, as positions among those of the other scheduler; this and the next are known
+            once timesteps are set.
+        evaluations: how often the noise of each is asked for.
     """
+
+    visits: tuple[int, ...]
+    evaluations: int
 
     order = 1
     init_noise_sigma = 1.0
@@ -85,16 +100,24 @@ class InverseScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = torch.empty(0)
 
     @classmethod
-    def of(cls, forward: Any) -> InverseScheduler:
-        """The inverse of ``forward``, which it sets the timesteps of."""
+    def of(cls, forward: Any, stride: Stride, arguments: Mapping[str, Any]) -> InverseScheduler:
+        """The inverse of ``forward``, which it sets the timesteps of, at the steps that edits visit.
+
+        Args:
+            stride: of the config.
+            arguments: of the pipeline's call.
+        """
         inverse = cls()
-        inverse.inverted = forward
+        inverse.inverted, inverse._stride, inverse._arguments = forward, stride, arguments
         return inverse
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
-        """Each timestep of the other scheduler, the last one first, as often as its noise is asked for."""
+        """Each visited timestep of the other scheduler, the last one first, as often as its noise is asked for."""
         self.inverted.set_timesteps(num_inference_steps, device=device)
-        self.timesteps = self.inverted.timesteps.flip(0).repeat_interleave(EVALUATIONS)
+        timesteps = self.inverted.timesteps
+        self.visits = visits_of(self.inverted, self._stride, len(timesteps), self._arguments)
+        self.evaluations = EVALUATIONS if len(self.visits) == len(timesteps) else OF_LONG_STEPS
+        self.timesteps = timesteps[list(self.visits)].flip(0).repeat_interleave(self.evaluations)
         self._share, self._made = torch.tensor(1.0, dtype=torch.float64), 0  # of the picture in the latents
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
@@ -109,7 +132,7 @@ class InverseScheduler(SchedulerMixin, ConfigMixin):
             timestep: the noisier one.
             sample: the latents that the U-Net was given.
         """
-        if self._made % EVALUATIONS == 0:
+        if self._made % self.evaluations == 0:
             self._before = sample.double()
         share = self.inverted.alphas_cumprod[int(timestep)].double().cpu()
         picture, noise = (float(each.sqrt()) for each in (share, 1 - share))
@@ -124,7 +147,7 @@ class InverseScheduler(SchedulerMixin, ConfigMixin):
         then, rest = (float(each.sqrt()) for each in (self._share, 1 - self._share))
         found = picture * (self._before - rest * seen) / then + noise * seen
         self._made += 1
-        if self._made % EVALUATIONS == 0:
+        if self._made % self.evaluations == 0:
             self._share = share
         latents = found.to(sample.dtype)
         return SchedulerOutput(prev_sample=latents) if return_dict else (latents,)
@@ -133,19 +156,66 @@ class InverseScheduler(SchedulerMixin, ConfigMixin):
 class InvertRun(PipelineRun):
     """Runs a pipeline backwards, without guidance: from the latents of a picture to the noise of its first step.
 
+    Args:
+        unet, pipe, tokenizers: see :class:`~fisedit_compile.editing.pipeline_run.PipelineRun`.
+        picture: its latents, ``[n, c, h, w]``.
+        stride: of the config.
+        arguments: of the pipeline's call.
+
     Attributes:
-        trajectory: once it has run, the latents that the pipeline starts from and those after each of its steps, each
-            ``[n, c, h, w]``; the last are those of the picture.
+        noise: once it has run, the latents that the pipeline starts from, ``[n, c, h, w]``.
+        found: and those behind each visited step, each ``[n, c, h, w]``; the last are those of the picture.
     """
 
-    def __init__(self, unet: SparseUNet, pipe: Any, tokenizers: OwnTokenizers, picture: Tensor) -> None:
+    def __init__(
+        self,
+        unet: SparseUNet,
+        pipe: Any,
+        tokenizers: OwnTokenizers,
+        picture: Tensor,
+        stride: Stride,
+        arguments: Mapping[str, Any],
+    ) -> None:
         super().__init__(unet, pipe, tokenizers, None)
-        vars(self.pipe)["scheduler"] = InverseScheduler.of(self.pipe.scheduler)
+        self._inverse = InverseScheduler.of(self.pipe.scheduler, stride, arguments)
+        vars(self.pipe)["scheduler"] = self._inverse
         self._picture = picture
-        self.trajectory: list[Tensor] = []
+        self.noise, self.found = picture, tuple[Tensor, ...]()
 
     def begin(self, call: Call) -> None:
-        """Nothing has to be known before the first call."""
+        self._forward = Schedule.of(self._inverse.inverted)  # with all of its timesteps
+
+    def trajectory(
+        self,
+        prompts: tuple[str, ...],
+        arguments: Mapping[str, Any],
+        generators: Sequence[torch.Generator],
+        pipeline: PipelineState,
+        config: SparsityConfig,
+        frame: PhotoFrame,
+    ) -> Trajectory:
+        """What a base of the picture goes through: that of an edit would be the same, if the model had drawn it.
+
+        Args:
+            prompts: what the picture shows.
+            arguments: of the pipeline's call, as edits repeat them, but for the latents.
+            generators: of which nothing is drawn.
+            pipeline, config: of the editor.
+            frame: where the model's pictures lie in the photos.
+        """
+        return Trajectory(
+            prompts=prompts,
+            arguments=FrozenMapping({**arguments, "latents": self.noise}),
+            generators=tuple((each.get_state(), each.device) for each in generators),
+            pipeline=pipeline,
+            schedule=self._forward,
+            steps=len(self._forward.timesteps),
+            visits=self._inverse.visits,
+            latents=self.found,
+            config=config,
+            callback="",
+            frame=None if frame.is_whole else frame,
+        )
 
     @property
     def expected_steps(self) -> int:
@@ -162,5 +232,6 @@ class InvertRun(PipelineRun):
             raise CaptureError(
                 f"{type(self.pipe).__name__} made {len(self.latents)} of {self.expected_steps} steps of an inversion"
             )
-        found = self.latents[EVALUATIONS - 1 :: EVALUATIONS]
-        self.trajectory = [*reversed(found), self._picture]
+        found = self.latents[self._inverse.evaluations - 1 :: self._inverse.evaluations]
+        self.noise, *behind = *reversed(found), self._picture
+        self.found = tuple(behind)

@@ -149,7 +149,7 @@ class RecordRun(PipelineRun):
         self._host = self._choose_tier(call)
         if self._trajectory is not None and len(self._trajectory) != self._steps:
             raise CaptureError(
-                f"{type(self.pipe).__name__} makes {self._steps} steps, and made {len(self._trajectory)} backwards"
+                f"{type(self.pipe).__name__} makes {self._steps} steps, and made {len(self._trajectory)} before"
             )
         if (len(self.visits) < self._steps or self._trajectory is not None) and self._dense_visits:
             self._solver_steps = watch_steps(self.pipe.scheduler)
@@ -157,8 +157,12 @@ class RecordRun(PipelineRun):
 
     def choose_visits(self) -> tuple[int, ...]:
         """The steps that edits of the base visit, as positions among those of the loop."""
-        reason = self._why_all()
-        return visited_steps(self._steps, choose_stride(self._config.stride, self._steps, reason))
+        return visited_steps(self._steps, choose_stride(self._config.stride, self._steps, self._why_all()))
+
+    @property
+    def base_step(self) -> int:
+        """The step that is being computed, as a position among those of the base."""
+        return self.step
 
     def _why_all(self) -> str:
         """Why edits have to visit every step; empty where they need not."""
@@ -209,8 +213,8 @@ class RecordRun(PipelineRun):
     def _kept(self, cache: Recorded) -> RecordedCall:
         """What was recorded at this step, on its way to where the base lies."""
         if self._disk is not None:
-            return self._disk.take(self.step, cache)
-        return RecordedCall(self.step, cache if self._host is None else self._host.take(cache))
+            return self._disk.take(self.base_step, cache)
+        return RecordedCall(self.base_step, cache if self._host is None else self._host.take(cache))
 
     def finish_step(self, latents: Tensor) -> Tensor:
         if self.callback_changes and len(self.visits) < self._steps:

@@ -1,7 +1,7 @@
-"""A base of an edit, so that it can be edited again: its picture is recorded along the latents that it went through.
+"""A base of a picture whose latents are known already at the steps that edits visit: an edit's, or an inverted photo's.
 
-These are known at every step that the edit visited, and so is what the pipeline was given. Recording them takes one
-dense U-Net call a visited step, and gives what generating a base along these latents would give.
+It is recorded along these latents, which takes one dense U-Net call a visited step, and gives what generating a base
+along them would give.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from fisedit_compile.config import SparsityConfig
 from fisedit_compile.editing.base import Base, rewound
+from fisedit_compile.editing.disk_record import DiskRecord
 from fisedit_compile.editing.own_tokenizers import OwnTokenizers
 from fisedit_compile.editing.photo_frame import PhotoFrame
 from fisedit_compile.editing.pipeline_state import PipelineState
 from fisedit_compile.editing.record_run import RecordRun
-from fisedit_compile.editing.recorded_call import RecordedCall
 from fisedit_compile.editing.schedule import Schedule
 from fisedit_compile.editing.stride import visit
 from fisedit_compile.errors import BaseMismatchError
@@ -29,16 +29,16 @@ from fisedit_compile.utils.frozen_mapping import FrozenMapping
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """What an edit went through, without the base that it was made from.
+    """What an edit went through, without the base that it was made from; or a photo, backwards.
 
     Attributes:
-        prompts: of the edit, one a sample.
-        arguments: of the pipeline's call, as a base of the edit keeps them.
+        prompts: of the picture, one a sample.
+        arguments: of the pipeline's call, as a base of the picture keeps them.
         generators: state and device of each random generator before the first draw.
         pipeline: the models and tokenizers.
         schedule: the scheduler with all timesteps of the base.
-        steps: how many the base made.
-        visits: the steps that the edit visited, as positions among these.
+        steps: how many the base made, or would make.
+        visits: the steps that were visited, as positions among these.
         latents: behind each visited step, ``[n, c, h, w]`` each.
         config: the editor's.
         callback: a user's callback that changed the edit's loop, by name; empty without one.
@@ -80,43 +80,53 @@ class Trajectory:
 
 
 class RebaseRun(RecordRun):
-    """Records the picture of an edit: the steps that the edit visited, each from the latents that it started from.
+    """Records a picture at the steps that were visited, each from the latents that it started from.
 
     Args:
         unet, pipe, tokenizers: see :class:`~fisedit_compile.editing.pipeline_run.PipelineRun`.
-        made: what the edit went through.
+        made: what the picture went through.
+        disk: see :class:`~fisedit_compile.editing.record_run.RecordRun`.
     """
 
-    def __init__(self, unet: SparseUNet, pipe: Any, tokenizers: OwnTokenizers, made: Trajectory) -> None:
+    def __init__(
+        self,
+        unet: SparseUNet,
+        pipe: Any,
+        tokenizers: OwnTokenizers,
+        made: Trajectory,
+        disk: DiskRecord | None = None,
+    ) -> None:
         self._made = made
         visits_all = len(made.visits) == made.steps
         steps = made.arguments["num_inference_steps"] if visits_all else len(made.visits)
         arguments = {**made.arguments, "num_inference_steps": steps}
-        super().__init__(unet, pipe, tokenizers, None, made.config, arguments, made.latents)
+        super().__init__(unet, pipe, tokenizers, None, made.config, arguments, made.latents, disk)
         if not visits_all:
             visit(self.pipe.scheduler, made.steps, made.visits, lambda: None)
 
     def choose_visits(self) -> tuple[int, ...]:
         return tuple(range(len(self._made.visits)))
 
+    @property
+    def base_step(self) -> int:
+        return self._made.visits[self.step]
+
     def rebase(self, state: PipelineState, images: Any, nsfw: tuple[bool, ...] | None) -> Base:
-        """The base of the edit.
+        """The base of the picture.
 
         Args:
             state: of the pipeline's models.
-            images, nsfw: of the edit: the pictures of its base are its own, and not decoded again.
+            images, nsfw: the pictures, which are not decoded again, and what the safety checker said of them.
         """
         made = self._made
         frame = None if made.frame is None else replace(made.frame, photos=tuple(images))
         recorded = self.record(made.prompts, rewound(made.generators), state, images, frame)
-        calls = tuple(RecordedCall(made.visits[call.step], call.cache) for call in recorded.calls)
         return replace(
             recorded,
             nsfw=nsfw,
             step_latents=_of_all_steps(made),
             arguments=FrozenMapping(made.arguments),
             generators=made.generators,
-            calls=calls,
             schedule=made.schedule,
             visits=made.visits,
         )

@@ -57,6 +57,20 @@ def visited_steps(steps: int, stride: int) -> tuple[int, ...]:
     return (0, *reversed(later))
 
 
+def visits_of(scheduler: Any, stride: Stride, steps: int, arguments: Mapping[str, Any]) -> tuple[int, ...]:
+    """The steps that edits of a base visit, as positions among the ``steps`` of the pipeline's loop.
+
+    Args:
+        scheduler: with its timesteps set.
+        stride: of the config.
+        arguments: of the pipeline's call.
+
+    Raises:
+        ValueError: see :func:`choose_stride`.
+    """
+    return visited_steps(steps, choose_stride(stride, steps, why_not(scheduler, loop_steps=steps, arguments=arguments)))
+
+
 def why_not(scheduler: Any, *, loop_steps: int, arguments: Mapping[str, Any]) -> str:
     """Why edits have to visit every step of a base; empty where they need not.
 

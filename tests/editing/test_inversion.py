@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from support.pipelines import CONFIG, EDIT, PROMPT, left_half, tiny_pipeline
 
 from fisedit_compile import Base, Editor
 from fisedit_compile.editing import inversion
+from fisedit_compile.sparse_unet import SparseUNet
 from fisedit_compile.testing import assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -118,6 +120,33 @@ def test_several_pictures_and_a_stride(tiny_editor_with: Callable[..., Editor]) 
     edit = editor.edit(base, [EDIT, "an apple"])
     assert torch.equal(edit.latents[1], base.latents[1])
     assert np.array_equal(edit.images[1], photo(seed=1))
+
+
+@pytest.mark.parametrize(("stride", "visited", "evaluations"), [(1, 6, 2), (2, 3, 3)])
+def test_the_unet_is_called_at_the_steps_that_edits_visit_alone(
+    tiny_editor_with: Callable[..., Editor],
+    monkeypatch: pytest.MonkeyPatch,
+    stride: int,
+    visited: int,
+    evaluations: int,
+) -> None:
+    editor, calls = tiny_editor_with(stride=stride), Counter[str]()
+    for name in ("dense", "record"):
+        method = getattr(SparseUNet, name)
+
+        def counted(*args: Any, name: str = name, method: Any = method, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return method(*args, **kwargs)
+
+        monkeypatch.setattr(SparseUNet, name, counted)
+    base = editor.invert(photo(), PROMPT, **SETTINGS)
+    assert len(base.visits) == len(base.calls) == visited
+    assert [call.step for call in base.calls] == list(base.visits)
+    assert calls == {"dense": evaluations * visited, "record": visited}
+    assert base.num_inference_steps == STEPS
+    edit = editor.edit(base, EDIT, left_half())
+    assert edit.report.sparse_steps == visited
+    assert edit.report.background_identical
 
 
 def test_a_saved_one_is_the_same(tiny_editor: Editor, base: Base, tmp_path: Any) -> None:
