@@ -16,6 +16,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import diffusers
 import torch
 from torch.fx import GraphModule
 
@@ -120,7 +121,7 @@ def _forget_the_oldest(folder: Path) -> None:
 
 @cache
 def _versions() -> tuple[str, ...]:
-    """Of all code that a graph depends on; of our own also a digest, which is another one in each checkout."""
+    """Of all code that a graph depends on; where a version may stand for several states of it, also of its files."""
     versions = []
     for package in _PACKAGES:
         try:
@@ -128,4 +129,11 @@ def _versions() -> tuple[str, ...]:
         except importlib.metadata.PackageNotFoundError:
             versions.append(f"{package} is not there")
     own = b"".join(Path(str(module.__file__)).read_bytes() for module in (export, functionalize, graph_text))
-    return (*versions, hashlib.sha256(own).hexdigest())
+    return (*versions, hashlib.sha256(own).hexdigest(), _state_of_models())
+
+
+def _state_of_models() -> str:
+    """Sizes and times of the files of diffusers' models, which people change in place and install from a branch."""
+    folder = Path(str(diffusers.__file__)).parent / "models"
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.rglob("*.py"))]
+    return hashlib.sha256(repr(files).encode()).hexdigest()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fisedit_compile.errors import BaseMismatchError, CaptureError
 from fisedit_compile.runtime.description import Description
+from fisedit_compile.runtime.exchanged_functions import exchanged_functions, refuse_exchanged_functions
 from fisedit_compile.runtime.model_state import Live, ModelState
 from fisedit_compile.runtime.state_words import differing_values
 from fisedit_compile.runtime.watched_tensors import WatchedTensors
@@ -54,11 +55,17 @@ class ModelWatch:
             return self._state
 
     def form(self) -> str:
-        """A digest of all that the graphs of the model depend on, as it is now: all but the values of its weights."""
+        """A digest of all that the graphs of the model depend on, as it is now: all but the values of its weights.
+
+        Raises:
+            CaptureError: no graph can stand for it, because a function of torch is exchanged.
+        """
         with self._lock:
             behaviour, tensors = self.look().behaviour, self._weights.tensors
             kinds = [(path, each.shape, each.stride(), each.dtype, each.device) for path, each in tensors.items()]
-            return hashlib.sha256(repr((behaviour, kinds)).encode()).hexdigest()
+            exchanged = exchanged_functions()
+            refuse_exchanged_functions(exchanged)
+            return hashlib.sha256(repr((behaviour, kinds, sorted(exchanged.items()))).encode()).hexdigest()
 
     def _describe(self) -> None:
         before, self._description = self._description, Description(self.module)

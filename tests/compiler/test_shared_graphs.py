@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from collections.abc import Callable
@@ -9,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models import embeddings
 from diffusers.models.attention_processor import AttnProcessor
 from support.changes import Weaker, adapters
 from support.unets import UNets
 
 from fisedit_compile import sparsify
-from fisedit_compile.errors import BaseMismatchError
+from fisedit_compile.errors import BaseMismatchError, CaptureError
 from fisedit_compile.masks.sample_masks import square_mask
+from fisedit_compile.runtime.exchanged_functions import exchanged_functions
 from fisedit_compile.sparse_unet import SparseUNet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -152,6 +155,38 @@ def test_a_difference_makes_graphs_of_its_own(unets: UNets, name: str) -> None:
     assert lowered(unets, sparse) is not lowered(unets, unets.sparse("micro"))
     step, dense = edited(unets, sparse)
     torch.testing.assert_close(step, dense)
+
+
+def test_a_function_of_a_library_that_is_exchanged_makes_graphs_of_its_own(
+    unets: UNets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = other(unets)
+    shared = lowered(unets, first)
+    embedding = embeddings.get_timestep_embedding
+
+    @functools.wraps(embedding)
+    def weaker_embedding(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return embedding(*args, **kwargs) * 0.5
+
+    monkeypatch.setattr(embeddings, "get_timestep_embedding", weaker_embedding)
+    second = other(unets)
+    assert lowered(unets, second) is not shared
+    step, dense = edited(unets, second)
+    torch.testing.assert_close(step, dense)
+    monkeypatch.undo()
+    assert lowered(unets, other(unets)) is shared
+
+
+def test_a_function_of_torch_that_is_exchanged_is_refused(unets: UNets, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch calls it again and again while it exports: what it adds would be in the graph several times."""
+    interpolate = torch.nn.functional.interpolate
+    monkeypatch.setattr(torch.nn.functional, "interpolate", lambda *args, **kwargs: 0.5 * interpolate(*args, **kwargs))
+    with pytest.raises(CaptureError, match=r"torch\.nn\.functional\.interpolate is another function than torch's own"):
+        lowered(unets, other(unets))
+
+
+def test_nothing_is_exchanged_as_libraries_are() -> None:
+    assert exchanged_functions() == {}
 
 
 def test_graphs_that_hold_a_tensor_are_not_shared(unets: UNets) -> None:
