@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import tempfile
+import time
 from functools import cache
 from pathlib import Path
 
@@ -28,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 #: Files that are kept; those that were written or read longest ago go first. One of SDXL has a megabyte.
 _KEPT = 64
+
+#: Seconds behind which a file that is being written is what a killed process left.
+_ABANDONED = 3600
 
 #: Packages whose code decides what a model's graph is.
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "fisedit_compile")
@@ -104,18 +108,23 @@ def _folder() -> Path | None:
     named = os.environ.get("FISEDIT_COMPILE_CACHE")
     if named is not None:
         return Path(named) if named else None
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(caches) / "fisedit_compile" / "graphs"
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home, as in some containers
+        return None
+    return caches / "fisedit_compile" / "graphs"
 
 
 def _forget_the_oldest(folder: Path) -> None:
     dated = []
-    for path in folder.glob("*.json"):
+    for path in folder.iterdir():
         try:
             dated.append((path.stat().st_mtime, path))
         except FileNotFoundError:  # another process was first
             continue
-    for _, path in sorted(dated)[:-_KEPT]:
+    graphs = sorted((at, path) for at, path in dated if path.suffix == ".json")
+    abandoned = [(at, path) for at, path in dated if path.suffix == ".part" and at < time.time() - _ABANDONED]
+    for _, path in (*graphs[:-_KEPT], *abandoned):
         path.unlink(missing_ok=True)
 
 

@@ -8,45 +8,48 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from types import FunctionType, ModuleType
 
 from fisedit_compile.errors import CaptureError
-from fisedit_compile.runtime.described_code import code_digest, is_library
+from fisedit_compile.runtime.described_code import is_library
 
 #: Where the functions that models call are looked up, and what begins the names of further such modules.
-_MODULES = ("torch", "torch.nn.functional", "diffusers.utils.torch_utils")
+_MODULES = ("torch.nn.functional", "diffusers.utils.torch_utils")
 _PACKAGES = ("diffusers.models.", "peft.tuners.lora")
 
+#: Is part of a model's description.
 _ATTENTION = "torch.nn.functional.scaled_dot_product_attention"
 
-#: Packages whose functions libraries import for themselves.
-_OF_LIBRARIES = frozenset({"huggingface_hub", "safetensors", "typing_extensions"})
+#: Packages whose functions these modules import themselves.
+_IMPORTED = frozenset({"huggingface_hub", "safetensors", "typing_extensions"}) | {
+    *("flash_attn", "flash_attn_interface", "sageattention", "xformers"),
+}
 
 
-def exchanged_functions() -> dict[str, str]:
-    """Where a function lies that is not of the library -> digest of its code; empty as a rule. Takes some 5 ms."""
-    found = {}
+def exchanged_functions() -> list[str]:
+    """Where functions lie that are not of the library; none as a rule. Takes some 5 ms."""
+    found = []
     for module in _modules():
         for name, value in list(vars(module).items()):
             while isinstance(value, functools.partial):
                 value = value.func
             if isinstance(value, FunctionType) and _is_a_user_s(value):
-                found[f"{module.__name__}.{name}"] = code_digest(value.__code__)
-    return found
+                found.append(f"{module.__name__}.{name}")
+    return [name for name in found if name != _ATTENTION]
 
 
-def refuse_exchanged_functions(exchanged: Mapping[str, str]) -> None:
-    """Refuse functions of torch that are exchanged, but for attention's, which has no Python of torch's own.
+def refuse_exchanged_functions(exchanged: Iterable[str]) -> None:
+    """Refuse functions of ``torch.nn.functional`` that are exchanged.
 
-    While a graph is exported, torch's own function looks itself up by its name again, finds the other one, and so what
-    that adds is in the graph several times.
+    While a graph is exported, torch's own function looks itself up by its name again and finds the other one, so that
+    what this adds is in the graph several times.
 
     Raises:
         CaptureError: there is one.
     """
     for name in exchanged:
-        if name.startswith("torch.") and name != _ATTENTION:
+        if name.startswith("torch.nn.functional."):
             raise CaptureError(
                 f"{name} is another function than torch's own, which an exported graph would call more than once: put "
                 "torch's own back, and change the modules that call it instead"
@@ -62,4 +65,4 @@ def _modules() -> Iterator[ModuleType]:
 def _is_a_user_s(function: FunctionType) -> bool:
     # Not by ``__module__``, which functools.wraps copies from the function that was there before.
     module = str(function.__globals__.get("__name__", ""))
-    return not is_library(module) and module.partition(".")[0] not in _OF_LIBRARIES
+    return not is_library(module) and module.partition(".")[0] not in _IMPORTED

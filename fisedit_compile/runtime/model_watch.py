@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 from torch import Tensor, nn
 
@@ -54,8 +55,11 @@ class ModelWatch:
                 self._state = self._take_state()
             return self._state
 
-    def form(self) -> str:
+    def form(self) -> str | None:
         """A digest of all that the graphs of the model depend on, as it is now: all but the values of its weights.
+
+        None where no digest can say all of it: a function of diffusers or peft is exchanged, or a processor or a hook
+        holds a tensor, whose values an export may take over as numbers.
 
         Raises:
             CaptureError: no graph can stand for it, because a function of torch is exchanged.
@@ -65,7 +69,10 @@ class ModelWatch:
             kinds = [(path, each.shape, each.stride(), each.dtype, each.device) for path, each in tensors.items()]
             exchanged = exchanged_functions()
             refuse_exchanged_functions(exchanged)
-            return hashlib.sha256(repr((behaviour, kinds, sorted(exchanged.items()))).encode()).hexdigest()
+            own = {id(each) for each in chain(self.module.parameters(), self.module.buffers())}
+            if exchanged or not own.issuperset(map(id, tensors.values())):
+                return None
+            return hashlib.sha256(repr((behaviour, kinds)).encode()).hexdigest()
 
     def _describe(self) -> None:
         before, self._description = self._description, Description(self.module)

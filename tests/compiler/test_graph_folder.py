@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -259,15 +260,22 @@ def test_the_folder_of_a_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert graph_folder._folder() == tmp_path / ".cache" / "fisedit_compile" / "graphs"
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("Could not determine home directory.")))
+    assert graph_folder._folder() is None
 
 
 def test_the_oldest_files_go(folder: Path) -> None:
     for number in range(graph_folder._KEPT + 3):
         graph_folder.write_graph(f"{number}.json", _small())
         os.utime(folder / f"{number}.json", (number, number))
+    for name in ("killed.part", "written.part", "other"):
+        (folder / name).touch()
+    os.utime(folder / "killed.part", (1, 1))
     graph_folder.write_graph("last.json", _small())
     left = {path.name for path in folder.iterdir()}
-    assert len(left) == graph_folder._KEPT
+    assert {"written.part", "other"} < left
+    assert "killed.part" not in left
+    assert len(left) == graph_folder._KEPT + 2
     assert {"0.json", "1.json", "2.json", "3.json"}.isdisjoint(left)
     assert "last.json" in left
 
