@@ -46,9 +46,9 @@ With several edits their files have numbers, edit-1.png and so on, in the order 
 edit.png say prompt, seed and settings in the text chunk that A1111's "PNG Info" reads. ComfyUI keeps other chunks, and
 makes a workflow of this one. Neither draws the same picture from it: their noise is another one.
 
-report.json: wall_seconds.base leaves out the capture of the U-Net's graph, once a process and size, which is
+report.json: wall_seconds.base leaves out the making of the U-Net's graphs, once a process and size, which is
 capture_seconds; it is null where the base was loaded, and wall_seconds.load the time to read it. wall_seconds.edit is
-one edit of the recorded base, all steps, text encoder and VAE included, without the capture; wall_seconds.rebase the
+one edit of the recorded base, all steps, text encoder and VAE included, without the graphs; wall_seconds.rebase the
 time before it to record the picture that --then changes. seed is null with --base and --photo. With several edits
 what is of one edit is in the list "edits".
 With --compare-dense the plain pipeline draws the new prompt from the same seed, without Prompt-to-Prompt:

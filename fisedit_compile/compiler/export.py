@@ -43,7 +43,7 @@ def export(unet: torch.nn.Module, call: Call) -> GraphModule:
         CaptureError: the model does not trace as one graph; the message says where, and what can be done.
     """
     shape = "x".join(map(str, call.signature.sample_shape))
-    logger.info("capturing %s for inputs of %s, once a process ...", type(unet).__name__, shape)
+    logger.info("capturing %s for inputs of %s ...", type(unet).__name__, shape)
     args, kwargs = call.split()
     if "return_dict" in inspect.signature(unet.forward).parameters:
         kwargs["return_dict"] = False
