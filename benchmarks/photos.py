@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         methods=args.methods,
         settings=Settings(args.steps, args.guidance),
         device=torch.device(args.device),
-        threads=torch.get_num_threads() if args.workers == 1 else max(1, (os.cpu_count() or 1) // args.workers),
+        threads=torch.get_num_threads() if args.workers == 1 else max(1, len(os.sched_getaffinity(0)) // args.workers),
         pictures=args.pictures,
     )
     cases = load_cases("all", args.cases)

@@ -41,6 +41,10 @@ class TestImport:
         assert "fisedit_compile" in loaded
         assert loaded - {"fisedit_compile"} <= sys.stdlib_module_names
 
+    def test_sparsify_loads_no_diffusers(self) -> None:
+        code = "import sys; from fisedit_compile import sparsify; print('diffusers' in sys.modules)"
+        assert run_python(code)[-1] == "False"
+
     def test_version_is_that_of_the_installed_package(self) -> None:
         assert fisedit_compile.__version__ == importlib.metadata.version("fisedit-compile")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import logging
 import os
@@ -17,7 +18,6 @@ import time
 from functools import cache
 from pathlib import Path
 
-import diffusers
 import torch
 from torch.fx import GraphModule
 
@@ -143,6 +143,8 @@ def _versions() -> tuple[str, ...]:
 
 def _state_of_models() -> str:
     """Sizes and times of the files of diffusers' models, which people change in place and install from a branch."""
-    folder = Path(str(diffusers.__file__)).parent / "models"
+    found = importlib.util.find_spec("diffusers")  # not imported for it, which takes seconds
+    assert found is not None
+    folder = Path(str(found.origin)).parent / "models"
     files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.rglob("*.py"))]
     return hashlib.sha256(repr(files).encode()).hexdigest()

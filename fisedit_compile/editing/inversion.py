@@ -42,7 +42,7 @@ INVERTIBLE = (
 )
 
 #: How often the noise of a step is asked for: once for the picture before it, then for what was found. Where steps are
-#: left out the others are longer, and need one more (docs/measurements/photos.md).
+#: left out the others are longer, and need one more (docs/decisions.md, 2026-11-28).
 EVALUATIONS, OF_LONG_STEPS = 2, 3
 
 

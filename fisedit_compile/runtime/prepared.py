@@ -22,7 +22,7 @@ class Prepared:
     """The plan's tensors, and the values that depend on the prompt alone.
 
     Attributes:
-        program: an object that the program has which prepared it, and no other one.
+        program: tells the program that prepared it from all others, some of which may run the same graphs.
         lowered: the graphs of that program.
         plan: the rows of the mask.
         values: the plan's tensors, where steps have the mask's own sizes.

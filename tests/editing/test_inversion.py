@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from support.pipelines import CONFIG, EDIT, PROMPT, left_half, tiny_pipeline
 
 from fisedit_compile import Base, Editor
 from fisedit_compile.editing import inversion
+from fisedit_compile.editing.stride import visit
 from fisedit_compile.sparse_unet import SparseUNet
 from fisedit_compile.testing import assert_close
 
@@ -98,6 +100,23 @@ def test_each_evaluation_brings_the_noise_nearer(quiet: Editor, monkeypatch: pyt
             guidance_scale=1.0,
             output_type="latent",
         ).images
+        distances.append(float((again - base.latents).abs().mean()))
+    assert distances[0] > distances[1] > distances[2]
+
+
+def test_each_evaluation_of_long_steps_brings_the_noise_nearer(monkeypatch: pytest.MonkeyPatch, quiet: Editor) -> None:
+    """To noise from which the visited steps lead back."""
+    pipe, distances = quiet.pipe, []
+    editor = Editor(pipe, {"dense_steps": STEPS, "cross_replace": 0.0, "stride": 2})
+    for evaluations in (1, 2, inversion.OF_LONG_STEPS):
+        monkeypatch.setattr(inversion, "OF_LONG_STEPS", evaluations)
+        base = editor.invert(photo(), PROMPT, **SETTINGS)
+        with monkeypatch.context() as patch:
+            scheduler = copy.deepcopy(pipe.scheduler)
+            visit(scheduler, STEPS, base.visits, lambda: None)
+            patch.setattr(pipe, "scheduler", scheduler)
+            settings = {"num_inference_steps": len(base.visits), "guidance_scale": 1.0, "output_type": "latent"}
+            again = pipe(PROMPT, latents=base.arguments["latents"], **settings).images
         distances.append(float((again - base.latents).abs().mean()))
     assert distances[0] > distances[1] > distances[2]
 
