@@ -25,6 +25,7 @@ from fisedit_compile.compiler.export_errors import describe_failure
 from fisedit_compile.compiler.functionalize import functionalize
 from fisedit_compile.errors import CaptureError
 from fisedit_compile.ir.call import Call
+from fisedit_compile.utils.exchanged_functions import exchanged_functions
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +41,10 @@ def export(unet: torch.nn.Module, call: Call) -> GraphModule:
     Every node of an operation carries ``meta["val"]`` (a fake tensor) and ``meta["module_path"]``.
 
     Raises:
-        CaptureError: the model does not trace as one graph; the message says where, and what can be done.
+        CaptureError: the model does not trace as one graph; the message says where, and what can be done. Or a function
+            of ``torch.nn.functional`` is exchanged.
     """
+    _refuse_exchanged_functions()
     shape = "x".join(map(str, call.signature.sample_shape))
     logger.info("capturing %s for inputs of %s ...", type(unet).__name__, shape)
     args, kwargs = call.split()
@@ -58,6 +61,19 @@ def export(unet: torch.nn.Module, call: Call) -> GraphModule:
     graph_module = _LazyGraphModule(attributes, graph)
     graph_module.graph.lint()
     return graph_module
+
+
+def _refuse_exchanged_functions() -> None:
+    """While it is exported, torch's own function looks itself up by its name, finds the other one and calls it again.
+
+    So what that adds would be in the graph several times.
+    """
+    for name in exchanged_functions():
+        if name.startswith("torch.nn.functional."):
+            raise CaptureError(
+                f"{name} is another function than torch's own, which an exported graph would call more than once: put "
+                "torch's own back, and change the modules that call it instead"
+            )
 
 
 def module_path(node: Node) -> str:

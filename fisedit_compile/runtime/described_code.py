@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
-#: Packages whose classes and functions are told apart by their names: their code changes with their version alone.
-_LIBRARIES = frozenset({"torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "fisedit_compile"})
+from fisedit_compile.utils.libraries import is_library
 
 #: Methods that decide what a module or an attention processor computes; patched in a library's class, they count.
 _CALLED = ("forward", "__call__")
@@ -19,12 +17,6 @@ _WRITTEN_BY_PYTHON = frozenset(vars(type("Empty", (), {"__annotations__": {}})))
     *("__annotate_func__", "__annotations_cache__", "__qualname__", "__static_attributes__", "__firstlineno__"),
     *("__abstractmethods__", "__parameters__", "__orig_bases__", "__slots__", "_abc_impl"),
 }
-
-
-def is_library(module: str | None) -> bool:
-    """Whether the module of this name belongs to Python, torch or one of the packages that models are built from."""
-    top = (module or "").partition(".")[0]
-    return top in _LIBRARIES or top in sys.stdlib_module_names - {"__main__"}
 
 
 def qualified_name(thing: Any) -> str:

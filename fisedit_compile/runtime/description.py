@@ -20,11 +20,11 @@ from fisedit_compile.runtime.described_code import (
     code_digest,
     functions_of,
     global_names,
-    is_library,
     members,
     qualified_name,
 )
 from fisedit_compile.runtime.plain_values import NAMED, SCALARS, canonical, is_opaque
+from fisedit_compile.utils.libraries import is_library
 
 _CONTAINERS = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 

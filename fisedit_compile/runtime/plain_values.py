@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fisedit_compile.runtime.described_code import is_library
+from fisedit_compile.utils.libraries import is_library
 
 SCALARS = frozenset({bool, int, float, complex, str, bytes, type(None)})
 NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, enum.Enum, range, slice)

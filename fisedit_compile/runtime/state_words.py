@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from fisedit_compile.runtime.described_code import is_library
+from fisedit_compile.utils.libraries import is_library
 
 #: Clauses that a message holds at most; the rest is counted.
 _MOST = 4

@@ -18,8 +18,8 @@ from support.unets import UNets
 from fisedit_compile import sparsify
 from fisedit_compile.errors import BaseMismatchError, CaptureError
 from fisedit_compile.masks.sample_masks import square_mask
-from fisedit_compile.runtime.exchanged_functions import exchanged_functions
 from fisedit_compile.sparse_unet import SparseUNet
+from fisedit_compile.utils.exchanged_functions import exchanged_functions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

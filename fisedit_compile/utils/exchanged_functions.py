@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from types import FunctionType, ModuleType
 
-from fisedit_compile.errors import CaptureError
-from fisedit_compile.runtime.described_code import is_library
+from fisedit_compile.utils.libraries import is_library
 
 #: Where the functions that models call are looked up, and what begins the names of further such modules.
 _MODULES = ("torch.nn.functional", "diffusers.utils.torch_utils")
@@ -37,23 +36,6 @@ def exchanged_functions() -> list[str]:
             if isinstance(value, FunctionType) and _is_a_user_s(value):
                 found.append(f"{module.__name__}.{name}")
     return [name for name in found if name != _ATTENTION]
-
-
-def refuse_exchanged_functions(exchanged: Iterable[str]) -> None:
-    """Refuse functions of ``torch.nn.functional`` that are exchanged.
-
-    While a graph is exported, torch's own function looks itself up by its name again and finds the other one, so that
-    what this adds is in the graph several times.
-
-    Raises:
-        CaptureError: there is one.
-    """
-    for name in exchanged:
-        if name.startswith("torch.nn.functional."):
-            raise CaptureError(
-                f"{name} is another function than torch's own, which an exported graph would call more than once: put "
-                "torch's own back, and change the modules that call it instead"
-            )
 
 
 def _modules() -> Iterator[ModuleType]:
