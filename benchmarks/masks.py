@@ -4,9 +4,10 @@
 
 Cases are those of ``fisedit-compile quality``. An edit of all steps under Prompt-to-Prompt control says what truly
 changes (80 % of the steps are controlled, 40 % where something is added); masks are made from the first fifth of the
-steps of the edit with 80 %, as an editor makes them, before small holes are closed; the last one also takes all of
-where the words stood that go, of a thing that goes as a whole. Printed are, for each way and kind of edit,
-intersection over union, recall, precision, and the mask's area over the true one, means over the cases.
+steps of the edit with 80 %, as an editor makes them, before small holes are closed. One also takes all of where the
+words stood that go, of a thing that goes as a whole, and the last is that one cut down to what changes. Printed are,
+for each way and kind of edit, intersection over union, recall, precision, and the mask's area over the true one, means
+over the cases.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 from fisedit_compile import Editor
 from fisedit_compile.editing.plain_pipeline import load_pipeline
 from fisedit_compile.editing.prompt_alignment import removed_tokens
+from fisedit_compile.masks.changed_part import changed_part
 from fisedit_compile.masks.difference_mask import difference, find_region, otsu_threshold, smooth
 from fisedit_compile.masks.grown import grown
 from fisedit_compile.masks.old_words import attention_to, with_old_words
@@ -38,8 +40,11 @@ CONTROL, CONTROL_OF_ADDED = 0.8, 0.4
 #: Share of the steps from which a mask is found.
 COMPARED = 0.2
 
-#: The mask of the default, and the same with where old words stood.
-DEFAULT, OLD_WORDS = "smoothed, weak neighbours over 0.2", "and where old words stood"
+#: The mask that the difference gives by default, and the same with where old words stood.
+DEFAULT, OLD_WORDS = "smoothed, weak neighbours over 0.12", "and where old words stood"
+
+#: That, less what an edit of all steps does not change in the end.
+CHANGED = "and cut down to what changes"
 
 Way = Callable[[Tensor], Tensor]
 
@@ -57,7 +62,7 @@ WAYS: dict[str, Way] = {
             before(strength), weak
         )
         for name, before in (("", lambda strength: strength), ("smoothed, ", smooth))
-        for weak in (0.25, 0.2, 0.15)
+        for weak in (0.25, 0.2, 0.15, 0.12)
     },
 }
 
@@ -75,9 +80,11 @@ def main() -> None:
     editor = Editor(pipe, {"dense_steps": args.steps, "cross_replace": CONTROL, "stride": 1})
     scores: dict[tuple[str, str], list[MaskScores]] = defaultdict(list)
     for count, case in enumerate(load_cases("all", args.cases), 1):
-        strength, attention, region = measure(editor, case, args.steps)
+        strength, attention, finals = measure(editor, case, args.steps)
+        region = changed_cells(finals[0][0], finals[1][0])
         masks = {name: way(strength) for name, way in WAYS.items()}
         masks[OLD_WORDS] = with_old_words(masks[DEFAULT], attention)
+        masks[CHANGED] = changed_part(masks[OLD_WORDS], *finals)
         for name, mask in masks.items():
             if (score := score_mask(mask[0], region)) is not None:
                 scores[name, case.kind].append(score)
@@ -92,11 +99,11 @@ def main() -> None:
 FIELDS = ("iou", "recall", "precision", "area_ratio")
 
 
-def measure(editor: Editor, case: Case, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What a mask is found from, and the cells ``[h, w]`` that truly change.
+def measure(editor: Editor, case: Case, steps: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """What a mask is found from, and the final latents ``[1, c, h, w]`` of the base and of what it truly becomes.
 
-    That is the difference ``[1, h, w]`` that an edit sees in its first steps, and how strongly the base attends to the
-    words that go, ``[1, h, w]``, in the last one of these.
+    A mask is found from the difference ``[1, h, w]`` that an edit sees in its first steps, and from how strongly the
+    base attends to the words that go, ``[1, h, w]``, in the last one of these.
     """
     base = editor.generate(
         case.prompt,
@@ -120,8 +127,7 @@ def measure(editor: Editor, case: Case, steps: int) -> tuple[Tensor, Tensor, Ten
     removed = removed_tokens(editor.pipe, base.prompts, [case.edit], {})
     maps = [kept.cpu() for entry, kept in base.calls[compared - 1].cache.items() if entry.kind == "attention"]
     height, width = base.latents.shape[2:]
-    region = changed_cells(base.latents[0].cpu(), true.latents[0].cpu())
-    return strength, attention_to(removed, maps, (height, width)), region
+    return strength, attention_to(removed, maps, (height, width)), (base.latents.cpu(), true.latents.cpu())
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from fisedit_compile.cache.tensors_in_memory import Layout, Piece
 from fisedit_compile.errors import BaseMismatchError
 from fisedit_compile.ir.call import Signature
 from fisedit_compile.ir.requests import CacheEntry
@@ -24,13 +25,19 @@ class Recorded(StepCache):
         signature: of the call.
         timesteps: the timesteps of the call that the host knows without waiting for a device, None for others.
         model: the state of the U-Net, a :class:`~fisedit_compile.runtime.model_state.ModelState`.
+        piece: the memory in which most of the tensors lie; None where each has its own.
     """
 
     def __init__(
-        self, signature: Signature, timesteps: tuple[Tensor | None, ...], kept: Mapping[CacheEntry, Tensor]
+        self,
+        signature: Signature,
+        timesteps: tuple[Tensor | None, ...],
+        kept: Mapping[CacheEntry, Tensor],
+        piece: Piece | None = None,
     ) -> None:
         self.signature = signature
         self.timesteps = timesteps
+        self.piece = piece
         self.model: Any = None
         self._kept = dict(kept)
 
@@ -59,7 +66,7 @@ class Recorded(StepCache):
             entry: tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
             for entry, tensor in self._kept.items()
         }
-        return {**vars(self), "_kept": alone}
+        return {**vars(self), "_kept": alone, "piece": None}
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__
@@ -74,17 +81,20 @@ class CacheDescription:
 
     def __init__(self, shapes: Mapping[CacheEntry, tuple[torch.Size, torch.dtype]]) -> None:
         self.shapes = shapes
-        self._fitting: WeakSet[Recorded] = WeakSet()  # caches that were found to fit
+        self._fitting: WeakSet[Recorded | Layout] = WeakSet()  # what was found to fit
 
     def check(self, cache: StepCache, signature: Signature, timesteps: tuple[Tensor | None, ...]) -> None:
-        """Hold the cache of a call to what the sparse graph reads; one that was found to fit is not looked at again.
+        """Hold the cache of a call to what the sparse graph reads.
+
+        One that was found to fit is not looked at again, nor another whose tensors lie in its memory in the same way.
 
         Raises:
             BaseMismatchError: an entry is missing, or is of another shape or dtype, or the call was another one.
         """
         if isinstance(cache, Recorded):
             _check_timesteps(cache.timesteps, timesteps)
-            if cache in self._fitting:
+            layout = None if cache.piece is None else cache.piece.layout
+            if cache in self._fitting or layout in self._fitting:
                 return
             if cache.signature.sample_shape != signature.sample_shape:
                 raise BaseMismatchError(
@@ -105,6 +115,8 @@ class CacheDescription:
                 )
         if isinstance(cache, Recorded):
             self._fitting.add(cache)
+            if layout is not None and all(entry in layout.places for entry in self.shapes):
+                self._fitting.add(layout)
 
 
 def _check_timesteps(recorded: tuple[Tensor | None, ...], now: tuple[Tensor | None, ...]) -> None:

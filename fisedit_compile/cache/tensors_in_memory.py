@@ -6,9 +6,10 @@ threads do for hundreds of tensors at a time is done in as few operations as can
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,25 @@ class Place:
             strides.append(step)
             step *= max(size, 1)
         return tuple(reversed(strides))
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """How tensors lie in a piece of memory. Pieces that are filled in the same way share one of these objects.
+
+    Attributes:
+        places: of each tensor, by what it is called.
+    """
+
+    places: Mapping[Any, Place]
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A piece of memory, uint8 ``[n]``, and how tensors lie in it."""
+
+    memory: Tensor
+    layout: Layout
 
 
 def tensors_in(memory: Tensor, places: Iterable[Place]) -> list[Tensor]:

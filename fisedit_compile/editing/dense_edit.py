@@ -36,5 +36,9 @@ class DenseEdit(RunningEdit):
     def ran_dense(self) -> bool:
         return True
 
+    @property
+    def _is_found_alone(self) -> bool:
+        return False  # without a mask the whole picture is free, which is more than what changes
+
     def step_macs(self) -> StepMacs:
         return StepMacs(self.lowered, self.host_mask, dense=True)

@@ -153,7 +153,7 @@ def _pictures(
     uncomposed: tuple[int, ...] = ()
     if keep is not None:
         flags = {"base_flags": base.nsfw, "edit_flags": nsfw}
-        images, uncomposed = keep.compose(base.pictures, images, edit.host_mask, **flags)
+        images, uncomposed = keep.compose(base.pictures, images, edit.final_mask, **flags)
     if base.frame is not None and output.get("output_type") != "latent":
         images = base.frame.restored(images)
     return _Pictures(images, nsfw, uncomposed)

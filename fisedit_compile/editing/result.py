@@ -22,7 +22,8 @@ class EditReport:
     """How an edit was made and what it saved: numbers and words, which keep no cache alive and pickle.
 
     Attributes:
-        mask_area: share of the latents that was edited, of all samples; steps compute a cell around it, too.
+        mask_area: share of the latents that was edited, of all samples. Steps compute a cell around it, too, and a
+            mask that is found is larger until the last step, behind which it is cut down to what has changed.
         mask_source: ``"found"``, ``"given"``, or ``"found and given"`` / ``"found or given"``; ``"none"`` for a dense
             edit without one, which recomputes the whole picture.
         removed_words, added_words: what changed in the prompt of each sample.
@@ -76,7 +77,7 @@ class EditReport:
         times = run.timer.milliseconds()
         words = [changed_words(old, new) for old, new in zip(base.prompts, prompts, strict=True)]
         return cls(
-            mask_area=edit.area,
+            mask_area=float(edit.final_mask.float().mean()),
             mask_source=edit.asked.mask_source,
             removed_words=tuple(tuple(removed) for removed, _ in words),
             added_words=tuple(tuple(added) for _, added in words),

@@ -16,6 +16,7 @@ from fisedit_compile.editing.step_macs import StepMacs
 from fisedit_compile.editing.stride import StrideError
 from fisedit_compile.editing.word_weights import token_weights
 from fisedit_compile.errors import LargeMaskError, MaskError
+from fisedit_compile.masks.changed_part import changed_part
 from fisedit_compile.masks.difference_mask import difference_mask
 from fisedit_compile.masks.grown import grown
 from fisedit_compile.masks.old_words import attention_to, with_old_words
@@ -50,9 +51,9 @@ class RunningEdit:
         ValueError: words that cannot be aligned or weighed.
     """
 
-    mask: Tensor  # bool [n, h, w]; one that is to be found is known after the dense steps
-    host_mask: Tensor  # the same on the host, so that nobody has to wait for it
-    region: Tensor  # what sparse steps compute: the mask and RIM cells around it, on the host
+    mask: Tensor  # bool [n, h, w]; found behind the dense steps, and cut down to what has changed behind the last one
+    host_mask: Tensor  # as it was until the last step, on the host, so that nobody has to wait for it
+    region: Tensor  # what sparse steps compute: that mask and RIM cells around it, on the host
 
     def __init__(self, pipe: Any, asked: CheckedEdit) -> None:
         base, prompts = asked.base, asked.prompts
@@ -138,6 +139,8 @@ class RunningEdit:
             if step < self.dense_steps - 1:
                 return latents
             self._know_mask(self._found_mask(step, [*before, latents]))
+        if step == len(self.base.visits) - 1 and self._is_found_alone:
+            self.mask = changed_part(self.mask, after, latents)
         # Outside the mask the picture is the base's, bit for bit, whatever the scheduler remembers of other steps.
         return torch.where(self.mask[:, None], latents, after)
 
@@ -152,9 +155,9 @@ class RunningEdit:
             self._first_stepped, self._share = prepared, share
 
     @property
-    def area(self) -> float:
-        """Share of the pictures that the mask covers."""
-        return float(self.host_mask.float().mean())
+    def final_mask(self) -> Tensor:
+        """The mask behind the last step, on the host; waits for it."""
+        return self.mask.cpu() if self._is_found_alone else self.host_mask
 
     @property
     def is_large(self) -> bool:
@@ -176,6 +179,11 @@ class RunningEdit:
         """What counts the multiply-accumulates of the edit's steps."""
         assert self._first_stepped is not None
         return StepMacs(self._first_stepped.lowered, self.region, dense=self.ran_dense, share=self._share)
+
+    @property
+    def _is_found_alone(self) -> bool:
+        """Whether the edit itself says where it changes the picture, and the user does not."""
+        return self.asked.given is None
 
     def _know_mask(self, mask: Tensor) -> None:
         """The mask is known: bool ``[n, h, w]``, on the host."""

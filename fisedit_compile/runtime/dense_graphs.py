@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fisedit_compile.cache.step_cache import StepCache
+from fisedit_compile.cache.tensors_in_memory import Piece
 from fisedit_compile.compiler.lowered import Lowered
 from fisedit_compile.compiler.stage_graph import StageGraph
 from fisedit_compile.ir.requests import CacheEntry, Weight
@@ -33,15 +34,15 @@ class DenseGraphs:
 
     def record(
         self, inputs: dict[Any, Tensor], entries: Sequence[CacheEntry], samples: int, part: int, tokens: int | None
-    ) -> tuple[Tensor, dict[CacheEntry, Tensor]]:
-        """The U-Net's output, and the value of each entry.
+    ) -> tuple[Tensor, dict[CacheEntry, Tensor], Piece | None]:
+        """The U-Net's output, the value of each entry, and the piece of memory in which most of them lie, if one does.
 
         The batch consists of parts of ``samples`` each, of which the one at place ``part`` is conditional. Attention
         maps are of the first ``tokens`` of the text; None is all.
         """
         key = ("record", samples, part, tokens, tuple(entries))
         out, kept = self._stage(key, lambda: self._lowered.recording(entries, samples, part, tokens))(inputs)
-        return out, dict(zip(entries, kept, strict=True))
+        return out, dict(zip(entries, kept, strict=True)), None
 
     def controlled(self, inputs: dict[Any, Tensor], cache: StepCache, control: Control) -> Tensor:
         """The U-Net's output with the base's cross-attention maps of unchanged words."""

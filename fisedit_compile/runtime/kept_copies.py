@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fisedit_compile.cache.tensors_in_memory import Place, tensors_in
+from fisedit_compile.cache.tensors_in_memory import Layout, Piece, Place, tensors_in
 from fisedit_compile.ir.requests import CacheEntry
 from fisedit_compile.kernels.indexing.copy_tensors import TensorCopies, can_be_copied
 from fisedit_compile.runtime.cuda_graph import copied
@@ -26,10 +26,11 @@ class KeptCopies:
         self._entries = list(entries)
         self._of: Sequence[Tensor] | None = None
         self._together: dict[CacheEntry, Place] = {}
+        self._layout = Layout(self._together)
         self._copies: TensorCopies | None = None
 
-    def take(self, values: Sequence[Tensor], tokens: int | None) -> dict[CacheEntry, Tensor]:
-        """The values in memory of their own.
+    def take(self, values: Sequence[Tensor], tokens: int | None) -> tuple[dict[CacheEntry, Tensor], Piece | None]:
+        """The values in memory of their own, and the piece in which most of them lie.
 
         Args:
             values: of all entries; the same object for each replay of a graph.
@@ -43,10 +44,11 @@ class KeptCopies:
             if entry not in self._together
         }
         kept = copied(apart)
+        piece = None
         if self._copies is not None:
-            tensors = tensors_in(self._copies.copy(), self._together.values())
-            kept |= zip(self._together, tensors, strict=True)
-        return {entry: kept[entry] for entry in self._entries}
+            piece = Piece(self._copies.copy(), self._layout)
+            kept |= zip(self._together, tensors_in(piece.memory, self._together.values()), strict=True)
+        return {entry: kept[entry] for entry in self._entries}, piece
 
     def _prepare(self, values: Sequence[Tensor]) -> None:
         together = {
@@ -60,4 +62,5 @@ class KeptCopies:
             entry: Place(start, value.dtype, value.shape)
             for start, (entry, value) in zip(starts, together.items(), strict=True)
         }
+        self._layout = Layout(self._together)
         self._of = values

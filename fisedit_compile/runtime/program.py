@@ -122,9 +122,9 @@ class Program:
         entries = (self.lowered.kept.cache_entries if activations else []) + (
             self.lowered.kept.attention_entries if attention else []
         )
-        out, kept = self._dense_calls().record(self._user_values(call), entries, samples, part, tokens)
+        out, kept, piece = self._dense_calls().record(self._user_values(call), entries, samples, part, tokens)
         timesteps = tuple(None if each is None else each.clone() for each in self._known_timesteps(call))
-        return out, Recorded(self.signature, timesteps, kept)
+        return out, Recorded(self.signature, timesteps, kept, piece)
 
     def controlled(self, call: Call, cache: StepCache, control: Control) -> Tensor:
         """The U-Net's output with the base's cross-attention maps of unchanged words."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fisedit_compile.cache.step_cache import Recorded, StepCache
+from fisedit_compile.cache.tensors_in_memory import Layout, Piece
 from fisedit_compile.compiler.lowered import Lowered
 from fisedit_compile.ir.plan_tensor import PlanTensor
 from fisedit_compile.ir.requests import CacheEntry
@@ -64,6 +65,7 @@ class Shared(GraphCapturer):
         self.control = ControlBuffers(lowered.kept.controlled_entries, lowered.control_specs, lowered.batch, device)
         self.prompt: dict[Any, Tensor] = {}
         self.addresses: WeakKeyDictionary[Recorded, Any] = WeakKeyDictionary()  # where the tensors of a call lie
+        self.starts: WeakKeyDictionary[Layout, Tensor] = WeakKeyDictionary()  # where they lie in a piece of memory
         self._prompt_of: object = None
         self._fetched: Tensor | None = None
 
@@ -204,15 +206,29 @@ class StaticStep:
         return out
 
     def _addresses(self, cache: StepCache) -> Any:
-        """Where the base's tensors lie, on the device; found once for the cache of a recorded call."""
+        """Where the base's tensors lie, on the device; found once for the cache of a recorded call.
+
+        Where these tensors share a piece of memory, they are looked up in the first call that is laid out so.
+        """
+        if not isinstance(cache, Recorded):
+            return self._looked_up(cache)
         known = self._shared.addresses
-        if isinstance(cache, Recorded) and cache in known:
-            return known[cache]
-        assert self._copies is not None
-        addresses = self._copies.addresses([cache[entry] for entry in self._sources.values()])
-        if isinstance(cache, Recorded):
-            known[cache] = addresses
+        if cache not in known:
+            known[cache] = self._looked_up(cache) if cache.piece is None else self._within(cache.piece, cache)
+        return known[cache]
+
+    def _within(self, piece: Piece, cache: Recorded) -> Sequence[Tensor] | Tensor:
+        starts, first = self._shared.starts, piece.memory.data_ptr()
+        if piece.layout in starts:
+            return starts[piece.layout] + first
+        addresses = self._looked_up(cache)
+        if isinstance(addresses, Tensor) and all(entry in piece.layout.places for entry in self._sources.values()):
+            starts[piece.layout] = addresses - first
         return addresses
+
+    def _looked_up(self, cache: StepCache) -> Sequence[Tensor] | Tensor:
+        assert self._copies is not None
+        return self._copies.addresses([cache[entry] for entry in self._sources.values()])
 
     def _capture(self) -> Callable[[], Tensor]:
         """The step as one CUDA graph."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fisedit_compile.cache.step_cache import StepCache
+from fisedit_compile.cache.tensors_in_memory import Piece
 from fisedit_compile.compiler.lowered import Lowered
 from fisedit_compile.compiler.whole import WholeGraphs, lower_whole
 from fisedit_compile.ir.requests import CacheEntry
@@ -49,7 +50,7 @@ class WholeSteps:
 
     def record(
         self, inputs: dict[Any, Tensor], entries: Sequence[CacheEntry], samples: int, part: int, tokens: int | None
-    ) -> tuple[Tensor, dict[CacheEntry, Tensor]]:
+    ) -> tuple[Tensor, dict[CacheEntry, Tensor], Piece | None]:
         """See :meth:`~fisedit_compile.runtime.dense_graphs.DenseGraphs.record`.
 
         The graph makes the maps of all tokens, and of these are copied away those that are asked for, so that prompts
@@ -60,11 +61,11 @@ class WholeSteps:
         if key not in self._kept:
             self._kept[key] = KeptCopies(entries)
 
-        def own(values: tuple[Tensor, Sequence[Tensor]]) -> tuple[Tensor, dict[CacheEntry, Tensor]]:
+        def own(values: tuple[Tensor, Sequence[Tensor]]) -> tuple[Tensor, dict[CacheEntry, Tensor], Piece | None]:
             out, kept = values
-            return copied(out), self._kept[key].take(kept, tokens)
+            return copied(out), *self._kept[key].take(kept, tokens)
 
-        result: tuple[Tensor, dict[CacheEntry, Tensor]] = step.run(inputs, own=own)
+        result: tuple[Tensor, dict[CacheEntry, Tensor], Piece | None] = step.run(inputs, own=own)
         return result
 
     def controlled(self, inputs: dict[Any, Tensor], cache: StepCache, control: Control) -> Tensor:

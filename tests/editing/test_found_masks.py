@@ -1,4 +1,4 @@
-"""The mask that an edit finds takes in where the words stood that go, of things that go as a whole."""
+"""The mask that an edit finds takes in where words stood that go as a whole, and leaves out in the end what stays."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch import Tensor
 import fisedit_compile.editing.running_edit as running_edit
 import fisedit_compile.masks.old_words as old_words
 from fisedit_compile import Base, Editor
+from fisedit_compile.masks import changed_part as changed
+from fisedit_compile.masks.changed_part import changed_part
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,7 +45,9 @@ def test_the_mask_covers_where_removed_words_stood(
     assert attention.amax() <= 1
     stood = attention > old_words.otsu_threshold(attention)[:, None, None]
     assert stood.any()
-    assert (edit.mask & (found | stood)).equal(found | stood)
+    whole = old_words.with_old_words(found, attention)
+    assert (whole & (found | stood)).equal(found | stood)
+    assert torch.equal(edit.mask, changed_part(whole, tiny_base.latents, edit.latents))
 
 
 def test_words_that_are_only_added_leave_nothing_to_take_in(
@@ -57,10 +61,11 @@ def test_a_base_without_maps_finds_masks_by_the_difference_alone(
     tiny_editor_with: Callable[..., Editor], joined: list[tuple[Tensor, Tensor]]
 ) -> None:
     editor = tiny_editor_with(cross_replace=0.0)
-    edit = editor.edit(generate(editor), FEWER)
+    base = generate(editor)
+    edit = editor.edit(base, FEWER)
     ((found, attention),) = joined
     assert not attention.any()
-    assert torch.equal(edit.mask, found)
+    assert torch.equal(edit.mask, changed_part(found, base.latents, edit.latents))
 
 
 def test_samples_of_a_batch_are_looked_at_by_themselves(
@@ -78,3 +83,32 @@ def test_samples_of_a_batch_are_looked_at_by_themselves(
     alone = generate(editor, PROMPT, generator=torch.Generator().manual_seed(2))
     editor.edit(alone, FEWER)
     torch.testing.assert_close(joined[1][1][0], attention[0], rtol=1e-3, atol=1e-4)
+
+
+def test_what_hardly_changes_is_the_bases_in_the_end(
+    tiny_editor: Editor, tiny_base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(changed, "UNCHANGED", 0.0)
+    found = tiny_editor.edit(tiny_base, FEWER)
+    difference = (found.latents - tiny_base.latents).square().mean(1).sqrt()
+    half = difference[found.mask].median() / tiny_base.latents.std()
+    monkeypatch.setattr(changed, "UNCHANGED", float(half))
+    cut = tiny_editor.edit(tiny_base, FEWER)
+    assert 0 < cut.mask.sum() < found.mask.sum()
+    assert not (cut.mask & ~found.mask).any()
+    assert torch.equal(cut.latents, torch.where(cut.mask[:, None], found.latents, tiny_base.latents))
+    assert cut.report.mask_area == pytest.approx(float(cut.mask.float().mean()))
+    assert cut.report.background_identical
+    assert cut.report.macs == found.report.macs  # steps computed the same
+
+
+@pytest.mark.parametrize("combine", ["replace", "or"])
+def test_a_mask_that_is_given_is_left_as_it_is(
+    tiny_editor: Editor, tiny_base: Base, monkeypatch: pytest.MonkeyPatch, combine: Any
+) -> None:
+    monkeypatch.setattr(changed, "UNCHANGED", 1e9)
+    given = torch.zeros(tiny_base.latents[0, 0].shape)
+    given[2:9, 3:12] = 1
+    edit = tiny_editor.edit(tiny_base, FEWER, mask=given, combine=combine)
+    assert edit.mask[0, 2:9, 3:12].all()
+    assert combine == "or" or edit.mask.sum() == given.sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
@@ -62,6 +63,19 @@ def without_host_syncs() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@archs
+def test_calls_that_lie_alike_are_each_read_where_they_lie(arch: str) -> None:
+    many = bases(arch)
+    first, second = many.caches
+    assert first.piece.layout is second.piece.layout
+    assert first.piece.memory.data_ptr() != second.piece.memory.data_ptr()
+    prepared = many.plan(many.mask(0.1))
+    apart = [many.sparse.step(many.edits[0], copy.deepcopy(cache), prepared) for cache in (first, second)]
+    assert torch.equal(many.step(prepared, base=0), apart[0])
+    assert torch.equal(many.step(prepared, base=1), apart[1])
+    assert not torch.equal(*apart)
 
 
 @archs

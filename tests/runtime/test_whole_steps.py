@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from support.unets import UNets
 
+from fisedit_compile.cache.step_cache import Recorded
+from fisedit_compile.cache.tensors_in_memory import Piece
+from fisedit_compile.errors import BaseMismatchError
 from fisedit_compile.runtime.control import Control
 from fisedit_compile.sparse_unet import SparseUNet, sparsify
 from fisedit_compile.testing import assert_close
@@ -77,6 +81,43 @@ def test_a_later_call_changes_nothing_that_was_recorded(both: Both) -> None:
     before = [out.clone(), *(value.clone() for value in kept.values())]
     both.record(both.rows, both.calls[1])
     assert all(map(torch.equal, before, [out, *kept.values()]))
+
+
+@torch.no_grad()
+def test_calls_say_where_they_lie_in_a_piece_of_memory(both: Both) -> None:
+    (_, one), (_, other) = (both.record(both.rows, call) for call in both.calls[:2])
+    assert one.piece is not None
+    assert other.piece is not None
+    assert one.piece.layout.places == other.piece.layout.places
+    for kept in (one, other):
+        for entry, value in kept.items():
+            place = kept.piece.layout.places.get(entry)
+            assert (place is None) == (entry.kind == "attention")
+            if place is not None:
+                assert value.data_ptr() == kept.piece.memory.data_ptr() + place.start
+                assert (value.shape, value.dtype) == (torch.Size(place.shape), place.dtype)
+    assert copy.deepcopy(one).piece is None
+    assert one.without("attention").piece is None
+    assert both.record(both.dense, both.calls[0])[1].piece is None
+
+
+@torch.no_grad()
+def test_a_call_that_lies_as_one_that_fits_does_is_held_to_its_timestep_all_the_same(both: Both) -> None:
+    rows, base, edit = both.rows, *both.calls[:2]
+    (_, one), (_, kept) = (both.record(rows, call) for call in (base, base))
+    assert one.piece is not None
+    assert kept.piece is not None
+    other = Recorded(kept.signature, kept.timesteps, dict(kept), Piece(kept.piece.memory, one.piece.layout))
+    other.model = kept.model
+    mask = torch.zeros(1, *SIZE, dtype=torch.bool)
+    mask[:, 3:8, 4:9] = True
+    prepared = rows.prepare(base, mask)
+    first = rows.step(edit, one, prepared)
+    assert one.piece.layout in rows.program(base).cache._fitting
+    assert_close(rows.step(edit, other, prepared), first)
+    later = rows.call(**{**edit.kwargs, "timestep": edit.kwargs["timestep"] + 1})
+    with pytest.raises(BaseMismatchError, match="timestep"):
+        rows.step(later, other, prepared)
 
 
 @torch.no_grad()
