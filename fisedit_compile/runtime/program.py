@@ -169,6 +169,8 @@ class Program:
         self._constants.add(program._stages["constant"])
         program._constants, program._refreshed_by = self._constants, self
         program.fixed_sizes = self.fixed_sizes
+        if program.cache.shapes == self.cache.shapes:
+            program.cache = self.cache
         return program
 
     def _prepare(self, plan: EditPlan) -> Prepared:

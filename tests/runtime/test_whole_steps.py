@@ -110,7 +110,7 @@ def test_a_call_that_lies_as_one_that_fits_does_is_held_to_its_timestep_all_the_
     other = Recorded(kept.signature, kept.timesteps, dict(kept), Piece(kept.piece.memory, one.piece.layout))
     other.model = kept.model
     mask = torch.zeros(1, *SIZE, dtype=torch.bool)
-    mask[:, 3:8, 4:9] = True
+    mask[:, 3:7, 4:9] = True
     prepared = rows.prepare(base, mask)
     first = rows.step(edit, one, prepared)
     assert one.piece.layout in rows.program(base).cache._fitting
