@@ -91,6 +91,12 @@ class Replica:
             self._failed.inc(tags={"error": type(error).__name__})
             raise
 
+    async def answer(self, job: Job) -> Answer:
+        """The answer of a job whose steps nobody watches: one message between processes instead of a stream."""
+        *_, answer = [event async for event in self.draw(job, progress=False, partial_pictures=0)]
+        assert isinstance(answer, Answer)
+        return answer
+
     def _count(self, answer: Answer) -> None:
         kind = {"reuse": answer.reuse.kind}
         self._pictures.inc(tags=kind)
@@ -125,12 +131,16 @@ class Replicas:
         from ray.exceptions import RayActorError, RayTaskError
         from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 
-        handle = self._handle.options(stream=True, session_id=job.route)
+        watched = progress or partial_pictures > 0
+        handle = self._handle.options(stream=watched, session_id=job.route)
         for _ in range(_MOST_TRIES):
-            response = handle.draw.remote(job, progress, partial_pictures)
+            response = handle.draw.remote(job, progress, partial_pictures) if watched else handle.answer.remote(job)
             try:
-                async for event in response:
-                    yield event
+                if watched:
+                    async for event in response:
+                        yield event
+                else:
+                    yield await response
                 return
             except RayTaskError as error:
                 raise error.cause from None  # as it was raised, without the trace of the other process

@@ -43,8 +43,8 @@ class Client:
     def __init__(self, url: str) -> None:
         self.url = url
 
-    def post(self, path: str, **arguments: Any) -> dict[str, Any]:
-        answer = httpx.post(f"{self.url}/v1/images/{path}", headers=HEADERS, timeout=120, **arguments)
+    def post(self, path: str, timeout: float = 120, **arguments: Any) -> dict[str, Any]:
+        answer = httpx.post(f"{self.url}/v1/images/{path}", headers=HEADERS, timeout=timeout, **arguments)
         assert answer.status_code == 200, answer.text
         (data,) = answer.json()["data"]
         return data
@@ -75,6 +75,8 @@ def test_a_replica_is_killed_and_everything_is_answered_right(tmp_path: Path) ->
         assert httpx.get(f"{service.url}/ready").json()["ready"]
         assert httpx.post(f"{service.url}/v1/images/generations", json={"prompt": CAT}).status_code == 401
         bases = [client.generate(CAT, seed) for seed in range(4)]
+        with pytest.raises(httpx.ReadTimeout):  # nobody waits for it any more
+            client.post("generations", timeout=0.3, json={"prompt": "a bird", "steps": 100})
         before = service.replicas()
         assert len(before) == 2
         with ThreadPoolExecutor(4) as clients:
@@ -110,6 +112,9 @@ def test_a_replica_is_killed_and_everything_is_answered_right(tmp_path: Path) ->
         assert picture(drawn[seed]).tobytes() == generate(editor, DOG, seed, 24).image.tobytes()
     # No base is lost: those of the replica that ended well are written, the others' pictures can be edited as well.
     library, store = open_library(tmp_path / "store"), open_store(tmp_path / "store", 2**30)
+    assert (
+        library.count() == 12
+    )  # four new pictures, four while a replica was killed, four edits: not the abandoned one
     records = [library.get(each["id"]) for each in bases]
     assert all(record is not None and record.base is BasePlace.SAVED for record in records)
     assert {base.name for base in store.bases()} >= {each["id"] for each in bases}
