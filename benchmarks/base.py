@@ -4,11 +4,11 @@
 
 Random weights, a mask in the middle of the picture. ``peak_gib`` is the most memory of a GPU that tensors had, those of
 the model included, while the first base and its first edit were made. ``record_ms`` is a generation that keeps a base,
-``edit_ms`` an edit of it at each share of the picture, both medians of wall times; ``to_disk_ms`` is one that is
-recorded onto the disk, where ``--folder`` is. From the moment at which a saved base is opened it takes ``load_s`` until
-``Editor.load`` returns, ``first_step_s`` until the first sparse step of an edit has ended, ``loaded_edit_s`` until the
-edit has, and ``whole_s`` until a base that nobody edits is in memory as a whole. The editor has made such edits before,
-so that no graph is captured, and the files are in the kernel's cache.
+``invert_ms`` the same of a photo, ``edit_ms`` an edit of it at each share of the picture, medians of wall times;
+``to_disk_ms`` is one that is recorded onto the disk, where ``--folder`` is. From the moment at which a saved base is
+opened it takes ``load_s`` until ``Editor.load`` returns, ``first_step_s`` until the first sparse step of an edit has
+ended, ``loaded_edit_s`` until the edit has, and ``whole_s`` until a base that nobody edits is in memory as a whole. The
+editor has made such edits before, so that no graph is captured, and the files are in the kernel's cache.
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ def _measure(pipe: Any, args: argparse.Namespace, cache: str, tier: str) -> dict
     row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
     row["call_mib"] = max(call.nbytes for call in base.calls) / 2**20
     row["record_ms"] = _milliseconds(generate, args)
+    row["invert_ms"] = _milliseconds(partial(editor.invert, base.image, PROMPT, num_inference_steps=args.steps), args)
     row["to_disk_ms"] = _milliseconds(generate_onto_disk, args)
     for share in args.edit_size:
         mask = square_mask(share, (height, width))
