@@ -38,7 +38,7 @@ examples:
 
 files written to --out, each whole or not at all:
   base.png, edit.png  the picture of --prompt (or the photo), and of --edit
-  mask.png            what was recomputed, white; --mask takes it
+  mask.png            what was edited, white; --mask takes it
   overview.png        base, edit, mask over base, difference; a row an edit
   dense.png           with --compare-dense: the dense regeneration
   report.json         all figures (and with --json on stdout)

@@ -48,7 +48,7 @@ def draw_overview(base: Image.Image, edit: Image.Image, mask: Any, *, prompt: st
     panels = [
         (base, f"Base: {prompt}"),
         (edit, f"Edit: {edit_prompt}"),
-        (tinted(base, mask_picture(mask, base.size)), f"Mask: {mask.mean():.1%} of the picture recomputed"),
+        (tinted(base, mask_picture(mask, base.size)), f"Mask: {mask.mean():.1%} of the picture edited"),
         (difference, f"Difference, {DIFFERENCE_GAIN} times as bright"),
     ]
     return side_by_side(panels)
