@@ -66,7 +66,8 @@ def pack_rows_triton(rows: torch.Tensor, bits: int) -> torch.Tensor:
     flat = rows.flatten(1)  # of a slice of a wider product a view
     if flat.stride(1) != 1:
         flat = flat.contiguous()
-    packed = rows.new_zeros(rows.shape[0], form.nbytes, dtype=torch.uint8)
+    make = rows.new_empty if form.used == form.nbytes else rows.new_zeros
+    packed = make(rows.shape[0], form.nbytes, dtype=torch.uint8)
     width = triton.next_power_of_2(form.group)
     height = max(1, POINTWISE_VALUES // width)
     if packed.numel():

@@ -67,10 +67,15 @@ class RowFormat:
         return 2 * self.groups * self.dtype.itemsize
 
     @property
+    def used(self) -> int:
+        """Bytes of a row that say something; up to a whole word the others are 0."""
+        return self.header + -(-self.width * self.bits // 8)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of a row."""
         word = max(_WORD, self.dtype.itemsize)
-        return -(-(self.header + -(-self.width * self.bits // 8)) // word) * word
+        return -(-self.used // word) * word
 
     def rows_of(self, pixels: int) -> int:
         """How many rows are kept of a map of so many pixels, of all samples together."""
