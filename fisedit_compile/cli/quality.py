@@ -131,6 +131,7 @@ def run(args: argparse.Namespace) -> None:
         logger.info("%d of %d cases (%s): %.0f s", number, len(cases), case.id, time.perf_counter() - began)
     if not runs:
         raise FiseditError("no case could be edited: " + "; ".join(f"{case}: {why}" for case, why in failed.items()))
+    logger.info("scoring %d cases ...", len(runs))
     scores = score_runs(runs, judge, clip, threads=args.workers)
     summary = summarise(scores)
     text = "\n\n".join([tables(summary), *(f"left out, {case}: {why}" for case, why in failed.items())])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from fisedit_compile.quality.runs import CaseRun, VariantEdit
 from fisedit_compile.quality.similarity import as_pixels, psnr_inside, seam_excess, ssim_inside
 from fisedit_compile.quality.ssim import ssim
 from fisedit_compile.quality.verdicts import Verdict, judge_edit, shows
+from fisedit_compile.utils.single_thread import single_thread
 
 
 @dataclass(frozen=True)
@@ -97,12 +99,14 @@ def score_runs(runs: Sequence[CaseRun], judge: Judge, clip: Clip | None = None, 
         runs: the pictures.
         judge: says what they show.
         clip: for the paper's figures; None leaves them out.
-        threads: cases that are scored at a time.
+        threads: cases that are scored at a time; several of them take a processor each.
     """
+    alone = single_thread if threads > 1 else nullcontext
     sights = {run.case.id: judge.look(run.base, run.case.before) for run in runs}
 
     def judged(run: CaseRun) -> dict[float, JudgedDense]:
-        return _judged_dense(run, judge, sights[run.case.id])
+        with alone():
+            return _judged_dense(run, judge, sights[run.case.id])
 
     with ThreadPoolExecutor(threads) as pool:
         dense = {run.case.id: each for run, each in zip(runs, pool.map(judged, runs), strict=True)}
@@ -132,8 +136,12 @@ def score_runs(runs: Sequence[CaseRun], judge: Judge, clip: Clip | None = None, 
             },
         )
 
+    def scored_alone(run: CaseRun) -> CaseScores:
+        with alone():
+            return scored(run)
+
     with ThreadPoolExecutor(threads) as pool:
-        cases = list(pool.map(scored, runs))
+        cases = list(pool.map(scored_alone, runs))
     return Scores(cases, controls, best, _fid(runs, best, clip) if clip else {})
 
 
