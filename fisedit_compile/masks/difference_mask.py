@@ -43,20 +43,27 @@ _WHAT_TO_DO = "give a prompt that describes a visible change, or pass a mask of 
 
 
 def _accumulate(base: torch.Tensor, edit: torch.Tensor) -> torch.Tensor:
-    """Sum of ``|base - edit|`` over steps and channels, ``[n, h, w]`` fp32, with the arguments checked."""
+    """Sum of ``|base - edit|`` over steps and channels, ``[n, h, w]`` fp32."""
     if base.ndim != 5 or base.shape != edit.shape or base.numel() == 0:
         raise MaskError(
             f"latents of shape {tuple(base.shape)} and {tuple(edit.shape)} were given; "
             "stack those of the same steps of both generations as [steps, samples, channels, height, width]"
         )
-    total = (base.float() - edit.float()).abs().sum(dim=(0, 2))  # [n, h, w]
-    finite = total.isfinite().flatten(1).all(dim=1)
-    if not finite.all():
+    return (base.float() - edit.float()).abs().sum(dim=(0, 2))
+
+
+def _are_finite(values: torch.Tensor) -> torch.Tensor:
+    """Of each sample, bool ``[n]``."""
+    return values.isfinite().flatten(1).all(dim=1)
+
+
+def _refuse_others(finite: list[bool]) -> None:
+    """Hold all samples to finite latents."""
+    if not all(finite):
         raise MaskError(
-            f"the latents of sample {int((~finite).nonzero()[0])} hold NaN or infinity, so no region can be "
+            f"the latents of sample {finite.index(False)} hold NaN or infinity, so no region can be "
             "found; run the U-Net in a wider dtype (bfloat16 or float32) or lower the guidance scale"
         )
-    return total
 
 
 def _normalise(total: torch.Tensor) -> torch.Tensor:
@@ -80,7 +87,9 @@ def difference(base: torch.Tensor, edit: torch.Tensor) -> torch.Tensor:
     Raises:
         MaskError: the shapes differ or are not 5-dimensional, or the latents hold NaN or infinity.
     """
-    return _normalise(_accumulate(base, edit))
+    total = _accumulate(base, edit)
+    _refuse_others(_are_finite(total).tolist())
+    return _normalise(total)
 
 
 def otsu_threshold(values: torch.Tensor) -> torch.Tensor:
@@ -156,10 +165,11 @@ def find_region(strength: torch.Tensor, weak: float = WEAK) -> torch.Tensor:
     region = region & (crowd > 2.5)
     strongest = strength.flatten(1).argmax(dim=1, keepdim=True)
     region = region.flatten(1).scatter(1, strongest, True).view_as(region)
-    candidates = region | _without_frame(strength > lower + weak * (upper - lower))
+    candidates = (region | _without_frame(strength > lower + weak * (upper - lower)))[:, None].float()
+    reached = region[:, None].float()
     for _ in range(math.ceil(_REACH * max(strength.shape[1:]))):  # a count, so that no device has to be waited for
-        region = candidates & grown(region)
-    return region
+        reached = torch.minimum(candidates, F.max_pool2d(reached, 3, stride=1, padding=1))
+    return reached[:, 0] > 0
 
 
 def _mean(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
@@ -204,17 +214,19 @@ def difference_mask(base: torch.Tensor, edit: torch.Tensor) -> torch.Tensor:
     precision = max(torch.finfo(latents.dtype).eps for latents in (base, edit))
     rounding = precision * base.float().abs().sum(dim=(0, 2)).mean(dim=(1, 2))  # [n], as summed as total is
     same = total.amax(dim=(1, 2)) <= _ROUNDINGS * rounding
-    if same.any():
-        raise MaskError(
-            f"both prompts give the same latents for sample {int(same.nonzero()[0])} in the {base.shape[0]} "
-            f"compared steps, so there is no region to edit; {_WHAT_TO_DO}, or compare more steps"
-        )
     mask = close_holes(find_region(smooth(_normalise(total))))
     # The same change in every cell leaves no contrast to threshold: all of the picture changed.
     mask |= (total.amax(dim=(1, 2)) == total.amin(dim=(1, 2)))[:, None, None]
 
-    area = mask.float().mean(dim=(1, 2))
-    for sample, share in enumerate(area.tolist()):
+    # All that the host has to know comes at once: it waits for the device here, and nowhere before.
+    finite, alike, area = torch.stack([_are_finite(total), same, mask.float().mean(dim=(1, 2))]).tolist()
+    _refuse_others(list(map(bool, finite)))
+    if any(alike):
+        raise MaskError(
+            f"both prompts give the same latents for sample {alike.index(1)} in the {base.shape[0]} "
+            f"compared steps, so there is no region to edit; {_WHAT_TO_DO}, or compare more steps"
+        )
+    for sample, share in enumerate(area):
         if share >= _WHOLE_PICTURE:
             logger.warning(
                 "the edit changes %.0f%% of sample %d: the whole picture is computed again and little is saved; to "
