@@ -145,7 +145,8 @@ def run(args: argparse.Namespace) -> None:
         memory_bytes=args.memory_gib,
         device=device.type,
         dtype=str(dtype).removeprefix("torch."),
-        threads=args.threads or max(1, (os.cpu_count() or 1) // most),
+        # Beside a GPU the host has small operations alone, which wait for their threads where other programs run.
+        threads=args.threads or (1 if gpus else max(1, (os.cpu_count() or 1) // most)),
         replicas=most,
         batch=args.batch,
         keep_bases=args.reuse == "auto",

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fisedit_compile.editing.feather import cells_reached, feather_levels
 from fisedit_compile.editing.picture_planes import OTHERWISE, like, part, separate, shapes, with_part
+from fisedit_compile.utils.single_thread import single_thread
 
 logger = logging.getLogger(__name__)
 
@@ -174,10 +175,11 @@ class PixelBackground:
                 "returned it, and its background is not the base's",
                 ", ".join(map(str, blackened)),
             )
-        composed = [
-            new if sample in blackened else self._compose(old, new, mask[sample])
-            for sample, (old, new) in enumerate(zip(olds, news, strict=True))
-        ]
+        with single_thread():  # as fast as several threads, and many times faster where other programs run
+            composed = [
+                new if sample in blackened else self._compose(old, new, mask[sample])
+                for sample, (old, new) in enumerate(zip(olds, news, strict=True))
+            ]
         return like(edit, composed), blackened
 
     def weights(self, mask: Tensor) -> Tensor:

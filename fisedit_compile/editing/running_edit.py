@@ -21,6 +21,7 @@ from fisedit_compile.masks.difference_mask import difference_mask
 from fisedit_compile.masks.grown import grown
 from fisedit_compile.masks.old_words import attention_to, with_old_words
 from fisedit_compile.runtime.prepared import Prepared
+from fisedit_compile.utils.single_thread import single_thread
 
 #: Cells around the mask that sparse steps compute with it: convolutions at the mask's rim then read what the new words
 #: make of their neighbours. Behind each step these cells are the base's all the same (docs/decisions.md, 2026-11-28).
@@ -193,7 +194,8 @@ class RunningEdit:
 
     def _found_mask(self, step: int, latents: list[Tensor]) -> Tensor:
         """The mask of what the dense steps up to this one changed, joined with the one given; on the host."""
-        mask = self._find_mask(step, latents)
+        with single_thread():  # of a CPU: some two hundred operations on as many cells as the latents have
+            mask = self._find_mask(step, latents)
         if (area := float(mask.float().mean())) > (largest := self.asked.largest_mask):
             raise LargeMaskError(
                 f"the mask that was found covers {area:.0%} of the picture, and largest_mask is "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,11 @@ import numpy as np
 import torch
 
 from fisedit_compile.runtime.model_watch import ModelWatch
+from fisedit_compile.utils.single_thread import single_thread
+
+#: Parameters up to which an encoder runs in one thread: its operations are so small that several threads are no faster,
+#: and many times slower where other programs keep the processors busy.
+_SMALL = 30_000_000
 
 
 class WordEncoder:
@@ -34,6 +40,8 @@ class WordEncoder:
         watch = ModelWatch(encoder)
         weights = watch.look().digest()
         self.digest = hashlib.sha256(f"{weights} {words}".encode()).hexdigest()[:32]
+        small = sum(each.numel() for each in encoder.parameters()) <= _SMALL
+        self._threads = single_thread if small else nullcontext
         self.encode = lru_cache(maxsize=4096)(self._encode)
 
     @classmethod
@@ -58,7 +66,7 @@ class WordEncoder:
     @torch.inference_mode()
     def _encode(self, prompt: str) -> np.ndarray:
         """The embedding of a prompt, float32 ``[width]``; words that the tokenizer cuts off do not count."""
-        with self._lock:
+        with self._lock, self._threads():
             tokens = self._tokenizer(prompt, truncation=True, return_tensors="pt", return_special_tokens_mask=True)
             device = next(self._encoder.parameters()).device
             outputs = self._encoder(input_ids=tokens.input_ids.to(device)).last_hidden_state[0].float()
