@@ -5,9 +5,9 @@
 Cases are those of ``fisedit-compile quality``. An edit of all steps under Prompt-to-Prompt control says what truly
 changes (80 % of the steps are controlled, 40 % where something is added); masks are made from the first fifth of the
 steps of the edit with 80 %, as an editor makes them, before small holes are closed. One also takes all of where the
-words stood that go, of a thing that goes as a whole, and the last is that one cut down to what changes. Printed are,
-for each way and kind of edit, intersection over union, recall, precision, and the mask's area over the true one, means
-over the cases.
+words stood that go, of a thing that goes as a whole; with a cell around it it is what an edit may change, and the last
+is cut down to what changes. Printed are, for each way and kind of edit, intersection over union, recall, precision,
+and the mask's area over the true one, means over the cases.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor
 from fisedit_compile import Editor
 from fisedit_compile.editing.plain_pipeline import load_pipeline
 from fisedit_compile.editing.prompt_alignment import removed_tokens
+from fisedit_compile.editing.running_edit import RIM
 from fisedit_compile.masks.changed_part import changed_part
 from fisedit_compile.masks.difference_mask import difference, find_region, otsu_threshold, smooth
 from fisedit_compile.masks.grown import grown
@@ -41,10 +42,10 @@ CONTROL, CONTROL_OF_ADDED = 0.8, 0.4
 COMPARED = 0.2
 
 #: The mask that the difference gives by default, and the same with where old words stood.
-DEFAULT, OLD_WORDS = "smoothed, weak neighbours over 0.12", "and where old words stood"
+DEFAULT, OLD_WORDS = "smoothed, weak neighbours over 0.2", "and where old words stood"
 
-#: That, less what an edit of all steps does not change in the end.
-CHANGED = "and cut down to what changes"
+#: That with a cell around it, which edits compute and leave free; and less what an edit of all steps does not change.
+WITH_RIM, CHANGED = "and a cell around it", "and cut down to what changes"
 
 Way = Callable[[Tensor], Tensor]
 
@@ -62,7 +63,7 @@ WAYS: dict[str, Way] = {
             before(strength), weak
         )
         for name, before in (("", lambda strength: strength), ("smoothed, ", smooth))
-        for weak in (0.25, 0.2, 0.15, 0.12)
+        for weak in (0.25, 0.2, 0.15)
     },
 }
 
@@ -84,7 +85,8 @@ def main() -> None:
         region = changed_cells(finals[0][0], finals[1][0])
         masks = {name: way(strength) for name, way in WAYS.items()}
         masks[OLD_WORDS] = with_old_words(masks[DEFAULT], attention)
-        masks[CHANGED] = changed_part(masks[OLD_WORDS], *finals)
+        masks[WITH_RIM] = grown(masks[OLD_WORDS], RIM)
+        masks[CHANGED] = changed_part(masks[WITH_RIM], *finals)
         for name, mask in masks.items():
             if (score := score_mask(mask[0], region)) is not None:
                 scores[name, case.kind].append(score)

@@ -22,8 +22,8 @@ class EditReport:
     """How an edit was made and what it saved: numbers and words, which keep no cache alive and pickle.
 
     Attributes:
-        mask_area: share of the latents that was edited, of all samples. Steps compute a cell around it, too, and a
-            mask that is found is larger until the last step, behind which it is cut down to what has changed.
+        mask_area: share of the latents that was edited, of all samples. Steps compute a cell around a mask, too; one
+            that is found has this cell until the last step, behind which it is cut down to what has changed.
         mask_source: ``"found"``, ``"given"``, or ``"found and given"`` / ``"found or given"``; ``"none"`` for a dense
             edit without one, which recomputes the whole picture.
         removed_words, added_words: what changed in the prompt of each sample.

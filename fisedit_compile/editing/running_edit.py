@@ -24,7 +24,8 @@ from fisedit_compile.runtime.prepared import Prepared
 from fisedit_compile.utils.single_thread import single_thread
 
 #: Cells around the mask that sparse steps compute with it: convolutions at the mask's rim then read what the new words
-#: make of their neighbours. Behind each step these cells are the base's all the same (docs/decisions.md, 2026-11-28).
+#: make of their neighbours. Around a mask that is given they are the base's all the same behind each step, around one
+#: that is found they may change, for what it misses of old things (docs/decisions.md, 2026-11-29).
 RIM = 1
 
 #: t1 and t2 of the difference formula: the steps whose latents are compared (paper 3.1: within [1, 10]).
@@ -54,7 +55,7 @@ class RunningEdit:
 
     mask: Tensor  # bool [n, h, w]; found behind the dense steps, and cut down to what has changed behind the last one
     host_mask: Tensor  # as it was until the last step, on the host, so that nobody has to wait for it
-    region: Tensor  # what sparse steps compute: that mask and RIM cells around it, on the host
+    region: Tensor  # what sparse steps compute, on the host
 
     def __init__(self, pipe: Any, asked: CheckedEdit) -> None:
         base, prompts = asked.base, asked.prompts
@@ -187,9 +188,10 @@ class RunningEdit:
         return self.asked.given is None
 
     def _know_mask(self, mask: Tensor) -> None:
-        """The mask is known: bool ``[n, h, w]``, on the host."""
-        self.host_mask, self.mask = mask, mask.to(self.base.latents.device, non_blocking=True)
+        """The mask is known, as it was given or found: bool ``[n, h, w]``, on the host."""
         self.region = grown(mask, RIM)
+        self.host_mask = self.region if self._is_found_alone else mask
+        self.mask = self.host_mask.to(self.base.latents.device, non_blocking=True)
         self._knows_mask = True
 
     def _found_mask(self, step: int, latents: list[Tensor]) -> Tensor:

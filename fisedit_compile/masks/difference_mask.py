@@ -27,7 +27,7 @@ _SMOOTHING = (0.25, 0.5, 0.25)
 
 #: How far above the mean of the unchanged cells a cell has to lie to be part of the region that it touches, as a share
 #: of the way from there to the mean of the changed ones (docs/measurements/masks.md).
-WEAK = 0.12
+WEAK = 0.2
 
 #: How far from a cell over the threshold itself such a cell may lie, as a share of the picture's longer side.
 _REACH = 0.25

@@ -131,7 +131,7 @@ def test_a_mask_of_ones_own(tiny_editor: Editor, tiny_base: Base) -> None:
 
 
 def test_a_mask_of_ones_own_with_the_one_that_is_found(tiny_editor: Editor, tiny_base: Base) -> None:
-    found = tiny_editor.edit(tiny_base, EDIT).mask
+    found = tiny_editor.edit(tiny_base, EDIT, torch.ones(SIDE, SIDE), combine="and").mask
     mine = torch.roll(found, 1, dims=1)
     assert torch.equal(tiny_editor.edit(tiny_base, EDIT, mine, combine="and").mask, found & mine)
     assert torch.equal(tiny_editor.edit(tiny_base, EDIT, mine, combine="or").mask, found | mine)

@@ -15,6 +15,7 @@ import fisedit_compile.masks.old_words as old_words
 from fisedit_compile import Base, Editor
 from fisedit_compile.masks import changed_part as changed
 from fisedit_compile.masks.changed_part import changed_part
+from fisedit_compile.masks.grown import grown
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,7 +48,7 @@ def test_the_mask_covers_where_removed_words_stood(
     assert stood.any()
     whole = old_words.with_old_words(found, attention)
     assert (whole & (found | stood)).equal(found | stood)
-    assert torch.equal(edit.mask, changed_part(whole, tiny_base.latents, edit.latents))
+    assert torch.equal(edit.mask, changed_part(grown(whole), tiny_base.latents, edit.latents))
 
 
 def test_words_that_are_only_added_leave_nothing_to_take_in(
@@ -65,7 +66,7 @@ def test_a_base_without_maps_finds_masks_by_the_difference_alone(
     edit = editor.edit(base, FEWER)
     ((found, attention),) = joined
     assert not attention.any()
-    assert torch.equal(edit.mask, changed_part(found, base.latents, edit.latents))
+    assert torch.equal(edit.mask, changed_part(grown(found), base.latents, edit.latents))
 
 
 def test_samples_of_a_batch_are_looked_at_by_themselves(

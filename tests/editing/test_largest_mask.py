@@ -13,7 +13,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_a_mask_up_to_the_limit(tiny_editor: Editor, tiny_base: Base) -> None:
     want = tiny_editor.edit(tiny_base, EDIT)
-    area = want.report.mask_area
+    found = tiny_editor.edit(tiny_base, EDIT, torch.ones(tiny_base.latents[0, 0].shape), combine="and")
+    area = found.report.mask_area  # as it was found: all of it, and no cell around it
     assert 0 < area < 1
     assert torch.equal(tiny_editor.edit(tiny_base, EDIT, largest_mask=area).latents, want.latents)
     steps: list[int] = []
