@@ -34,7 +34,7 @@ class VariantEdit:
     Attributes:
         picture: of the edit.
         under_mask: the dense U-Net's, under the same mask, with the same steps, control and background.
-        mask: what was recomputed, bool ``[h, w]``.
+        mask: what was edited, bool ``[h, w]``.
         latents_equal: whether the latents outside the mask are the base's, bit for bit.
         far_pixels_equal: share of the pixels that are to be the base's which are, bit for bit.
         reach: pixels around the mask up to which the picture is not the base's.

@@ -145,7 +145,7 @@ class Reuse:
         kind: ``"stored"``: the picture itself; ``"edit"``: all of another picture outside the mask; ``"none"``.
         base: name of the picture that was used.
         similarity: of its words to the request's, in [-1, 1]; None where the request named it.
-        mask_area: share of the picture that was recomputed.
+        mask_area: share of the picture that was edited.
         seconds_saved: what a new picture takes as a rule, less what this one took; None before one was drawn.
         why: why nothing was reused; else empty.
     """
