@@ -145,7 +145,7 @@ def run(args: argparse.Namespace) -> None:
         memory_bytes=args.memory_gib,
         device=device.type,
         dtype=str(dtype).removeprefix("torch."),
-        # Beside a GPU the host has small operations alone, which wait for their threads where other programs run.
+        # All that a GPU leaves to the host is small: several threads would wait for each other, where programs compete.
         threads=args.threads or (1 if gpus else max(1, (os.cpu_count() or 1) // most)),
         replicas=most,
         batch=args.batch,

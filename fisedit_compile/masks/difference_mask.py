@@ -57,8 +57,8 @@ def _are_finite(values: torch.Tensor) -> torch.Tensor:
     return values.isfinite().flatten(1).all(dim=1)
 
 
-def _refuse_others(finite: list[bool]) -> None:
-    """Hold all samples to finite latents."""
+def _require_finite(finite: list[bool]) -> None:
+    """Refuse latents that are not finite; ``finite`` says it of each sample."""
     if not all(finite):
         raise MaskError(
             f"the latents of sample {finite.index(False)} hold NaN or infinity, so no region can be "
@@ -88,7 +88,7 @@ def difference(base: torch.Tensor, edit: torch.Tensor) -> torch.Tensor:
         MaskError: the shapes differ or are not 5-dimensional, or the latents hold NaN or infinity.
     """
     total = _accumulate(base, edit)
-    _refuse_others(_are_finite(total).tolist())
+    _require_finite(_are_finite(total).tolist())
     return _normalise(total)
 
 
@@ -220,7 +220,7 @@ def difference_mask(base: torch.Tensor, edit: torch.Tensor) -> torch.Tensor:
 
     # All that the host has to know comes at once: it waits for the device here, and nowhere before.
     finite, alike, area = torch.stack([_are_finite(total), same, mask.float().mean(dim=(1, 2))]).tolist()
-    _refuse_others(list(map(bool, finite)))
+    _require_finite(list(map(bool, finite)))
     if any(alike):
         raise MaskError(
             f"both prompts give the same latents for sample {alike.index(1)} in the {base.shape[0]} "

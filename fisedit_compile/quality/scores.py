@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,6 +20,8 @@ from fisedit_compile.quality.similarity import as_pixels, psnr_inside, seam_exce
 from fisedit_compile.quality.ssim import ssim
 from fisedit_compile.quality.verdicts import Verdict, judge_edit, shows
 from fisedit_compile.utils.single_thread import single_thread
+
+_Scored = TypeVar("_Scored")
 
 
 @dataclass(frozen=True)
@@ -101,15 +102,17 @@ def score_runs(runs: Sequence[CaseRun], judge: Judge, clip: Clip | None = None, 
         clip: for the paper's figures; None leaves them out.
         threads: cases that are scored at a time; several of them take a processor each.
     """
-    alone = single_thread if threads > 1 else nullcontext
+
+    def alone(score: Callable[[CaseRun], _Scored]) -> Callable[[CaseRun], _Scored]:
+        return single_thread()(score) if threads > 1 else score
+
     sights = {run.case.id: judge.look(run.base, run.case.before) for run in runs}
 
     def judged(run: CaseRun) -> dict[float, JudgedDense]:
-        with alone():
-            return _judged_dense(run, judge, sights[run.case.id])
+        return _judged_dense(run, judge, sights[run.case.id])
 
     with ThreadPoolExecutor(threads) as pool:
-        dense = {run.case.id: each for run, each in zip(runs, pool.map(judged, runs), strict=True)}
+        dense = {run.case.id: each for run, each in zip(runs, pool.map(alone(judged), runs), strict=True)}
     shown = {run.case.id: shows(sights[run.case.id], run.case.before, run.case.changed) for run in runs}
     controls: dict[str, list[ControlScore]] = {}
     for kind in KINDS:
@@ -136,12 +139,8 @@ def score_runs(runs: Sequence[CaseRun], judge: Judge, clip: Clip | None = None, 
             },
         )
 
-    def scored_alone(run: CaseRun) -> CaseScores:
-        with alone():
-            return scored(run)
-
     with ThreadPoolExecutor(threads) as pool:
-        cases = list(pool.map(scored_alone, runs))
+        cases = list(pool.map(alone(scored), runs))
     return Scores(cases, controls, best, _fid(runs, best, clip) if clip else {})
 
 

@@ -25,8 +25,7 @@ class KeptCopies:
     def __init__(self, entries: Sequence[CacheEntry]) -> None:
         self._entries = list(entries)
         self._of: Sequence[Tensor] | None = None
-        self._together: dict[CacheEntry, Place] = {}
-        self._layout = Layout(self._together)
+        self._layout = Layout({})  # of the values that are copied together
         self._copies: TensorCopies | None = None
 
     def take(self, values: Sequence[Tensor], tokens: int | None) -> tuple[dict[CacheEntry, Tensor], Piece | None]:
@@ -41,13 +40,14 @@ class KeptCopies:
         apart = {
             entry: value[..., :tokens] if entry.kind == "attention" else value
             for entry, value in zip(self._entries, values, strict=True)
-            if entry not in self._together
+            if entry not in self._layout.places
         }
         kept = copied(apart)
         piece = None
         if self._copies is not None:
             piece = Piece(self._copies.copy(), self._layout)
-            kept |= zip(self._together, tensors_in(piece.memory, self._together.values()), strict=True)
+            places = self._layout.places
+            kept |= zip(places, tensors_in(piece.memory, places.values()), strict=True)
         return {entry: kept[entry] for entry in self._entries}, piece
 
     def _prepare(self, values: Sequence[Tensor]) -> None:
@@ -58,9 +58,10 @@ class KeptCopies:
         }
         self._copies = TensorCopies([*together.values()]) if together else None
         starts = [] if self._copies is None else self._copies.starts
-        self._together = {
-            entry: Place(start, value.dtype, value.shape)
-            for start, (entry, value) in zip(starts, together.items(), strict=True)
-        }
-        self._layout = Layout(self._together)
+        self._layout = Layout(
+            {
+                entry: Place(start, value.dtype, value.shape)
+                for start, (entry, value) in zip(starts, together.items(), strict=True)
+            }
+        )
         self._of = values

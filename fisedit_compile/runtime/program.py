@@ -169,7 +169,7 @@ class Program:
         self._constants.add(program._stages["constant"])
         program._constants, program._refreshed_by = self._constants, self
         program.fixed_sizes = self.fixed_sizes
-        if program.cache.shapes == self.cache.shapes:
+        if program.cache.shapes == self.cache.shapes:  # what is found to fit one of them fits both
             program.cache = self.cache
         return program
 

@@ -66,6 +66,7 @@ def pack_rows_triton(rows: torch.Tensor, bits: int) -> torch.Tensor:
     flat = rows.flatten(1)  # of a slice of a wider product a view
     if flat.stride(1) != 1:
         flat = flat.contiguous()
+    # The kernel writes all bytes that say something; those behind them have to be 0.
     make = rows.new_empty if form.used == form.nbytes else rows.new_zeros
     packed = make(rows.shape[0], form.nbytes, dtype=torch.uint8)
     width = triton.next_power_of_2(form.group)

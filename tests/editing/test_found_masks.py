@@ -107,9 +107,16 @@ def test_what_hardly_changes_is_the_bases_in_the_end(
 def test_a_mask_that_is_given_is_left_as_it_is(
     tiny_editor: Editor, tiny_base: Base, monkeypatch: pytest.MonkeyPatch, combine: Any
 ) -> None:
-    monkeypatch.setattr(changed, "UNCHANGED", 1e9)
     given = torch.zeros(tiny_base.latents[0, 0].shape)
     given[2:9, 3:12] = 1
     edit = tiny_editor.edit(tiny_base, FEWER, mask=given, combine=combine)
     assert edit.mask[0, 2:9, 3:12].all()
     assert combine == "or" or edit.mask.sum() == given.sum()
+    # Also where half of its cells change by less than a mask that is found would keep.
+    difference = (edit.latents - tiny_base.latents).square().mean(1).sqrt()
+    half = float(difference[edit.mask].median() / tiny_base.latents.std())
+    monkeypatch.setattr(changed, "UNCHANGED", half)
+    assert changed_part(edit.mask, tiny_base.latents, edit.latents).sum() < edit.mask.sum()
+    again = tiny_editor.edit(tiny_base, FEWER, mask=given, combine=combine)
+    assert torch.equal(again.mask, edit.mask)
+    assert torch.equal(again.latents, edit.latents)

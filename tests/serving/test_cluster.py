@@ -112,9 +112,8 @@ def test_a_replica_is_killed_and_everything_is_answered_right(tmp_path: Path) ->
         assert picture(drawn[seed]).tobytes() == generate(editor, DOG, seed, 24).image.tobytes()
     # No base is lost: those of the replica that ended well are written, the others' pictures can be edited as well.
     library, store = open_library(tmp_path / "store"), open_store(tmp_path / "store", 2**30)
-    assert (
-        library.count() == 12
-    )  # four new pictures, four while a replica was killed, four edits: not the abandoned one
+    # Four new pictures, four drawn while a replica was killed, four edits; not the one that nobody waited for.
+    assert library.count() == 12
     records = [library.get(each["id"]) for each in bases]
     assert all(record is not None and record.base is BasePlace.SAVED for record in records)
     assert {base.name for base in store.bases()} >= {each["id"] for each in bases}
