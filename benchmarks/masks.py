@@ -30,7 +30,7 @@ from fisedit_compile.editing.running_edit import RIM
 from fisedit_compile.masks.changed_part import changed_part
 from fisedit_compile.masks.difference_mask import difference, find_region, otsu_threshold, smooth
 from fisedit_compile.masks.grown import grown
-from fisedit_compile.masks.old_words import attention_to, with_old_words
+from fisedit_compile.masks.old_words import attention_to, with_old_words, words_of_changes
 from fisedit_compile.quality.cases import Case, load_cases
 from fisedit_compile.quality.regions import MaskScores, changed_cells, score_mask
 
@@ -129,7 +129,8 @@ def measure(editor: Editor, case: Case, steps: int) -> tuple[Tensor, Tensor, tup
     removed = removed_tokens(editor.pipe, base.prompts, [case.edit], {})
     maps = [kept.cpu() for entry, kept in base.calls[compared - 1].cache.items() if entry.kind == "attention"]
     height, width = base.latents.shape[2:]
-    return strength, attention_to(removed, maps, (height, width)), (base.latents.cpu(), true.latents.cpu())
+    attention = attention_to(words_of_changes(removed, maps[0].shape[2]), maps, (height, width))
+    return strength, attention, (base.latents.cpu(), true.latents.cpu())
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ LENGTH = 8
 #: How hidden folders end in which a base is being written or removed; before it a dot, the base's name, eight digits.
 PARTIAL, REMOVED = ".partial", ".removed"
 
-FORMAT, FORMAT_VERSION = "fisedit_compile base", 4
+FORMAT, FORMAT_VERSION = "fisedit_compile base", 5
 
 #: More bytes than any manifest or content takes: a U-Net of SDXL has some thousand tensors and ten thousand values.
 MOST_JSON = 64 * 2**20
@@ -42,11 +42,11 @@ _PACKAGES = ("fisedit-compile", "torch", "diffusers")
 
 @dataclass(frozen=True)
 class BaseFile:
-    """A file of a base: its name, size in bytes, and a hexadecimal BLAKE2b checksum."""
+    """A file of a base: its name, size in bytes, and :class:`~fisedit_compile.cache.file_checksum.FileChecksum`."""
 
     name: str
     bytes: int
-    blake2b: str
+    checksum: str
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Manifest:
     @property
     def checksum(self) -> str:
         """The checksum of all that the manifest says, and so of all files."""
-        return checksum(json.dumps(self._values(), sort_keys=True).encode())
+        return hashlib.sha256(json.dumps(self._values(), sort_keys=True).encode()).hexdigest()
 
     @property
     def nbytes(self) -> int:
@@ -130,11 +130,6 @@ class Manifest:
 def call_shard(index: int) -> str:
     """The name of the shard of a U-Net call, counted from 0."""
     return f"call-{index:04}.safetensors"
-
-
-def checksum(data: bytes | memoryview) -> str:
-    """The checksum of a file's content."""
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def package_versions() -> dict[str, str]:

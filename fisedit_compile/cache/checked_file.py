@@ -1,20 +1,22 @@
-"""A file of a saved base as it is read: a regular one of a known size, whose checksum is taken on the way."""
+"""A file of a saved base: a regular one of a known size, which threads read at any place."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
-from io import FileIO
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 from fisedit_compile.cache.base_manifest import WHAT_TO_DO
 from fisedit_compile.errors import BaseStorageError, DamagedBaseError
 
+#: Pieces of memory that the kernel fills in one call at most (IOV_MAX of Linux).
+_MOST_PIECES = 1024
+
 
 class CheckedFile:
-    """A file in an open folder, read from its beginning to its end. A context manager, which closes it.
+    """A file in an open folder. A context manager, which closes it; any number of threads may read within it.
 
     Args:
         folder: of the base, for messages.
@@ -32,20 +34,20 @@ class CheckedFile:
     """
 
     def __init__(self, folder: Path, descriptor: int, name: str, size: int | None = None) -> None:
-        self._folder, self._name, self._digest = folder, name, hashlib.blake2b(digest_size=16)
+        self._folder, self._name = folder, name
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            self._stream = FileIO(os.open(name, flags, dir_fd=descriptor))
+            self._descriptor = os.open(name, flags, dir_fd=descriptor)
         except FileNotFoundError:
             raise
         except OSError as error:  # a link, for one
             check_status(folder, name, os.stat(name, dir_fd=descriptor, follow_symlinks=False), size)
             raise self._unreadable(error) from error
         try:
-            status = os.fstat(self._stream.fileno())
+            status = os.fstat(self._descriptor)
             check_status(folder, name, status, size)
         except BaseException:
-            self._stream.close()
+            os.close(self._descriptor)
             raise
         self.size = status.st_size
 
@@ -53,33 +55,46 @@ class CheckedFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._stream.close()
+        os.close(self._descriptor)
 
-    def fill(self, memory: memoryview) -> None:
-        """Read as many bytes as ``memory`` has, straight into it; other threads run meanwhile.
+    def fill(self, start: int, memories: Sequence[memoryview]) -> None:
+        """Read from a place on straight into some pieces of memory, one behind the other; other threads run meanwhile.
 
         Raises:
             DamagedBaseError: the file ends before.
             BaseStorageError: it cannot be read.
         """
-        rest = memory
+        rest = [memory for memory in memories if memory]
         while rest:
             try:
-                count = self._stream.readinto(rest)
+                count = os.preadv(self._descriptor, rest[:_MOST_PIECES], start)
             except OSError as error:
                 raise self._unreadable(error) from error
             if not count:
                 raise damaged(self._folder, self._name, "was cut short while it was read")
-            rest = rest[count:]
-        self._digest.update(memory)
+            start += count
+            while rest and count >= len(rest[0]):
+                count -= len(rest.pop(0))
+            if count:
+                rest[0] = rest[0][count:]
 
-    def check(self, blake2b: str) -> None:
-        """Hold all that was read to a checksum.
+    def content(self) -> bytearray:
+        """All of it, for files that are small.
 
         Raises:
-            DamagedBaseError: it has another one.
+            DamagedBaseError, BaseStorageError: see :meth:`fill`.
         """
-        if self._digest.hexdigest() != blake2b:
+        data = bytearray(self.size)
+        self.fill(0, [memoryview(data)])
+        return data
+
+    def check(self, checksum: str, expected: str) -> None:
+        """Hold the checksum of what was read to the one that was written.
+
+        Raises:
+            DamagedBaseError: it is another one.
+        """
+        if checksum != expected:
             raise damaged(self._folder, self._name, "is not what was written")
 
     def _unreadable(self, error: OSError) -> BaseStorageError:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ _ALIGNMENT = 64
 class _Stretch:
     """Tensors of a shard that lie in memory as they do in the file, one behind another.
 
-    It has a piece at most, unless one tensor alone is larger, so that pieces of pinned memory are filled without gaps.
+    It has a piece at most, unless one tensor alone is larger, so that room is found for it between what others hold.
     """
 
     device: torch.device
@@ -65,31 +66,27 @@ class Landing:
         Args:
             shard: name of its file.
             device_of: where a tensor goes, by its name; one that goes nowhere is not kept.
-            go_on: called before each piece; what it raises ends the reading.
+            go_on: called before each part, by several threads; what it raises ends the reading.
 
         Raises:
             BaseMemoryError: they do not fit into memory.
             BaseStorageError: the file system does not give the file.
             DamagedBaseError: the file is not what was written.
         """
-        tensors: dict[str, Tensor] = {}
+        landed: list[_Landed] = []
 
-        def receive(parts: list[Part]) -> Iterator[memoryview]:
+        def receive(parts: list[Part]) -> _Landed:
             stretches = _stretches(parts, device_of)
-            with self._room_for(shard):
-                memories = self._allocated(stretches)
-            for stretch, memory in zip(stretches, memories, strict=True):
-                for piece in self._pieces(shard, memory):
-                    go_on()
-                    yield piece
-                tensors.update(zip(stretch.places, tensors_in(memory, stretch.places.values()), strict=True))
+            with self.room_for(shard):
+                landed.append(_Landed(self, shard, stretches, self._allocated(stretches), go_on))
+            return landed[0]
 
         try:
             self._opened.read_shard(shard, receive)
         finally:
             if self._stream is not None:  # also behind an error: nobody may get this memory while it is copied to
                 self._stream.synchronize()
-        return {name: tensor for name, tensor in tensors.items() if device_of(name) is not None}
+        return {name: tensor for name, tensor in landed[0].tensors() if device_of(name) is not None}
 
     def _allocated(self, stretches: list[_Stretch]) -> list[Tensor]:
         """Memory for each stretch, on the device or of the host; uint8."""
@@ -105,21 +102,8 @@ class Landing:
             self._stream.wait_stream(self._owner)
         return memories
 
-    def _pieces(self, shard: str, memory: Tensor) -> Iterator[memoryview]:
-        """What is to be filled for a stretch, one piece behind the other."""
-        for start in range(0, len(memory), PIECE):
-            part = memory[start : start + PIECE]
-            if not part.is_cuda:
-                yield part.numpy().data
-                continue
-            with self._room_for(shard):
-                piece = torch.empty(len(part), dtype=torch.uint8, pin_memory=True)
-            yield piece.numpy().data
-            with torch.cuda.stream(self._stream):
-                part.copy_(piece, non_blocking=True)
-
     @contextmanager
-    def _room_for(self, shard: str) -> Iterator[None]:
+    def room_for(self, shard: str) -> Iterator[None]:
         """Within the context memory is allocated; what torch says of that is an error of the base."""
         try:
             yield
@@ -130,6 +114,56 @@ class Landing:
                 f"{self._opened.folder} does not fit beside what {self._device} and the host hold: free some of their "
                 f"memory ({shard}: {error})"
             ) from error
+
+    @contextmanager
+    def copied(self, shard: str, memories: Sequence[Tensor]) -> Iterator[memoryview]:
+        """Pinned memory, which is copied to some pieces of the device's behind the context."""
+        with self.room_for(shard):
+            pinned = torch.empty(sum(map(len, memories)), dtype=torch.uint8, pin_memory=True)
+        yield pinned.numpy().data
+        with torch.cuda.stream(self._stream):
+            for memory, piece in zip(memories, pinned.split(list(map(len, memories))), strict=True):
+                memory.copy_(piece, non_blocking=True)
+
+
+class _Landed:
+    """The memory of one shard; see :class:`~fisedit_compile.cache.read_base.ShardMemory`."""
+
+    def __init__(
+        self,
+        landing: Landing,
+        shard: str,
+        stretches: Sequence[_Stretch],
+        memories: Sequence[Tensor],
+        go_on: Callable[[], None],
+    ) -> None:
+        self._landing, self._shard, self._go_on = landing, shard, go_on
+        self._stretches, self._memories = stretches, memories
+        self._starts = list(accumulate((each.nbytes for each in stretches), initial=0))
+
+    @contextmanager
+    def part(self, start: int, end: int) -> Iterator[list[memoryview]]:
+        self._go_on()
+        with ExitStack() as copies:
+            views: list[memoryview] = []
+            for on_device, pieces in groupby(self._pieces(start, end), lambda piece: piece.is_cuda):
+                if on_device:
+                    views.append(copies.enter_context(self._landing.copied(self._shard, list(pieces))))
+                else:
+                    views += [piece.numpy().data for piece in pieces]
+            yield views
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors by name."""
+        for stretch, memory in zip(self._stretches, self._memories, strict=True):
+            yield from zip(stretch.places, tensors_in(memory, stretch.places.values()), strict=True)
+
+    def _pieces(self, start: int, end: int) -> Iterator[Tensor]:
+        """The memory of some bytes, one stretch behind the other."""
+        for first, memory in zip(self._starts, self._memories, strict=False):
+            piece = memory[max(start - first, 0) : max(end - first, 0)]
+            if len(piece):
+                yield piece
 
 
 def _stretches(parts: list[Part], device_of: Callable[[str], torch.device | None]) -> list[_Stretch]:

@@ -30,7 +30,7 @@ class ReadAhead:
 
     def __init__(self, name: str, shards: Sequence[Shard]) -> None:
         self._name, self._shards, self._process = name, shards, os.getpid()
-        self._threads = ThreadPoolExecutor(AHEAD + 1, thread_name_prefix="read-base")  # they end with this object
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-base")  # it ends with this object
         self._kept: dict[int, Future[Recorded]] = {}
         self._wanted: Counter[int] = Counter()  # by how many threads that wait now
         self._last = -1
@@ -59,7 +59,7 @@ class ReadAhead:
             self._let_go(self._kept.keys() - set(range(index, behind)))
             for each in range(index, behind):
                 if each not in self._kept or (self._kept[each].done() and self._kept[each].exception() is not None):
-                    self._kept[each] = self._threads.submit(self._shards[each].read, _go_on)
+                    self._kept[each] = self._thread.submit(self._shards[each].read, _go_on)
             found = self._kept[index]
             self._wanted[index] += 1
         try:

@@ -7,25 +7,36 @@ import copy
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fisedit_compile.cache.base_manifest import CONTENT, LENGTH, MANIFEST, MOST_JSON, BaseFile, Manifest
 from fisedit_compile.cache.checked_file import CheckedFile, check_status, damaged
+from fisedit_compile.cache.file_checksum import RANGE, FileChecksum, checksum, joined, of_range, ranges
 from fisedit_compile.cache.folder_lock import folder_lock
 from fisedit_compile.errors import BaseFormatError, DamagedBaseError
 
 if TYPE_CHECKING:
     from fisedit_compile.cache.shard_file import Part
 
-#: Files that are written or verified at once. Most of the time goes into their checksums, at some 1 GB/s a processor.
+#: Files that are written or verified at once, and ranges of a shard that are read at once. Most of the time goes into
+#: their checksums, at some 2 GB/s a processor.
 WORKERS = max(4, min(8, os.cpu_count() or 4))
 
-#: Bytes that are read at once. Between two pieces a thread needs the interpreter's lock, for which it may have to wait.
-PIECE = 4 * 2**20
+
+class ShardMemory(Protocol):
+    """Where the tensors of a shard are read to; any number of threads may use it."""
+
+    def part(self, start: int, end: int) -> AbstractContextManager[Sequence[memoryview]]:
+        """The memory for some bytes of the tensors, which is filled within the context.
+
+        Args:
+            start, end: the first byte, and the one behind the last, counted from the first tensor's first.
+        """
+        ...
 
 
 class BaseFolder:
@@ -79,7 +90,7 @@ class BaseFolder:
         """
         with self._file(CONTENT) as (about, file):
             data = self._json(CONTENT, file)
-            file.check(about.blake2b)
+            file.check(checksum(data), about.checksum)
         try:
             return json.loads(data)
         except (ValueError, RecursionError):
@@ -94,29 +105,36 @@ class BaseFolder:
         with self._file(name) as (_, file):
             return file.size - LENGTH - self._header_nbytes(name, file)
 
-    def read_shard(self, name: str, receive: Callable[[list[Part]], Iterable[memoryview]]) -> None:
-        """Read a shard into memory that is there already.
+    def read_shard(self, name: str, receive: Callable[[list[Part]], ShardMemory]) -> None:
+        """Read a shard into memory that is there already, :data:`WORKERS` ranges of it at once.
 
         Args:
             name: of the file.
-            receive: gives the memory for all parts in pieces, each of which is filled before the next is asked for.
+            receive: gives the memory for all parts.
 
         Raises:
             DamagedBaseError: the file is missing, of another size, or not what was written. That is known behind the
-                last piece: what was read is of no use then.
+                last range: what was read is of no use then.
         """
         from fisedit_compile.cache.shard_file import parts_of  # loads torch, which a list of bases does not need
 
         with self._file(name) as (about, file):
-            header = bytearray(self._header_nbytes(name, file))
-            file.fill(memoryview(header))
+            head = bytearray(LENGTH + self._header_nbytes(name, file))
+            file.fill(0, [memoryview(head)])
             try:
-                parts = parts_of(header, file.size - LENGTH - len(header))
+                memory = receive(parts_of(head[LENGTH:], file.size - len(head)))
             except ValueError as error:
                 raise self.damaged(name, str(error)) from None
-            for piece in receive(parts):
-                file.fill(piece)
-            file.check(about.blake2b)
+
+            def read(extent: tuple[int, int]) -> bytes:
+                start, end = (max(each - len(head), 0) for each in extent)
+                with memory.part(start, end) as pieces:
+                    file.fill(len(head) + start, pieces)
+                    return of_range([memoryview(head)[slice(*extent)], *pieces])
+
+            with ThreadPoolExecutor(WORKERS, thread_name_prefix="read-shard") as threads:
+                of_ranges = list(threads.map(read, ranges(file.size)))  # the first error cancels what was not begun
+            file.check(joined(of_ranges), about.checksum)
 
     def verify(self) -> None:
         """Read all files.
@@ -143,11 +161,13 @@ class BaseFolder:
         return damaged(self.folder, name, how)
 
     def _check(self, file: BaseFile) -> None:
-        memory = memoryview(bytearray(min(file.bytes, PIECE)))
+        memory = memoryview(bytearray(min(file.bytes, RANGE)))
         with self._file(file.name) as (about, opened):
-            for start in range(0, file.bytes, PIECE):
-                opened.fill(memory[: min(PIECE, file.bytes - start)])
-            opened.check(about.blake2b)
+            so_far = FileChecksum()
+            for start, end in ranges(file.bytes):
+                opened.fill(start, [memory[: end - start]])
+                so_far.update(memory[: end - start])
+            opened.check(so_far.hexdigest(), about.checksum)
 
     @contextmanager
     def _file(self, name: str) -> Iterator[tuple[BaseFile, CheckedFile]]:
@@ -165,14 +185,12 @@ class BaseFolder:
     def _json(self, name: str, file: CheckedFile) -> bytearray:
         if file.size > MOST_JSON:
             raise self.damaged(name, f"has {file.size} bytes, more than a base's can have")
-        data = bytearray(file.size)
-        file.fill(memoryview(data))
-        return data
+        return file.content()
 
     def _header_nbytes(self, name: str, file: CheckedFile) -> int:
         """How long the header of a shard is, which its first bytes say."""
         length = bytearray(min(file.size, LENGTH))
-        file.fill(memoryview(length))
+        file.fill(0, [memoryview(length)])
         count = int.from_bytes(length, "little")
         if count > min(MOST_JSON, file.size - LENGTH):
             raise self.damaged(name, f"no safetensors: a header of {count} bytes")

@@ -7,7 +7,6 @@ import logging
 import os
 import threading
 import weakref
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,9 +18,6 @@ from fisedit_compile.cache.step_cache import Recorded
 from fisedit_compile.errors import FiseditError, SavedBaseError
 
 logger = logging.getLogger(__name__)
-
-#: Threads of a reading: no more than processors, or the first shard would come as late as the last.
-_READERS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,7 @@ class Shard:
 
 
 class Reading:
-    """Shards that are read by threads of their own from now on.
+    """Shards that are read from now on by a thread of its own, one after the other, each by several threads.
 
     One that cannot be read makes the base useless: the others are not read then, and those that were are let go of. So
     it is when nobody holds the object any more, and when the interpreter exits.
@@ -54,13 +50,12 @@ class Reading:
 
     def __init__(self, name: str, shards: Sequence[Shard], folder: ExitStack) -> None:
         work = self._work = _Work(name, shards, folder)
-        weakref.finalize(self, work.stop)  # the threads hold the work alone
+        weakref.finalize(self, work.stop)  # the thread holds the work alone
         try:
-            for _ in range(min(_READERS, len(shards))):
-                threading.Thread(target=work.do, name="read-base").start()
+            threading.Thread(target=work.do, args=(shards,), name="read-base").start()
         except RuntimeError:  # the system has no more threads
             work.stop()
-            work.do()
+            work.do(shards)
             raise
 
     def is_in(self, index: int) -> bool:
@@ -98,7 +93,6 @@ class _Work:
     def __init__(self, name: str, shards: Sequence[Shard], folder: ExitStack) -> None:
         self.read: dict[int, Recorded] = {}
         self._name, self._left, self._folder = name, len(shards), folder
-        self._waiting = deque(enumerate(shards))
         self._changed, self._process = threading.Condition(), os.getpid()
         self._failure: BaseException | None = None
         self._stopped = False
@@ -111,13 +105,9 @@ class _Work:
         """Read no further. No lock is taken: a garbage collection may call this within any other call."""
         self._stopped = True
 
-    def do(self) -> None:
-        """Read shards as long as there are any, in turns with other threads."""
-        while self._waiting:
-            try:
-                index, shard = self._waiting.popleft()
-            except IndexError:  # another thread was faster
-                return
+    def do(self, shards: Sequence[Shard]) -> None:
+        """Read the shards in order."""
+        for index, shard in enumerate(shards):
             self._do(index, shard)
 
     def _do(self, index: int, shard: Shard) -> None:
@@ -128,7 +118,7 @@ class _Work:
             self._go_on()
             found = shard.read(self._go_on)
         except BaseException as error:
-            failure = _without_frames(error)
+            failure = _without_frames(self._unread() if _exits() else error)  # threads take no work then
         promise(-shard.nbytes, shard.device)
         with self._changed:
             left = self._left - 1
@@ -167,9 +157,16 @@ class _Work:
             raise copy.copy(self._failure)
 
     def _go_on(self) -> None:
-        exits = not threading.main_thread().is_alive()  # it ends before these threads are waited for
-        if self._stopped or self._failure is not None or exits:
-            raise SavedBaseError(f"{self._name} was not read to its end, because the interpreter exits: load it again")
+        if self._stopped or self._failure is not None or _exits():
+            raise self._unread()
+
+    def _unread(self) -> SavedBaseError:
+        return SavedBaseError(f"{self._name} was not read to its end, because the interpreter exits: load it again")
+
+
+def _exits() -> bool:
+    """Whether the interpreter exits: its main thread ends before those are waited for that read."""
+    return not threading.main_thread().is_alive()
 
 
 def _without_frames(error: BaseException) -> BaseException:

@@ -8,7 +8,6 @@ takes for a base and which :func:`~fisedit_compile.cache.remove_base.remove_left
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import secrets
 import shutil
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fisedit_compile.cache.base_manifest import CONTENT, MANIFEST, MOST_JSON, PARTIAL, BaseFile, Manifest
+from fisedit_compile.cache.file_checksum import FileChecksum
 from fisedit_compile.cache.folder_lock import folder_lock
 from fisedit_compile.cache.packed_base import PackedBase
 from fisedit_compile.cache.read_base import WORKERS, note_use
@@ -212,11 +212,11 @@ def check_target(folder: Path) -> None:
 
 
 def _write(path: Path, chunks: Iterable[bytes | memoryview], give_way: Callable[[], None] | None = None) -> BaseFile:
-    digest, size = hashlib.blake2b(digest_size=16), 0
+    checksum, size = FileChecksum(), 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         for chunk in chunks:
-            digest.update(chunk)
+            checksum.update(chunk)
             rest = memoryview(chunk)
             while rest:
                 rest = rest[os.write(descriptor, rest) :]
@@ -226,7 +226,7 @@ def _write(path: Path, chunks: Iterable[bytes | memoryview], give_way: Callable[
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    return BaseFile(path.name, size, digest.hexdigest())
+    return BaseFile(path.name, size, checksum.hexdigest())
 
 
 def _flush(folder: Path) -> None:

@@ -144,27 +144,44 @@ def align_prompts(
 
 def removed_tokens(
     pipe: Any, base_prompts: Sequence[str], edit_prompts: Sequence[str], arguments: Mapping[str, Any]
-) -> torch.Tensor:
-    """Positions of the tokens of words that an edit takes away or puts others in the place of, bool ``[n, T]``.
+) -> list[list[list[int]]]:
+    """What an edit changes in each prompt, one thing after the other, as the tokens that it takes away for it.
+
+    Changes with one word between them are one: "a big red cat" becomes "a small red dog" by one change.
 
     Args:
         pipe, base_prompts, edit_prompts, arguments: see :func:`align_prompts`; the first text encoder's tokens count.
+
+    Returns:
+        For each prompt and each change the positions of the tokens of words that go, or that others take the place of;
+        none for words that are only added.
     """
     (tokenizer, old_texts), *_ = pipeline_prompts(pipe, base_prompts, arguments)
     (_, new_texts), *_ = pipeline_prompts(pipe, edit_prompts, arguments)
-    removed = []
-    for old_text, new_text in zip(old_texts, new_texts, strict=True):
-        old, new = tokenize(tokenizer, old_text), tokenize(tokenizer, new_text)
-        positions = [
-            position
-            for operation, first, last, _, _ in _differences(old, new)
-            if operation in ("replace", "delete")
-            for unit in old.units[first:last]
-            for position in unit.positions
-        ]
-        removed.append(torch.zeros(old.length, dtype=torch.bool))
-        removed[-1][positions] = True
-    return torch.stack(removed)
+    return [
+        _changes(tokenizer, tokenize(tokenizer, old), tokenize(tokenizer, new))
+        for old, new in zip(old_texts, new_texts, strict=True)
+    ]
+
+
+def _changes(tokenizer: Any, old: PromptTokens, new: PromptTokens) -> list[list[int]]:
+    """See :func:`removed_tokens`."""
+    changes: list[list[int]] = []
+    last = 0  # the unit behind the last change
+    for operation, first, behind, _, _ in _differences(old, new):
+        if operation == "equal":
+            continue
+        between = old.units[last:first]
+        if not changes or len(between) != 1 or not _is_word(tokenizer, old, between[0].positions):
+            changes.append([])
+        changes[-1] += [position for unit in old.units[first:behind] for position in unit.positions]
+        last = behind
+    return changes
+
+
+def _is_word(tokenizer: Any, prompt: PromptTokens, positions: Sequence[int]) -> bool:
+    """Whether some tokens are a word, and no punctuation, which parts one thing from the next."""
+    return any(letter.isalnum() for letter in tokenizer.decode([prompt.ids[each] for each in positions]))
 
 
 def changed_words(base_prompt: str, edit_prompt: str) -> tuple[list[str], list[str]]:

@@ -17,9 +17,9 @@ from fisedit_compile.editing.stride import StrideError
 from fisedit_compile.editing.word_weights import token_weights
 from fisedit_compile.errors import LargeMaskError, MaskError
 from fisedit_compile.masks.changed_part import changed_part
-from fisedit_compile.masks.difference_mask import difference_mask
+from fisedit_compile.masks.difference_mask import change_strength, difference_mask
 from fisedit_compile.masks.grown import grown
-from fisedit_compile.masks.old_words import attention_to, with_old_words
+from fisedit_compile.masks.old_words import attention_to, with_hidden_changes, with_old_words, words_of_changes
 from fisedit_compile.runtime.prepared import Prepared
 from fisedit_compile.utils.single_thread import single_thread
 
@@ -99,8 +99,8 @@ class RunningEdit:
             self._know_mask(self._of_edited(asked.given))
             self.dense_steps = 0
             return
-        removed = removed_tokens(pipe, base.prompts, prompts, base.arguments)
-        self._removed = removed.repeat_interleave(copies, 0)[self._edited]  # bool [edited samples, T], on the host
+        changes = removed_tokens(pipe, base.prompts, prompts, base.arguments)
+        self._changes = [each for each, changed in zip(changes, edited, strict=True) if changed for _ in range(copies)]
 
     def begin(self, scheduler: Any) -> None:
         """Called before the first step, with the scheduler of the run, its timesteps set."""
@@ -212,8 +212,12 @@ class RunningEdit:
         base, edit = (torch.stack(each[first:last])[:, edited] for each in (after, latents))
         found = torch.zeros(latents[0][:, 0].shape, dtype=torch.bool)
         changed = difference_mask(base, edit)
-        if self._removed.any():
-            changed = with_old_words(changed, self._attention_to_removed(step, changed))
+        if any(map(any, self._changes)):
+            attention = self._attention_to_removed(step, changed)
+            changed = with_old_words(changed, attention)
+            if any(several := [len(each) > 1 for each in self._changes]):
+                of_several = torch.tensor(several).to(changed.device, non_blocking=True)
+                changed = with_hidden_changes(changed, attention, of_several, change_strength(base, edit))
         found[self._edited] = changed.cpu()
         given, combine = self.asked.given, self.asked.combine
         if given is None:
@@ -224,7 +228,10 @@ class RunningEdit:
         return mask
 
     def _attention_to_removed(self, step: int, like: Tensor) -> Tensor:
-        """How strongly the base attends to the words that go, ``[edited samples, h, w]``, on the device of ``like``."""
+        """How strongly the base attends to the words that each change takes away.
+
+        ``[edited samples, changes, h, w]`` on the device of ``like``, which is ``[edited samples, h, w]``.
+        """
         made = [call for call in self.base.calls if call.step <= self.base.visits[step]]
         of_calls = (
             [kept for entry, kept in call.cache.items() if entry.kind == "attention"] for call in reversed(made)
@@ -237,7 +244,8 @@ class RunningEdit:
             .flatten(0, 1)
             for tensor in last
         )
-        return attention_to(self._removed.to(like.device, non_blocking=True), maps, (like.shape[1], like.shape[2]))
+        words = words_of_changes(self._changes, tokens=self._words[0].shape[1]).to(like.device, non_blocking=True)
+        return attention_to(words, maps, (like.shape[1], like.shape[2]))
 
     def _of_edited(self, mask: Tensor) -> Tensor:
         """The mask, bool ``[n, h, w]``, of the samples that change: those whose prompts stay are the base's."""

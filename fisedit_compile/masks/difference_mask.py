@@ -156,8 +156,8 @@ def find_region(strength: torch.Tensor, weak: float = WEAK) -> torch.Tensor:
     threshold = otsu_threshold(strength)[:, None, None]
     over = strength > threshold
     lower, upper = (
-        _mean(strength, ~over),
-        _mean(strength, over),
+        mean_where(strength, ~over),
+        mean_where(strength, over),
     )  # means, since Otsu's threshold may lie close to either
     region = _without_frame(over)
     # Active cells in each 3x3 window, the cell itself included.
@@ -165,17 +165,31 @@ def find_region(strength: torch.Tensor, weak: float = WEAK) -> torch.Tensor:
     region = region & (crowd > 2.5)
     strongest = strength.flatten(1).argmax(dim=1, keepdim=True)
     region = region.flatten(1).scatter(1, strongest, True).view_as(region)
-    candidates = (region | _without_frame(strength > lower + weak * (upper - lower)))[:, None].float()
-    reached = region[:, None].float()
-    for _ in range(math.ceil(_REACH * max(strength.shape[1:]))):  # a count, so that no device has to be waited for
+    candidates = region | _without_frame(strength > lower + weak * (upper - lower))
+    return spread(region[:, None], candidates[:, None])[:, 0]
+
+
+def spread(cells: torch.Tensor, over: torch.Tensor) -> torch.Tensor:
+    """What of ``over`` is connected to some cells of it and not far from them; both bool ``[n, c, h, w]``."""
+    reached, candidates = cells.float(), over.float()
+    for _ in range(math.ceil(_REACH * max(cells.shape[2:]))):  # a count, so that no device has to be waited for
         reached = torch.minimum(candidates, F.max_pool2d(reached, 3, stride=1, padding=1))
-    return reached[:, 0] > 0
+    return reached > 0
 
 
-def _mean(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-    """The mean of the values of each sample where ``where`` is true, ``[n, 1, 1]``; 0 where it nowhere is."""
-    count = where.sum(dim=(1, 2), keepdim=True).clamp_min(1)
-    return torch.where(where, values, 0).sum(dim=(1, 2), keepdim=True) / count
+def mean_where(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """The mean over the last two dimensions where ``where`` is true, with these kept as 1; 0 where it nowhere is."""
+    count = where.sum(dim=(-2, -1), keepdim=True).clamp_min(1)
+    return torch.where(where, values, 0).sum(dim=(-2, -1), keepdim=True) / count
+
+
+def change_strength(base: torch.Tensor, edit: torch.Tensor) -> torch.Tensor:
+    """How strongly each cell and those around it changed, ``[n, h, w]`` fp32, from 0 to 1 in each sample.
+
+    Args:
+        base, edit: see :func:`difference_mask`.
+    """
+    return smooth(_normalise(_accumulate(base, edit)))
 
 
 def smooth(strength: torch.Tensor) -> torch.Tensor:

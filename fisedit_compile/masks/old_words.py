@@ -4,19 +4,23 @@ The first steps of an edit show little of what becomes of a large thing, a backg
 latents happen to be alike the difference between them says that nothing changes. But the pixels of a thing attend to
 its words, so that the base itself says where all of it stood (Hertz et al., "Prompt-to-Prompt Image Editing with Cross
 Attention Control", 2022, their section 3.1).
+
+Where an edit changes several things the difference of one, a background's say, may be so much larger than that of the
+others that these lie under the threshold between what changes and what does not.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fisedit_compile.ir.layout import Size
-from fisedit_compile.masks.difference_mask import close_holes, otsu_threshold
+from fisedit_compile.masks.difference_mask import WEAK, close_holes, mean_where, otsu_threshold, spread
+from fisedit_compile.masks.grown import grown
 
 #: Share of where the old words stood that has to be found changed for all of it to be taken. Of a thing that goes as a
 #: whole half and more is, of one that loses a hat, with whose words the whole of it is in touch, a third and less
@@ -24,44 +28,92 @@ from fisedit_compile.masks.difference_mask import close_holes, otsu_threshold
 _GOES_AS_A_WHOLE = 0.4
 
 
-def attention_to(words: Tensor, maps: Iterable[Tensor], size: Size) -> Tensor:
-    """How strongly each latent cell attends to some words, ``[n, h, w]`` fp32, mean over all attentions and heads.
+def words_of_changes(changes: Sequence[Sequence[Sequence[int]]], tokens: int) -> Tensor:
+    """Which tokens each change of each sample takes away, bool ``[n, c, tokens]``; c is the largest number of changes.
 
     Args:
-        words: positions of their tokens, bool ``[n, T]``, on the device of the maps.
+        changes: positions of these tokens.
+        tokens: of a prompt, padding included.
+    """
+    words = torch.zeros(len(changes), max(map(len, changes), default=0), tokens, dtype=torch.bool)
+    for sample, of_sample in enumerate(changes):
+        for change, positions in enumerate(of_sample):
+            words[sample, change, list(positions)] = True
+    return words
+
+
+def attention_to(words: Tensor, maps: Iterable[Tensor], size: Size) -> Tensor:
+    """How strongly each latent cell attends to some words, ``[n, c, h, w]`` fp32, mean over all attentions and heads.
+
+    Args:
+        words: of :func:`words_of_changes`, bool ``[n, c, T]``, on the device of the maps.
         maps: of the cross-attentions of one U-Net call, ``[n*H*W, heads, L]`` each, of the first L tokens. Those of a
             resolution that is not that of the latents halved once or more are left out.
         size: of the latents, (h, w).
     """
     sums: dict[Size, list[Tensor]] = defaultdict(list)
+    samples, changes, _ = words.shape
     for each in maps:
-        pixels = len(each) // len(words)
+        pixels = len(each) // samples
         if (of := _halved(size, pixels)) is None:
             continue
-        weights = words[:, : each.shape[2]].to(each.dtype)
-        attended = each.view(len(words), -1, each.shape[2]) @ weights[:, :, None]
-        sums[of].append(attended.view(len(words), pixels, -1).float().mean(2))
-    total = torch.zeros(len(words), *size, device=words.device)
+        heads = each.shape[1]
+        weights = words[:, :, : each.shape[2]].to(each.dtype).transpose(1, 2)
+        attended = each.view(samples, pixels * heads, each.shape[2]) @ weights  # [n, pixels * heads, c]
+        sums[of].append(attended.view(samples, pixels, heads, changes).float().mean(2))
+    total = torch.zeros(samples, changes, *size, device=words.device)
     for of, found in sums.items():
-        level = torch.stack(found).mean(0).view(len(words), 1, *of)
-        total += F.interpolate(level, size, mode="bilinear")[:, 0] / len(sums)
+        level = torch.stack(found).mean(0).transpose(1, 2).reshape(samples, changes, *of)
+        total += F.interpolate(level, size, mode="bilinear") / len(sums)
     return total
 
 
 def with_old_words(found: Tensor, attention: Tensor) -> Tensor:
-    """A mask of what changes, and of samples that lose a thing as a whole all of where it stood.
+    """A mask of what changes, and of changes that take away a thing as a whole all of where it stood.
 
     Args:
         found: bool ``[n, h, w]``.
-        attention: of :func:`attention_to`; samples that lose no words have none.
+        attention: of :func:`attention_to`, ``[n, c, h, w]``; changes that take no words away have none.
 
     Returns:
         bool ``[n, h, w]``; ``found`` is part of it.
     """
-    stood = attention > otsu_threshold(attention)[:, None, None]
-    covered = (stood & found).sum((1, 2)) >= _GOES_AS_A_WHOLE * stood.sum((1, 2))
-    whole = close_holes(found | stood)
-    return torch.where((covered & stood.any(2).any(1))[:, None, None], whole, found)
+    stood, covered = _stood(found, attention)
+    goes = (stood & covered).any(1)
+    return torch.where(goes.any(2).any(1)[:, None, None], close_holes(found | goes), found)
+
+
+def with_hidden_changes(found: Tensor, attention: Tensor, several: Tensor, strength: Tensor) -> Tensor:
+    """A mask that was found, and the things that change, too, where the change of another one is so much larger.
+
+    Such a thing is taken where its old words stood, as far as it was not found, and where what is left of the picture
+    changes as strongly as it does there and is connected with it.
+
+    Args:
+        found: bool ``[n, h, w]``.
+        attention: of :func:`attention_to`, ``[n, c, h, w]``.
+        several: of which samples several things change, bool ``[n]``; masks of the others stay.
+        strength: of :func:`~fisedit_compile.masks.difference_mask.change_strength`, ``[n, h, w]``.
+
+    Returns:
+        bool ``[n, h, w]``; ``found`` is part of it.
+    """
+    stood, covered = _stood(found, attention)
+    hidden = stood & ~covered & several[:, None, None, None]
+    left = ~grown(found)[:, None]
+    seeds, strength = hidden & left, strength[:, None]
+    unchanged, changed = mean_where(strength, left & ~stood), mean_where(strength, seeds)
+    alike = left & (strength > unchanged + WEAK * (changed - unchanged))
+    taken = (hidden | spread(seeds, seeds | alike)).any(1)
+    return torch.where(taken.any(2).any(1)[:, None, None], close_holes(found | taken), found)
+
+
+def _stood(found: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the words of each change stood, bool ``[n, c, h, w]``; whether much of it was found, ``[n, c, 1, 1]``."""
+    threshold = otsu_threshold(attention.flatten(0, 1)).view(*attention.shape[:2], 1, 1)
+    stood = attention > threshold
+    cells = stood.sum((2, 3), keepdim=True)
+    return stood, (stood & found[:, None]).sum((2, 3), keepdim=True) >= _GOES_AS_A_WHOLE * cells
 
 
 def _halved(size: Size, pixels: int) -> Size | None:

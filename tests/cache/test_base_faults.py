@@ -292,7 +292,7 @@ class TestReading:
             (
                 '{"format": "fisedit_compile base"}',
                 BaseVersionError,
-                "base is of format None, this version reads format 4",
+                "base is of format None, this version reads format 5",
             ),
         ],
         ids=["another program's", "a list", "nested", "no version"],
@@ -306,9 +306,9 @@ class TestReading:
 
     def test_another_format_version(self, saved: Saved, tiny_editor: Editor) -> None:
         path = saved.base / "manifest.json"
-        path.write_text(path.read_text().replace('"format_version": 4', '"format_version": 1'))
+        path.write_text(path.read_text().replace('"format_version": 5', '"format_version": 1'))
         message = (
-            r"base is of format 1, this version reads format 4: use the version that wrote it \(fisedit-compile .*, "
+            r"base is of format 1, this version reads format 5: use the version that wrote it \(fisedit-compile .*, "
             r"torch .*\), or generate the base again"
         )
         with pytest.raises(BaseVersionError, match=message):

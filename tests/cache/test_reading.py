@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from support.packed import packed_base
 
 from fisedit_compile import BaseMemoryError, DamagedBaseError, SavedBaseError
-from fisedit_compile.cache import landing, memory, shard_file
+from fisedit_compile.cache import file_checksum, landing, memory, shard_file
+from fisedit_compile.cache.checked_file import CheckedFile
 from fisedit_compile.cache.landing import Landing
 from fisedit_compile.cache.packed_base import PackedBase, place
 from fisedit_compile.cache.read_base import open_base
@@ -134,13 +135,8 @@ class Gates:
         return read
 
 
-@pytest.fixture
-def one_reader(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fisedit_compile.cache.reading._READERS", 1)
-
-
 class TestReading:
-    def test_each_shard_is_waited_for_alone_and_in_order(self, one_reader: None) -> None:
+    def test_each_shard_is_waited_for_alone_and_in_order(self) -> None:
         made = Gates(3)
         assert made.reading is not None
         assert made.begun[0].wait(5)
@@ -166,7 +162,7 @@ class TestReading:
         assert made.closed.is_set()
         made.reading.wait()  # type: ignore[union-attr]
 
-    def test_one_that_fails_ends_the_others_and_frees_them(self, one_reader: None) -> None:
+    def test_one_that_fails_ends_the_others_and_frees_them(self) -> None:
         made = Gates(3)
         assert made.reading is not None
         made.errors[1] = DamagedBaseError("call 1 is damaged")
@@ -306,18 +302,26 @@ if {how!r} != "ends":
 
 
 def test_a_shard_is_not_read_to_its_end_for_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(landing, "PIECE", 2**20)
+    monkeypatch.setattr(file_checksum, "RANGE", 2**18)
     write_base(packed_base(kib=9 * 1024, shards=1), tmp_path / "base")
-    asked = []
+    asked, read = [], []
+    fill = CheckedFile.fill
 
     def go_on() -> None:
         asked.append(1)
-        if len(asked) == 2:
+        if len(asked) >= 2:
             raise InterruptedError
 
+    def counted(file: CheckedFile, start: int, memories: Any) -> None:
+        read.append(sum(map(len, memories)))
+        fill(file, start, memories)
+
+    monkeypatch.setattr(CheckedFile, "fill", counted)
     with open_base(tmp_path / "base") as opened, pytest.raises(InterruptedError):
         Landing(opened, CPU).read("call-0000.safetensors", lambda _: CPU, go_on)
-    assert len(asked) == 2
+    large = [each for each in read if each > 2**16]  # others are the manifest's and the shard's header
+    assert len(large) == 1
+    assert large[0] <= 2**18
 
 
 def test_a_shard_is_what_the_library_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

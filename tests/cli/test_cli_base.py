@@ -171,7 +171,7 @@ class TestBase:
         lines = capsys.readouterr().out.splitlines()
         assert [line.split()[0] for line in lines[1:]] == ["cat", "owl"]
         assert PROMPT in lines[1]
-        assert "owl is of format 1, this version reads format 4" in lines[2]
+        assert "owl is of format 1, this version reads format 5" in lines[2]
 
         assert main(["base", "remove", str(bases / "owl"), str(bases / "notes")]) == 2
         captured = capsys.readouterr()

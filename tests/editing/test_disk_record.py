@@ -50,7 +50,7 @@ def test_it_is_the_base_that_is_saved_afterwards(editor: Editor, tmp_path: Path)
     with open_base(tmp_path / "new" / "base") as written, open_base(tmp_path / "other") as saved:
         written.verify()
         calls = [
-            {file.name: file.blake2b for file in each.manifest.files if "call" in file.name}
+            {file.name: file.checksum for file in each.manifest.files if "call" in file.name}
             for each in (written, saved)
         ]
         assert len(calls[0]) == STEPS

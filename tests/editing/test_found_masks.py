@@ -13,6 +13,7 @@ from torch import Tensor
 import fisedit_compile.editing.running_edit as running_edit
 import fisedit_compile.masks.old_words as old_words
 from fisedit_compile import Base, Editor
+from fisedit_compile.editing.prompt_alignment import removed_tokens
 from fisedit_compile.masks import changed_part as changed
 from fisedit_compile.masks.changed_part import changed_part
 from fisedit_compile.masks.grown import grown
@@ -41,14 +42,32 @@ def test_the_mask_covers_where_removed_words_stood(
 ) -> None:
     edit = tiny_editor.edit(tiny_base, FEWER)
     ((found, attention),) = joined
-    assert attention.shape == edit.mask.shape
+    assert attention.shape == (1, 1, *edit.mask.shape[1:])
     assert attention.amin() >= 0
     assert attention.amax() <= 1
-    stood = attention > old_words.otsu_threshold(attention)[:, None, None]
+    stood = attention[:, 0] > old_words.otsu_threshold(attention[:, 0])[:, None, None]
     assert stood.any()
     whole = old_words.with_old_words(found, attention)
     assert (whole & (found | stood)).equal(found | stood)
     assert torch.equal(edit.mask, changed_part(grown(whole), tiny_base.latents, edit.latents))
+
+
+def test_of_several_changes_none_is_left_out(
+    tiny_editor: Editor, tiny_base: Base, joined: list[tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the words of each stood is part of the mask, however little of it was found."""
+    monkeypatch.setattr(old_words, "_GOES_AS_A_WHOLE", 2.0)  # of no change enough was found
+    monkeypatch.setattr(changed, "UNCHANGED", -1.0)  # nothing is taken back in the end
+    words = PROMPT.split()
+    several = " ".join([*words[:1], "sunset", *words[2:-1], "dog"])
+    assert len(removed_tokens(tiny_editor.pipe, [PROMPT], [several], {})[0]) == 2
+    edit = tiny_editor.edit(tiny_base, several)
+    ((found, attention),) = joined
+    assert attention.shape[1] == 2
+    stood = attention > old_words.otsu_threshold(attention[0])[None, :, None, None]
+    assert stood.any(dim=(2, 3)).all()
+    assert not found[stood.any(1)].all()
+    assert edit.mask[stood.any(1)].all()
 
 
 def test_words_that_are_only_added_leave_nothing_to_take_in(

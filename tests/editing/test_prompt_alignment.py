@@ -234,21 +234,30 @@ def test_changed_words(base: str, edit: str, removed: list[str], added: list[str
 
 
 @pytest.mark.parametrize(
-    ("edit", "positions"),
+    ("edit", "changes"),
     [
         ("a red cat on the left", []),  # the base's own
-        ("a cat on the left", [2]),
-        ("a red lion on the left", [3]),
-        ("a red cat at sunset", [4, 5, 6]),  # replaced by another number of words
-        ("a red cat on the left, at sunset", []),
+        ("a cat on the left", [[2]]),
+        ("a red lion on the left", [[3]]),
+        ("a red cat at sunset", [[4, 5, 6]]),  # replaced by another number of words
+        ("a red cat on the left, at sunset", [[]]),
+        ("a blue cat wearing a crown on the left", [[2]]),  # one word between them: of one thing
+        ("a blue lion on the right", [[2, 3], [6]]),
+        ("a cat on the left wearing a crown", [[2], []]),
     ],
 )
-def test_the_tokens_of_words_that_go(edit: str, positions: list[int]) -> None:
+def test_the_tokens_of_words_that_go(edit: str, changes: list[list[int]]) -> None:
     pipe = SimpleNamespace(tokenizer=word_level())
     stays, goes = removed_tokens(pipe, ["a lion", "a red cat on the left"], ["a lion", edit], {})
-    assert len(goes) == LENGTH
-    assert goes.nonzero().flatten().tolist() == positions
-    assert not stays.any()
+    assert goes == changes
+    assert not stays
+
+
+def test_punctuation_parts_what_changes() -> None:
+    pipe = SimpleNamespace(tokenizer=word_level())
+    assert removed_tokens(pipe, ["a cat, a lion"], ["a lion, a cat"], {}) == [[[2], [5]]]
+    assert removed_tokens(pipe, ["red cat, on the left"], ["blue lion on the right"], {}) == [[[1, 2, 3], [6]]]
+    assert removed_tokens(pipe, ["cat, left"], ["lion, right"], {}) == [[[1], [3]]]
 
 
 class Pipe(TextualInversionLoaderMixin):

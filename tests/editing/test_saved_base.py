@@ -182,7 +182,7 @@ class TestFiles:
 
     def test_the_manifest_says_what_it_is(self, tiny_base: Base, folder: Path) -> None:
         manifest = json.loads((folder / "manifest.json").read_text())
-        assert (manifest["format"], manifest["format_version"]) == ("fisedit_compile base", 4)
+        assert (manifest["format"], manifest["format_version"]) == ("fisedit_compile base", 5)
         assert manifest["summary"]["prompts"] == [PROMPT]
         assert manifest["summary"]["unet"] == tiny_base.pipeline.models["unet"].digest()
         # What pip says of a wheel may be without the build, "2.11.0" for example of "2.11.0+cu130".

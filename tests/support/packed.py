@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from fisedit_compile.cache.base_manifest import BaseFile, Manifest, checksum
+from fisedit_compile.cache.base_manifest import BaseFile, Manifest
+from fisedit_compile.cache.file_checksum import checksum
 from fisedit_compile.cache.packed_base import PackedBase
 
 
@@ -27,7 +28,7 @@ def forge(folder: Path, file: str, data: bytes, **claims: Any) -> None:
     (folder / file).write_bytes(data)
     path = folder / "manifest.json"
     manifest = Manifest.of_json(path.read_bytes(), folder)
-    forged = BaseFile(**{"name": file, "bytes": len(data), "blake2b": checksum(data), **claims})
+    forged = BaseFile(**{"name": file, "bytes": len(data), "checksum": checksum(data), **claims})
     files = [forged if each.name == file else each for each in manifest.files]
     path.write_bytes(replace(manifest, files=tuple(files)).to_json())
 
