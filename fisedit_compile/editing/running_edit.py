@@ -237,13 +237,10 @@ class RunningEdit:
             [kept for entry, kept in call.cache.items() if entry.kind == "attention"] for call in reversed(made)
         )
         last: list[Tensor] = next(filter(None, of_calls), [])  # the base keeps none of steps that are not controlled
-        maps = (
-            tensor.to(like.device, non_blocking=True)
-            .unflatten(0, (self.samples, -1))
-            .index_select(0, self._edited_samples)
-            .flatten(0, 1)
-            for tensor in last
-        )
+        maps = (tensor.to(like.device, non_blocking=True) for tensor in last)
+        if len(self._edited_samples) < self.samples:
+            of_samples = (each.unflatten(0, (self.samples, -1)) for each in maps)
+            maps = (each.index_select(0, self._edited_samples).flatten(0, 1) for each in of_samples)
         words = words_of_changes(self._changes, tokens=self._words[0].shape[1]).to(like.device, non_blocking=True)
         return attention_to(words, maps, (like.shape[1], like.shape[2]))
 

@@ -11,7 +11,7 @@ others that these lie under the threshold between what changes and what does not
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -51,19 +51,22 @@ def attention_to(words: Tensor, maps: Iterable[Tensor], size: Size) -> Tensor:
             resolution that is not that of the latents halved once or more are left out.
         size: of the latents, (h, w).
     """
-    sums: dict[Size, list[Tensor]] = defaultdict(list)
     samples, changes, _ = words.shape
+    alike: dict[tuple[int, int, int], list[Tensor]] = defaultdict(list)
     for each in maps:
-        pixels = len(each) // samples
+        alike[len(each) // samples, each.shape[1], each.shape[2]].append(each)
+    sums, counts = dict[Size, Tensor](), Counter[Size]()
+    for (pixels, heads, tokens), several in alike.items():  # in few operations, each of all maps of a shape
         if (of := _halved(size, pixels)) is None:
             continue
-        heads = each.shape[1]
-        weights = words[:, :, : each.shape[2]].to(each.dtype).transpose(1, 2)
-        attended = each.view(samples, pixels * heads, each.shape[2]) @ weights  # [n, pixels * heads, c]
-        sums[of].append(attended.view(samples, pixels, heads, changes).float().mean(2))
+        weights = words[:, :, :tokens].transpose(1, 2).to(several[0].dtype)
+        attended = torch.stack(several).view(len(several), samples, pixels * heads, tokens) @ weights
+        attended = attended.view(-1, samples, pixels, heads, changes).float().mean(3).sum(0)  # [n, pixels, c]
+        sums[of] = sums[of] + attended if of in sums else attended
+        counts[of] += len(several)
     total = torch.zeros(samples, changes, *size, device=words.device)
-    for of, found in sums.items():
-        level = torch.stack(found).mean(0).transpose(1, 2).reshape(samples, changes, *of)
+    for of, attended in sums.items():
+        level = (attended / counts[of]).transpose(1, 2).reshape(samples, changes, *of)
         total += F.interpolate(level, size, mode="bilinear") / len(sums)
     return total
 
