@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 #: Cosine of the words' embeddings from which a stored picture is changed instead of drawing a new one, and the same for
 #: requests that name its seed, which ask for that picture's noise; found by ``benchmarks/similarity.py``
 #: (docs/decisions.md).
-SIMILAR, SIMILAR_OF_SEED = 0.95, 0.9
+SIMILAR, SIMILAR_OF_SEED = 0.95, 0.75
 
 
 class Painter(Protocol):
