@@ -4,11 +4,11 @@
 
 The opponent is the same server with ``--reuse never --compile``: the pipeline itself, its U-Net under
 ``torch.compile``, recording nothing. Each is started alone and plays three parts, each of other pictures: as many users
-as keep it busy (``--clients``), which is its throughput; requests at random times at half of the opponent's throughput,
-of which latencies are compared; and one user alone, whose latencies say what the service adds to the time in which a
-picture is computed. Success is the judge's of ``fisedit-compile quality``: how many answers show what was asked for, of
-the same requests on both servers: of all, of those that change a picture, and of those that the service answered by an
-edit.
+as keep it busy (``--clients``), three times, of which the median is its throughput; requests at random times at half of
+the opponent's throughput, of which latencies are compared; and one user alone, whose latencies say what the service
+adds to the time in which a picture is computed. Success is the judge's of ``fisedit-compile quality``: how many answers
+show what was asked for, of the same requests on both servers: of all, of those that change a picture, and of those that
+the service answered by an edit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from fisedit_compile.bench.progress import say
@@ -33,10 +35,25 @@ from fisedit_compile.quality.judge import Judge
 
 MODEL = Path(__file__).parents[1] / "examples" / "demo_model"
 
-#: The parts that each server plays.
+#: The parts that each server plays, and how often the first one.
 BUSY, HALF, ALONE = "busy", "half_rate", "alone"
+TIMES = 3
 
-Parts = dict[str, tuple[list[Outcome], float]]
+
+@dataclass
+class Played:
+    """What came of one part: all outcomes, the seconds that it took, and the answers a second of each time."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    seconds: float = 0.0
+    rates: list[float] = field(default_factory=list)
+
+    @property
+    def throughput(self) -> float:
+        return median(self.rates)
+
+
+Parts = dict[str, Played]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -74,15 +91,19 @@ def main(argv: list[str] | None = None) -> None:
     anew = ["--reuse", "never", *([] if args.eager else ["--compile"])]
 
     theirs, their_ready = _play(args, "the opponent", [*shared, *anew], None)
-    rate = _throughput(theirs[BUSY]) / 2
+    rate = theirs[BUSY].throughput / 2
     ours, our_ready = _play(args, "the service", [*shared, *reusing], rate)
     say("looking at the pictures ...")
     values: dict[str, Any] = {
-        "throughput_ratio": _throughput(ours[BUSY]) / _throughput(theirs[BUSY]),
+        "throughput_ratio": ours[BUSY].throughput / theirs[BUSY].throughput,
+        "throughputs": {"service": ours[BUSY].rates, "opponent": theirs[BUSY].rates},
         "half_rate": rate,
-        "success": compare_success(ours[BUSY][0] + ours[HALF][0], theirs[BUSY][0] + theirs[HALF][0], judge),
-        "service": {**{part: summarise(*ours[part], None) for part in ours}, "ready_seconds": our_ready},
-        "opponent": {**{part: summarise(*theirs[part], None) for part in theirs}, "ready_seconds": their_ready},
+        "success": compare_success(
+            *(each[BUSY].outcomes + each[HALF].outcomes for each in (ours, theirs)),
+            judge,
+        ),
+        "service": {**_summaries(ours), "ready_seconds": our_ready},
+        "opponent": {**_summaries(theirs), "ready_seconds": their_ready},
         **{name: getattr(args, name) for name in ("trace", "clients", "replicas", "batch", "similar", "steps", "seed")},
         "command": " ".join(sys.argv),
         **describe(device, dtype),
@@ -100,33 +121,35 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _play(args: argparse.Namespace, who: str, options: Sequence[str], rate: float | None) -> tuple[Parts, float]:
-    """What came of the parts, with the seconds of each, and the seconds until the server was ready.
+    """What came of the parts, and the seconds until the server was ready.
 
     Without a rate the second part's is half of what the first one shows.
     """
     say(f"{who}: {' '.join(options)} ...")
-    parts: Parts = {}
+    parts: Parts = {part: Played() for part in (BUSY, HALF, ALONE)}
+    requests = {BUSY: args.requests, HALF: args.requests, ALONE: args.alone}
+    order = [*[BUSY] * TIMES, HALF, ALONE]
     with tempfile.TemporaryDirectory(prefix="serve-compare-") as folder:
         begun = time.perf_counter()
         with running_service([*options, "--store", folder]) as service:
             ready = time.perf_counter() - begun
-            for number, (part, requests, clients) in enumerate(
-                ((BUSY, args.requests, args.clients), (HALF, args.requests, 1), (ALONE, args.alone, 1))
-            ):
-                seed = 3 * args.seed + number
-                at = None if part != HALF else rate or _throughput(parts[BUSY]) / 2
-                users = TRACES[args.trace](requests, seed)
+            for number, part in enumerate(order):
+                seed, played = len(order) * args.seed + number, parts[part]
+                at = None if part != HALF else rate or parts[BUSY].throughput / 2
+                users = TRACES[args.trace](requests[part], seed)
+                clients = args.clients if part == BUSY else 1
                 begun = time.perf_counter()
-                played = run_trace(service.url, users, rate=at, at_once=clients, seed=seed, answered=lambda _: None)
-                outcomes = asyncio.run(played)
-                parts[part] = outcomes, time.perf_counter() - begun
-                say(f"{who}, {part}: {_throughput(parts[part]):.2f} answers a second")
+                trace = run_trace(service.url, users, rate=at, at_once=clients, seed=seed, answered=lambda _: None)
+                outcomes, seconds = asyncio.run(trace), time.perf_counter() - begun
+                played.outcomes += outcomes
+                played.seconds += seconds
+                played.rates.append(sum(not each.error for each in outcomes) / seconds)
+                say(f"{who}, {part}: {played.rates[-1]:.2f} answers a second")
     return parts, ready
 
 
-def _throughput(part: tuple[Sequence[Outcome], float]) -> float:
-    outcomes, seconds = part
-    return sum(not each.error for each in outcomes) / seconds
+def _summaries(parts: Parts) -> dict[str, Any]:
+    return {part: summarise(played.outcomes, played.seconds, None) for part, played in parts.items()}
 
 
 if __name__ == "__main__":
