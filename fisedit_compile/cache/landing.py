@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -139,7 +140,7 @@ class _Landed:
     ) -> None:
         self._landing, self._shard, self._go_on = landing, shard, go_on
         self._stretches, self._memories = stretches, memories
-        self._starts = list(accumulate((each.nbytes for each in stretches), initial=0))
+        self._starts = list(accumulate((each.nbytes for each in stretches[:-1]), initial=0))
 
     @contextmanager
     def part(self, start: int, end: int) -> Iterator[list[memoryview]]:
@@ -160,10 +161,9 @@ class _Landed:
 
     def _pieces(self, start: int, end: int) -> Iterator[Tensor]:
         """The memory of some bytes, one stretch behind the other."""
-        for first, memory in zip(self._starts, self._memories, strict=False):
-            piece = memory[max(start - first, 0) : max(end - first, 0)]
-            if len(piece):
-                yield piece
+        for i in range(bisect_right(self._starts, start) - 1, bisect_left(self._starts, end)):
+            first, memory = self._starts[i], self._memories[i]
+            yield memory[max(start - first, 0) : end - first]
 
 
 def _stretches(parts: list[Part], device_of: Callable[[str], torch.device | None]) -> list[_Stretch]:
