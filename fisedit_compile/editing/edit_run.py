@@ -192,9 +192,13 @@ class EditRun(PipelineRun):
         if self.step < edits[0].dense_steps:
             cache = self._cache(call, edits, maps_alone=True) if control else None
             return self.timer.time("dense", device, lambda: self._dense(call, cache, control))
-        cache, prepared = self._cache(call, edits), self._prepare(call, edits)
+        prepared = self._prepare(call, edits)
         for edit in edits:
             edit.note_step(prepared, edit.samples / sum(each.samples for each in edits))
+        if prepared.dense:
+            maps = self._cache(call, edits, maps_alone=True) if control else None
+            return self.timer.time("sparse", device, lambda: self.unet.dense_step(call, prepared, maps, control))
+        cache = self._cache(call, edits)
         return self.timer.time("sparse", device, lambda: self.unet.step(call, cache, prepared, control))
 
     def _dense(self, call: Call, cache: Recorded | None, control: Control | None) -> Tensor:

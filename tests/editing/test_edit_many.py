@@ -29,6 +29,8 @@ from fisedit_compile import (
     PipelineInterruptedError,
 )
 from fisedit_compile.cache.host_tier import Staging
+from fisedit_compile.cache.joined_calls import JoinedCalls
+from fisedit_compile.cache.step_cache import Recorded
 from fisedit_compile.testing import assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -164,6 +166,27 @@ def test_words_that_count_more_masks_that_are_joined_and_samples_that_stay(
     edits = tiny_editor.edit_many(requests)
     assert_as_alone(tiny_editor, requests, edits)
     assert torch.equal(edits[3].latents[0], bases[2].latents[0])
+
+
+@pytest.mark.parametrize("control", [0.0, 0.25])
+def test_nothing_but_maps_is_brought_together_for_those_that_run_dense(
+    monkeypatch: pytest.MonkeyPatch, control: float
+) -> None:
+    brought: list[bool] = []
+    real = JoinedCalls.fill
+
+    def fill(calls: JoinedCalls, *args: Any, maps_alone: bool = False) -> Recorded:
+        brought.append(maps_alone)
+        return real(calls, *args, maps_alone=maps_alone)
+
+    monkeypatch.setattr(JoinedCalls, "fill", fill)
+    editor = Editor(tiny_pipeline(), {**CONFIG, "dense_above": 0.6})
+    base, other = generate(editor), generate(editor, DOG, generator=seeded(4))
+    everything = torch.ones(16, 16, dtype=torch.bool)
+    options: dict[str, Any] = {"cross_replace": control}
+    edits = editor.edit_many([EditRequest(each, EDIT, everything, **options) for each in (base, other)])
+    assert all(edit.report.ran_dense for edit in edits)  # type: ignore[union-attr]
+    assert brought == [True] * (1 if control else 0)  # one of four steps is controlled
 
 
 def test_one_whose_mask_is_so_large_that_it_runs_dense() -> None:
