@@ -324,6 +324,24 @@ def test_a_shard_is_not_read_to_its_end_for_nobody(tmp_path: Path, monkeypatch: 
     assert large[0] <= 2**18
 
 
+def test_the_file_system_may_give_less_than_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_checksum, "RANGE", 2**14)
+    packed = packed_base(kib=64, shards=1)
+    write_base(packed, tmp_path / "base")
+    real = os.preadv
+
+    def few(descriptor: int, memories: Any, start: int) -> int:
+        """Some 1,000 bytes at most, of one piece or of two."""
+        return real(descriptor, [memories[0][:700], *(memories[1:2] if len(memories[0]) <= 700 else [])], start)
+
+    monkeypatch.setattr(os, "preadv", few)
+    with open_base(tmp_path / "base") as opened:
+        read = Landing(opened, CPU).read("call-0000.safetensors", lambda _: CPU)
+    assert read.keys() == packed.shards["call-0000.safetensors"].keys()
+    for name, tensor in packed.shards["call-0000.safetensors"].items():
+        assert torch.equal(read[name], tensor), name
+
+
 def test_a_shard_is_what_the_library_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of tensors that share memory, are conjugated, empty or single numbers."""
     monkeypatch.setattr(shard_file, "PIECE", 100)
