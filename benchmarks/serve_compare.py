@@ -98,10 +98,7 @@ def main(argv: list[str] | None = None) -> None:
         "throughput_ratio": ours[BUSY].throughput / theirs[BUSY].throughput,
         "throughputs": {"service": ours[BUSY].rates, "opponent": theirs[BUSY].rates},
         "half_rate": rate,
-        "success": compare_success(
-            *(each[BUSY].outcomes + each[HALF].outcomes for each in (ours, theirs)),
-            judge,
-        ),
+        "success": compare_success(_pictures(ours), _pictures(theirs), judge),
         "service": {**_summaries(ours), "ready_seconds": our_ready},
         "opponent": {**_summaries(theirs), "ready_seconds": their_ready},
         **{name: getattr(args, name) for name in ("trace", "clients", "replicas", "batch", "similar", "steps", "seed")},
@@ -146,6 +143,11 @@ def _play(args: argparse.Namespace, who: str, options: Sequence[str], rate: floa
                 played.rates.append(sum(not each.error for each in outcomes) / seconds)
                 say(f"{who}, {part}: {played.rates[-1]:.2f} answers a second")
     return parts, ready
+
+
+def _pictures(parts: Parts) -> list[Outcome]:
+    """Of the parts of which both servers play the same."""
+    return parts[BUSY].outcomes + parts[HALF].outcomes
 
 
 def _summaries(parts: Parts) -> dict[str, Any]:

@@ -225,38 +225,23 @@ class SparseUNet(torch.nn.Module):
             BaseMismatchError: the cache or the plan was made by another model, the cache for other activations or at
                 another timestep.
         """
-        program, state = self._program_of(call, prepared)
+        program, state = self._check_plan(call, prepared)
         _check_recorded(cache, state)
         if prepared.dense:
-            return program.restore_base(self._dense_step(program, call, cache, control), cache, prepared)
+            out = self.dense(call) if control is None else program.controlled(call, cache, control)
+            return program.restore_base(out, cache, prepared)
         return program.step(call, cache, prepared, control)
 
-    def dense_step(self, call: Call, prepared: Prepared, maps: StepCache | None, control: Control | None) -> Tensor:
-        """What :meth:`step` makes of a mask of more than ``config.dense_above``, before the base's values outside it.
-
-        An edit puts the base's latents there in any case, and needs nothing of what its base keeps of the call but
-        attention maps under control.
-
-        Args:
-            call, prepared, control: see :meth:`step`.
-            maps: what holds the attention maps; None without control.
+    def check_plan(self, call: Call, prepared: Prepared) -> None:
+        """Hold a plan to a call and to the U-Net as it is, as :meth:`step` does.
 
         Raises:
-            BaseMismatchError: see :meth:`step`.
+            BaseMismatchError: the plan was made by another model, or for other calls.
         """
-        program, state = self._program_of(call, prepared)
-        if maps is not None:
-            _check_recorded(maps, state)
-        return self._dense_step(program, call, maps, control)
+        self._check_plan(call, prepared)
 
-    def _dense_step(self, program: Program, call: Call, maps: StepCache | None, control: Control | None) -> Tensor:
-        if control is None:
-            return self.dense(call)
-        assert maps is not None
-        return program.controlled(call, maps, control)
-
-    def _program_of(self, call: Call, prepared: Prepared) -> tuple[Program, ModelState]:
-        """The program that a plan was made by, and the U-Net's state, both held to the call."""
+    def _check_plan(self, call: Call, prepared: Prepared) -> tuple[Program, ModelState]:
+        """The program that a plan was made by, and the state of the U-Net."""
         # On a GPU, sampled values would be waited for; a plan was made with a look at them.
         state = self._ready(values=not call.tensors[0].is_cuda)
         if not isinstance(prepared, Prepared):

@@ -1,7 +1,7 @@
 """The checksum of a file, whose ranges several threads can read and hash at once.
 
-It is the SHA-256 of the SHA-256 of each range. Servers of today have instructions for it, by which it takes half to a
-quarter of the time of BLAKE2b (docs/decisions.md, 2026-11-29).
+It is the SHA-256 of the SHA-256 of each range. Processors of today have instructions for SHA-256, with which it takes
+half of the time of BLAKE2b (docs/decisions.md, 2026-11-29).
 """
 
 from __future__ import annotations

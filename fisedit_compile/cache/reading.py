@@ -88,7 +88,7 @@ class Reading:
 
 
 class _Work:
-    """What the threads share with who waits for them."""
+    """What the thread that reads shares with those who wait for it."""
 
     def __init__(self, name: str, shards: Sequence[Shard], folder: ExitStack) -> None:
         self.read: dict[int, Recorded] = {}
@@ -118,7 +118,7 @@ class _Work:
             self._go_on()
             found = shard.read(self._go_on)
         except BaseException as error:
-            failure = _without_frames(self._unread() if _exits() else error)  # threads take no work then
+            failure = _without_frames(self._unread() if _exits() else error)  # a pool of threads refuses work then
         promise(-shard.nbytes, shard.device)
         with self._changed:
             left = self._left - 1

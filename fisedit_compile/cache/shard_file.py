@@ -44,8 +44,8 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
-#: Bytes that are copied, checked, and read or written at once. Between two pieces a thread needs the interpreter's
-#: lock, for which it may have to wait.
+#: Bytes that are brought to the host, checked and written at once, and bytes of memory that tensors are read into
+#: together.
 PIECE = 16 * 2**20
 
 

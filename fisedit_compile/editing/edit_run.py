@@ -195,9 +195,10 @@ class EditRun(PipelineRun):
         prepared = self._prepare(call, edits)
         for edit in edits:
             edit.note_step(prepared, edit.samples / sum(each.samples for each in edits))
-        if prepared.dense:
+        if prepared.dense:  # edits put the bases' latents outside their masks themselves
+            self.unet.check_plan(call, prepared)
             maps = self._cache(call, edits, maps_alone=True) if control else None
-            return self.timer.time("sparse", device, lambda: self.unet.dense_step(call, prepared, maps, control))
+            return self.timer.time("sparse", device, lambda: self._dense(call, maps, control))
         cache = self._cache(call, edits)
         return self.timer.time("sparse", device, lambda: self.unet.step(call, cache, prepared, control))
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
+from fisedit_compile.quality.verdicts import Verdict
+
 
 @dataclass(frozen=True)
 class ControlScore:
@@ -25,11 +27,9 @@ class ControlScore:
 
 
 @dataclass(frozen=True)
-class JudgedDense:
-    """One dense edit: success, whether a wrong object changed, and SSIM to its base."""
+class JudgedDense(Verdict):
+    """The verdict on one dense edit, and its SSIM to its base."""
 
-    success: bool
-    wrong: bool
     ssim_to_base: float
 
 
@@ -39,7 +39,7 @@ def score_control(control: float, edits: Sequence[JudgedDense]) -> ControlScore:
         control=control,
         success=mean(each.success for each in edits),
         wrong=mean(each.wrong for each in edits),
-        right=mean(each.success and not each.wrong for each in edits),
+        right=mean(each.right for each in edits),
         ssim_to_base=mean(each.ssim_to_base for each in edits),
     )
 

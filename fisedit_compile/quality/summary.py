@@ -40,6 +40,8 @@ _JUDGE = {
     "under mask ": "wrong_under_mask",
     "best dense ": "wrong_best_dense",
     "plain ": "wrong_plain",
+    "right": "right",
+    "best dense  ": "right_best_dense",
 }
 _CLIP = {
     "image-image": "clip_image_similarity",
@@ -134,7 +136,7 @@ def _figures(cases: Sequence[CaseScores], name: str) -> dict[str, float | int | 
         "judged": len(judged),
         **{
             f"{what}{suffix}": _mean(getattr(each, what) for each in found)
-            for what in ("success", "wrong")
+            for what in ("success", "wrong", "right")
             for suffix, found in (("", verdicts), ("_under_mask", under), ("_best_dense", best), ("_plain", plain))
         },
         **{

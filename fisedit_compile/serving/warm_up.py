@@ -79,7 +79,7 @@ def _masks(latents: int, kind: str, largest: float) -> Iterator[Image.Image]:
     """
     shares = (0.01, 0.25) if kind == "cpu" else [share for share in MASK_SHARES if share <= largest]
     for share in shares:
-        cells = int(latents * math.sqrt(share))  # rounded down, to stay within the share
+        cells = max(int(latents * math.sqrt(share)), RIM + 1)  # rounded down, to stay within the share
         compact = torch.zeros(latents, latents, dtype=torch.bool)
         compact[:cells, :cells] = True
         yield _computing(compact)

@@ -331,7 +331,7 @@ def test_the_file_system_may_give_less_than_was_asked_for(tmp_path: Path, monkey
     real = os.preadv
 
     def few(descriptor: int, memories: Any, start: int) -> int:
-        """Some 1,000 bytes at most, of one piece or of two."""
+        """700 bytes of the first piece; or what is left of it, and the next one."""
         return real(descriptor, [memories[0][:700], *(memories[1:2] if len(memories[0]) <= 700 else [])], start)
 
     monkeypatch.setattr(os, "preadv", few)

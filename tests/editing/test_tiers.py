@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.pipelines import CONFIG, EDIT, generate, left_half, tiny_pipeline
 
-import fisedit_compile.cache.landing as landing
+import fisedit_compile.cache.file_checksum as file_checksum
 import fisedit_compile.editing.record_run as record_run
 from fisedit_compile import Base, Editor, EditRequest, SparsityConfig
 from fisedit_compile.testing import assert_close
@@ -78,8 +78,8 @@ def test_edits_begin_while_a_base_is_read(tmp_path: Path, tier: str, monkeypatch
     Each editor is held to itself: two of them may round otherwise (docs/decisions.md, 2026-11-28).
     """
     editor, base = made(tier)
+    monkeypatch.setattr(file_checksum, "RANGE", 2**14)  # so that reading takes a while
     base.save(tmp_path / "base")
-    monkeypatch.setattr(landing, "PIECE", 2**14)  # so that reading takes a while
     for each in (editor, *(Editor(editor.pipe, editor.config) for _ in range(3))):
         loaded = each.load(tmp_path / "base")
         got = each.edit(loaded, EDIT, left_half()).latents

@@ -39,6 +39,11 @@ def test_there_is_a_compact_and_a_ragged_one_of_each_size(latents: int) -> None:
     assert kinds["ragged"] >= {0.2, 0.25, 0.31, 0.5}
 
 
+@pytest.mark.parametrize("latents", [8, 16, 32])
+def test_those_of_small_pictures_are_of_some_pixels(latents: int) -> None:
+    assert all(np.asarray(image).any() for image in _masks(latents, "cpu", 0.5))
+
+
 def test_a_cpu_needs_two() -> None:
     masks = [torch.from_numpy(np.asarray(image) > 0)[None] for image in _masks(64, "cpu", 0.5)]
     assert [float(grown(mask, RIM).float().mean()) for mask in masks] == pytest.approx([0.01, 0.25], abs=0.003)
